@@ -1,0 +1,3 @@
+"""fedvpa: federated variational preference alignment."""
+
+__version__ = "0.1.0"

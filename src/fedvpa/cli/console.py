@@ -1,0 +1,141 @@
+"""What the commands print: rich on a terminal, plain lines in a log, nothing but JSON on standard output with ``--json -``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fedvpa.checkpoint import write_atomically
+from fedvpa.models.backbone import Progress as TextProgress
+
+
+class Reporter:
+    """Progress and tables go to standard error, results to standard output."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.console = Console(stderr=True, quiet=quiet, soft_wrap=True, highlight=False)
+
+    def say(self, text: str) -> None:
+        """One line, unless quiet."""
+        self.console.print(text, markup=False)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table; the first column is text, the others numbers."""
+        table = Table(title=title, title_justify="left", title_style="bold")
+        for i, column in enumerate(columns):
+            table.add_column(column, justify="left" if i == 0 else "right")
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table)
+
+    @contextmanager
+    def progress(self, description: str) -> Iterator[_Bar]:
+        """A bar with an estimate of the time left; in a log, a line every half minute."""
+        bar = _Bar(self.console, description)
+        try:
+            yield bar
+        finally:
+            bar.close()
+
+    @contextmanager
+    def texts(self, description: str = "features") -> Iterator[TextProgress]:
+        """Progress of a backbone, with tokens per second."""
+        with self.progress(description) as bar:
+            yield lambda done, total, speed: bar.update(done, total, f"{speed:,.0f} tokens/s")
+
+
+class _Bar:
+    def __init__(self, console: Console, description: str) -> None:
+        self._console, self._description = console, description
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._last = time.monotonic()
+
+    def update(self, done: int, total: int, note: str = "") -> None:
+        """Show progress; the bar appears with the first call."""
+        if self._console.is_terminal:
+            if self._progress is None:
+                self._progress = Progress(
+                    TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                    TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=self._console,
+                )  # fmt: skip
+                self._progress.start()
+                self._task = self._progress.add_task(self._description, total=total, note="")
+            self._progress.update(self._task, completed=done, total=total, note=note)
+        elif done == total or time.monotonic() - self._last > 30:
+            self._last = time.monotonic()
+            self._console.print(f"{self._description}: {done}/{total} {note}", markup=False)
+
+    def close(self) -> None:
+        """Take the bar down."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Flags of every command."""
+    parser.add_argument("--quiet", action="store_true", help="print results and errors only")
+    parser.add_argument("--debug", action="store_true", help="verbose log, and tracebacks")
+
+
+def emit_json(target: str | None, content: Any) -> None:
+    """Write JSON to a file, or to standard output for ``-``; NaN becomes null, so that every reader can read it.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    if target is None:
+        return
+    text = json.dumps(without_nan(content), indent=2, allow_nan=False) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+    else:
+        write_atomically(Path(target), text.encode())
+
+
+def without_nan(value: Any) -> Any:
+    """The same nested values, NaN and Inf replaced by None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: without_nan(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(v) for v in value]
+    return value
+
+
+def configure_logging(quiet: bool, debug: bool) -> None:
+    """Our log lines to standard error; the libraries' progress bars and advice off."""
+    logging.basicConfig(
+        stream=sys.stderr,
+        format="%(message)s",
+        level=logging.DEBUG if debug else logging.ERROR if quiet else logging.WARNING,
+    )
+    logging.getLogger("fedvpa").setLevel(logging.DEBUG if debug else logging.ERROR if quiet else logging.INFO)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def show_interval(value: dict[str, Any] | None) -> str:
+    """``0.645 [0.62, 0.67]``."""
+    if value is None or math.isnan(value["mean"]):
+        return "-"
+    if math.isnan(value["low"]):
+        return f"{value['mean']:.3f}"
+    return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"

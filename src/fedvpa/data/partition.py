@@ -1,0 +1,220 @@
+"""From pairs to clients: natural ids, by group at any ratio, Dirichlet, mixed preferences, and the mirrored protocol.
+
+Flower Datasets' partitioners would serve for the Dirichlet case alone and need an older `datasets`; the few lines are here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from fedvpa.errors import BadInputError
+from fedvpa.types import PreferencePair
+
+Partition = Literal["auto", "natural", "group", "dirichlet", "mixed"]
+
+
+@dataclass(frozen=True)
+class ClientPairs:
+    """One client's private pairs; `group` is the true group, for evaluation alone."""
+
+    name: str
+    group: str | None
+    pairs: tuple[PreferencePair, ...]
+
+
+@dataclass(frozen=True)
+class Partitioner:
+    """How pairs are divided; see `data.*` in the configuration."""
+
+    clients: int
+    partition: Partition = "auto"
+    group_ratio: str | None = None
+    dirichlet_alpha: float = 0.5
+    mixing: float = 0.2
+    protocol: Literal["natural", "mirrored"] = "natural"
+    max_pairs: int = 0
+    least_pairs: int = 2
+
+    def __call__(self, pairs: Sequence[PreferencePair], seed: int, prefix: str = "client") -> list[ClientPairs]:
+        """Divide `pairs`. No pair goes to two clients (but for `mirrored`, where its reversal does), none is kept twice.
+
+        Raises:
+            BadInputError: ids, groups or pairs do not suffice; the message says how many there are.
+        """
+        generator = np.random.default_rng([seed, *prefix.encode()])
+        clients = (
+            self._mirrored(pairs, generator, prefix)
+            if self.protocol == "mirrored"
+            else self._divide(pairs, generator, prefix, self.clients)
+        )
+        out = []
+        for client in clients:
+            own = without_duplicates(client.pairs)
+            if self.max_pairs:
+                own = own[: self.max_pairs]
+            if len(own) < self.least_pairs:
+                raise BadInputError(
+                    f"{client.name} would hold {len(own)} pair{'s' * (len(own) != 1)}, but needs at least "
+                    f"{self.least_pairs} (context and target): {len(pairs)} pairs for {len(clients)} clients; use fewer clients"
+                )
+            out.append(replace(client, pairs=tuple(own)))
+        return out
+
+    def _kind(self, pairs: Sequence[PreferencePair]) -> str:
+        if self.partition != "auto":
+            return self.partition
+        return "natural" if pairs and all(p.client_id is not None for p in pairs) else "group"
+
+    def _divide(
+        self, pairs: Sequence[PreferencePair], generator: np.random.Generator, prefix: str, count: int
+    ) -> list[ClientPairs]:
+        kind = self._kind(pairs)
+        if kind == "natural":
+            return self._natural(pairs, generator, count)
+        pools = _pools(pairs, generator)
+        if kind == "dirichlet":
+            return self._dirichlet(pools, generator, prefix, count)
+        owners = self._owners(sorted(pools), count)
+        share = min(len(pools[g]) // owners.count(g) for g in pools) if self.group_ratio else None
+        dealt: list[list[PreferencePair]] = [[] for _ in owners]
+        for group, pool in pools.items():
+            holders = [i for i, g in enumerate(owners) if g == group]
+            for position, pair in enumerate(pool):
+                holder = holders[position % len(holders)]
+                if share is None or len(dealt[holder]) < share:
+                    dealt[holder].append(pair)
+        if kind == "mixed" and len(pools) > 1:
+            _swap_between_groups(dealt, owners, self.mixing, generator)
+        return [ClientPairs(f"{prefix}-{i:04d}", g or None, tuple(own)) for i, (g, own) in enumerate(zip(owners, dealt))]
+
+    def _natural(self, pairs: Sequence[PreferencePair], generator: np.random.Generator, count: int) -> list[ClientPairs]:
+        by_id: dict[str, list[PreferencePair]] = defaultdict(list)
+        for pair in pairs:
+            if pair.client_id is None:
+                raise BadInputError(f"{pair.source}: partition=natural needs a client_id in every record")
+            by_id[pair.client_id].append(pair)
+        usable = {name: own for name, own in by_id.items() if len(without_duplicates(own)) >= self.least_pairs}
+        if not usable:
+            raise BadInputError(f"none of the {len(by_id)} client ids has {self.least_pairs} or more pairs")
+        names = sorted(usable)
+        if len(names) > count:
+            names = sorted(generator.permutation(names)[:count].tolist())
+        return [ClientPairs(name, _majority_group(usable[name]), tuple(usable[name])) for name in names]
+
+    def _owners(self, groups: list[str], count: int) -> list[str]:
+        """Group of every client, groups interleaved; each group gets at least one."""
+        if count < len(groups):
+            raise BadInputError(f"{count} clients are too few for {len(groups)} groups ({', '.join(groups)})")
+        shares = [1.0] * len(groups)
+        if self.group_ratio:
+            try:
+                shares = [float(x) for x in self.group_ratio.split(":")]
+            except ValueError:
+                shares = []
+            if len(shares) != len(groups) or min(shares) <= 0:
+                raise BadInputError(
+                    f"data.group_ratio: '{self.group_ratio}' must give a positive number for each of the "
+                    f"{len(groups)} groups ({', '.join(groups)}), as in 70:30"
+                )
+        exact = np.array(shares) / sum(shares) * count
+        counts = np.maximum(1, np.floor(exact).astype(int))
+        while counts.sum() < count:
+            counts[np.argmax(exact - counts)] += 1
+        while counts.sum() > count:
+            counts[np.argmax(counts)] -= 1
+        slots = [((i + 0.5) / n, g) for g, n in zip(groups, counts) for i in range(n)]
+        return [g for _, g in sorted(slots)]
+
+    def _dirichlet(
+        self, pools: dict[str, list[PreferencePair]], generator: np.random.Generator, prefix: str, count: int
+    ) -> list[ClientPairs]:
+        """Each client's mixture of groups is drawn from a Dirichlet; clients are equally large (cf. Hsu et al., 2019)."""
+        each = sum(map(len, pools.values())) // count
+        left = {g: list(pool) for g, pool in pools.items()}
+        groups = sorted(pools)
+        clients = []
+        for i in range(count):
+            mixture = generator.dirichlet([self.dirichlet_alpha] * len(groups))
+            own: list[PreferencePair] = []
+            while len(own) < each:
+                available = np.array([m if left[g] else 0.0 for g, m in zip(groups, mixture)])
+                if available.sum() <= 0:
+                    available = np.array([float(len(left[g])) for g in groups])
+                own.append(left[groups[generator.choice(len(groups), p=available / available.sum())]].pop())
+            clients.append(ClientPairs(f"{prefix}-{i:04d}", _majority_group(own), tuple(own)))
+        return clients
+
+    def _mirrored(self, pairs: Sequence[PreferencePair], generator: np.random.Generator, prefix: str) -> list[ClientPairs]:
+        if self.clients < 2 or self.clients % 2:
+            raise BadInputError(f"protocol=mirrored needs an even number of clients, not {self.clients}")
+        blank = [replace(p, group=None, client_id=None) for p in pairs]
+        plain = replace(self, partition="group", group_ratio=None)
+        half = plain._divide(blank, generator, prefix, self.clients // 2)
+        out = []
+        for client in half:
+            own = replace(client, group="original")
+            out += [own, ClientPairs(f"{client.name}-mirrored", "mirrored", tuple(p.reversed() for p in own.pairs))]
+        return out
+
+
+def without_duplicates(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
+    """Keep the first of pairs with equal prompt and responses, whatever their labels: a target never sits in the context."""
+    return list({pair.content_key(): pair for pair in reversed(pairs)}.values())[::-1]
+
+
+def split_off(client: ClientPairs, share: float, seed: int) -> tuple[ClientPairs, ClientPairs]:
+    """Divide a client's pairs at random: the larger part, and `share` of them (one at least if there are five or more)."""
+    count = len(client.pairs)
+    held = round(share * count)
+    if share > 0 and held == 0 and count >= 5:
+        held = 1
+    held = min(held, count - 2)
+    name = int.from_bytes(hashlib.sha256(client.name.encode()).digest()[:8], "big")
+    order = np.random.default_rng([seed, name]).permutation(count)
+    parts = (sorted(order[held:].tolist()), sorted(order[:held].tolist()))
+    first, second = (tuple(client.pairs[i] for i in index) for index in parts)
+    return replace(client, pairs=first), replace(client, pairs=second)
+
+
+def _pools(pairs: Sequence[PreferencePair], generator: np.random.Generator) -> dict[str, list[PreferencePair]]:
+    """Shuffled pairs of every group, without repetitions within a group (two groups may well judge the same pair); without
+    groups all are in one, called ''."""
+    named = [p.group is not None for p in pairs]
+    if any(named) and not all(named):
+        stray = pairs[named.index(False)]
+        raise BadInputError(f"{stray.source}: has no group although other records have one")
+    pools: dict[str, list[PreferencePair]] = defaultdict(list)
+    for pair in pairs:
+        pools[pair.group or ""].append(pair)
+    distinct = {g: without_duplicates(pools[g]) for g in sorted(pools)}
+    return {g: [pool[i] for i in generator.permutation(len(pool))] for g, pool in distinct.items()}
+
+
+def _majority_group(pairs: Sequence[PreferencePair]) -> str | None:
+    counts: dict[str, int] = defaultdict(int)
+    for pair in pairs:
+        if pair.group is not None:
+            counts[pair.group] += 1
+    return max(sorted(counts), key=lambda g: counts[g]) if counts else None
+
+
+def _swap_between_groups(
+    dealt: list[list[PreferencePair]], owners: list[str], share: float, generator: np.random.Generator
+) -> None:
+    """Exchange `share` of every client's pairs with clients of other groups, in place."""
+    gifts: list[tuple[str, PreferencePair]] = []
+    room: list[int] = []
+    for i, own in enumerate(dealt):
+        for _ in range(round(share * len(own))):
+            gifts.append((owners[i], own.pop()))
+            room.append(i)
+    generator.shuffle(room)
+    for i in room:
+        foreign = next((k for k, (group, _) in enumerate(gifts) if group != owners[i]), 0)
+        dealt[i].append(gifts.pop(foreign)[1])

@@ -1,0 +1,140 @@
+"""The HTML report: one file, no scripts, nothing fetched."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import yaml
+from jaxtyping import Int
+from jinja2 import Environment, PackageLoader, select_autoescape
+from torch import Tensor
+
+from fedvpa.evaluation import plots
+from fedvpa.types import Posterior
+
+_ROWS = (
+    ("own", "own z"),
+    ("worst_group", "own z, worst group"),
+    ("prior_mean", "prior mean (nothing known)"),
+    ("shuffled", "another client's z"),
+    ("other_group", "another group's z"),
+    ("flipped", "context labels reversed"),
+)
+
+
+def render_report(
+    results: dict[str, Any],
+    *,
+    seen: Posterior | None,
+    unseen: Posterior | None,
+    prototypes: Tensor | None,
+    group_names: list[str],
+    seen_group: Int[Tensor, "k"],
+    unseen_group: Int[Tensor, "u"],
+    probability: list[float],
+) -> str:
+    """The page for `results` (see docs/evaluation.md for its keys)."""
+    run, data, protocol = results["run"], results["data"], results["protocol"]
+    figures = [("Own z against the controls (unseen clients).", plots.controls(results["accuracy"]))]
+    figures.append(("Few-shot curve, unseen clients; the band is a 95 % interval over clients.",
+                    plots.few_shot_curve(results["few_shot"], group_names)))  # fmt: skip
+    if seen is not None:
+        caption = "Latent map: posteriors by true group, with one-sigma ellipses; unseen clients from their context alone."
+        figures.append((caption, plots.latent_map(seen, unseen, prototypes, seen_group, unseen_group, group_names)))
+    if any("loss" in row for row in results["history"]):
+        figures.append(("Learning curves.", plots.learning_curves(results["history"])))
+    if "posterior" in results:
+        figures.append(("KL per dimension, mean over seen clients.", plots.kl_bars(results["posterior"]["kl_per_dimension"])))
+    figures.append(("Calibration on unseen clients' targets.", plots.calibration(probability)))
+    traffic = results["communication"]
+    down, up = traffic["down_bytes_per_client_and_round"], traffic["up_bytes_per_client_and_round"]
+    figures.append(("Communication of one client.", plots.communication(down, up, run["rounds"])))
+    warnings = []
+    if protocol["training_leaks"]:
+        warnings.append("Trained with the single-pair protocol, which LEAKS: z was inferred from the very pair that was "
+                        "scored. The evaluation here does not.")  # fmt: skip
+    if data["dropped_because_trained_on"]:
+        warnings.append(f"{data['dropped_because_trained_on']} evaluation pairs were dropped: the run was trained on them.")
+    columns = [("unseen clients", results)] + ([("seen clients", results["seen"])] if results["seen"] else [])
+    rows = [
+        {"name": label, "cells": [_cell(part["accuracy"].get(key)) for _, part in columns]}
+        for key, label in _ROWS
+        if any(key in part["accuracy"] for _, part in columns)
+    ]
+    rows.append({"name": "ECE, own z", "cells": [f"{part['ece']['own']:.3f}" for _, part in columns]})
+    rows.append({"name": "NLL, own z (nats a pair)", "cells": [_cell(part["nll"]["own"]) for _, part in columns]})
+    environment = Environment(loader=PackageLoader("fedvpa.evaluation", "."), autoescape=select_autoescape())
+    return environment.get_template("report.html").render(
+        title=f"fedvpa: {run['method']} on {data['source'].rstrip('/').rsplit('/', 1)[-1]}",
+        lead=f"{run['clients']} training clients, {run['rounds']} rounds, seed {run['seed']}; evaluated on "
+        f"{data['unseen_clients']} unseen clients with up to {protocol['context']} context pairs "
+        f"({protocol['repeats']} random divisions into context and disjoint targets).",
+        warnings=warnings,
+        cards=_cards(results),
+        columns=[name for name, _ in columns],
+        rows=rows,
+        plots=[{"svg": plots.svg(fig), "caption": caption} for caption, fig in figures],
+        diagnostics=_diagnostics(results),
+        manifest=traffic["manifest"],
+        config=yaml.safe_dump(run["config"], sort_keys=False),
+    )
+
+
+def _cell(value: dict[str, Any] | None) -> str:
+    if value is None or math.isnan(value["mean"]):
+        return "-"
+    group = f" ({value['group']})" if value.get("group") else ""
+    spread = "" if math.isnan(value["low"]) else f"  [{value['low']:.3f}, {value['high']:.3f}]"
+    return f"{value['mean']:.3f}{spread}{group}"
+
+
+def _cards(results: dict[str, Any]) -> list[dict[str, str]]:
+    def card(label: str, value: dict[str, Any]) -> dict[str, str]:
+        detail = "" if math.isnan(value["low"]) else f"95 %: {value['low']:.3f} to {value['high']:.3f}"
+        return {"label": label, "value": f"{value['mean']:.3f}", "detail": detail}
+
+    cards = [card("own z, unseen", results["accuracy"]["own"])]
+    if "other_group" in results["accuracy"]:
+        cards.append(card("another group's z", results["accuracy"]["other_group"]))
+    if results["seen"]:
+        cards.append(card("own z, seen", results["seen"]["accuracy"]["own"]))
+    if "latent" in results and results["latent"]["ari"] is not None:
+        cards.append({"label": "ARI, seen clients", "value": f"{results['latent']['ari']:.2f}", "detail": "k-means on means"})
+    if "posterior" in results:
+        p = results["posterior"]
+        cards.append({"label": "active units", "value": str(p["active_units"]), "detail": f"of {p['dimensions']}"})
+    return cards
+
+
+def _diagnostics(results: dict[str, Any]) -> list[tuple[str, str]]:
+    if "posterior" not in results:
+        return []
+    p, latent = results["posterior"], results["latent"]
+    entries: list[tuple[str, Any]] = [
+        ("active units", p["active_units"]),
+        ("KL from N(0, I), nats", p["kl"]),
+        ("mutual information of client and z, nats", p["mutual_information"]),
+        ("mean sigma", p["mean_sigma"]),
+        ("ARI / NMI of k-means with the true groups (seen)", _pair(latent["ari"], latent["nmi"])),
+        ("the same, unseen clients' contexts", _pair(latent["unseen"]["ari"], latent["unseen"]["nmi"])),
+        ("silhouette", latent["silhouette"]),
+        ("between- / within-group variance", latent["between_within"]),
+        ("linear probe of the group", latent["linear_probe"]),
+        ("choices that another group's z reverses", latent["switch_rate"]["all"]),
+        ("fitted components", latent["population_components"]),
+    ]
+    if results.get("prior_weights"):
+        w = results["prior_weights"]
+        entries.append(("entropy of the prior's weights (1: uniform)", w["entropy"]))
+        entries.append(
+            (
+                "weight on peers of one's own group / their share",
+                _pair(w["same_group_weight"], w["same_group_share_of_peers"]),
+            )
+        )
+    return [(name, f"{value:.3f}" if isinstance(value, float) else str(value)) for name, value in entries if value is not None]
+
+
+def _pair(first: float | None, second: float | None) -> str | None:
+    return None if first is None or second is None else f"{first:.2f} / {second:.2f}"

@@ -1,0 +1,42 @@
+"""Means with 95 % intervals over clients, and paired differences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypedDict
+
+import numpy as np
+from scipy import stats
+
+
+class Interval(TypedDict):
+    """A mean over clients (or seeds), its 95 % Student-t interval, and how many there were."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Mean and 95 % interval; of one value the interval is unknown (NaN), and values that are NaN are left out."""
+    x = np.asarray([v for v in values if not math.isnan(v)], dtype=float)
+    if x.size == 0:
+        return Interval(mean=math.nan, low=math.nan, high=math.nan, n=0)
+    mean = float(x.mean())
+    if x.size == 1:
+        return Interval(mean=mean, low=math.nan, high=math.nan, n=1)
+    half = float(stats.t.ppf(0.975, x.size - 1) * x.std(ddof=1) / math.sqrt(x.size))
+    return Interval(mean=mean, low=mean - half, high=mean + half, n=int(x.size))
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> Interval:
+    """Interval of first - second, element by element.
+
+    Raises:
+        ValueError: of different lengths.
+    """
+    if len(first) != len(second):
+        raise ValueError(f"{len(first)} and {len(second)} values cannot be paired")
+    return interval([a - b for a, b in zip(first, second)])

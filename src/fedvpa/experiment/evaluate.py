@@ -1,0 +1,223 @@
+"""Evaluate a run on seen and unseen clients; every number of the report comes from here (keys: docs/evaluation.md)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from fedvpa import __version__
+from fedvpa.config import DataConfig
+from fedvpa.data.features import FeatureCache
+from fedvpa.errors import BadInputError
+from fedvpa.evaluation.diagnostics import (
+    cluster_diagnostics,
+    posterior_diagnostics,
+    prior_weight_diagnostics,
+    prototype_cosines,
+    switch_rate,
+)
+from fedvpa.evaluation.protocol import (
+    Scores,
+    Trial,
+    by_group,
+    evaluate_controls,
+    evaluate_few_shot,
+    given_trial,
+    split_trials,
+)
+from fedvpa.evaluation.statistics import interval
+from fedvpa.experiment.dataset import (
+    features_of,
+    held_out_pairs,
+    to_store,
+    training_data,
+    unseen_clients,
+    without_overlap,
+)
+from fedvpa.experiment.run import Run, open_run
+from fedvpa.federated.objective import PROTOTYPES
+from fedvpa.federated.store import ClientStore
+from fedvpa.federated.variational import FederatedVariational, VariationalPredictor
+from fedvpa.models.backbone import Progress
+from fedvpa.types import Posterior
+
+CONTEXT_SIZES = (0, 1, 2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What to evaluate on. `data` None stands for the run's own source."""
+
+    data: str | None = None
+    split: str | None = None
+    clients: int = 10
+    context: int = 32
+    repeats: int = 4
+    seed: int = 0
+    on_bad_record: str = "few"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The results as JSON, and the posteriors that the latent map draws."""
+
+    results: dict[str, Any]
+    seen: Posterior | None
+    unseen: Posterior | None
+    prototypes: Tensor | None
+    group_names: list[str]
+    seen_group: Int[Tensor, "k"]
+    unseen_group: Int[Tensor, "u"]
+    probability: list[float]
+
+
+def evaluate(directory: str, settings: EvaluationSettings, progress: Progress | None = None) -> Evaluation:
+    """Evaluate the run in `directory`; nothing is trained, and no target pair is in any context or training set.
+
+    Raises:
+        BadInputError: no run there, or unusable evaluation data.
+        CheckpointError: the run is unfinished or damaged.
+    """
+    run = open_run(directory, with_clients=True, progress=progress)
+    data = _evaluation_data(run.config.data, settings)
+    trained = training_data(run.config)
+    everything = [*trained.train, *trained.validation]
+    raw_unseen, skipped = unseen_clients(data, run.config.seed, settings.clients, settings.context)
+    unseen, dropped = without_overlap(raw_unseen, everything)
+    held_out, dropped_seen = without_overlap(held_out_pairs(data, run.config.seed, trained.train), everything)
+    cache = FeatureCache(run.config.features)
+    features, _, signature = features_of([*unseen, *held_out], cache, progress)
+    _same_backbone(run, signature)
+    unseen_store = to_store(unseen, features[: len(unseen)], run.whitener, run.needs_common)
+    held_out_store = to_store(held_out, features[len(unseen) :], run.whitener, run.needs_common)
+    names = sorted({g for g in (*run.store.groups, *unseen_store.groups) if g is not None})
+    seen_group, unseen_group = _group_of(run.store, names), _group_of(unseen_store, names)
+    predictor = run.predictor
+
+    trials = split_trials(unseen_store, settings.context, settings.repeats, settings.seed)
+    sizes = [s for s in CONTEXT_SIZES if s <= settings.context]
+    if settings.context not in sizes:
+        sizes.append(settings.context)
+    unseen_part, scores = _part(predictor, trials, unseen_group, names, sizes, settings.seed)
+    seen_part: dict[str, Any] | None = None
+    if int(held_out_store.sizes.sum()):
+        seen_part, _ = _part(predictor, [given_trial(run.store, held_out_store)], seen_group, names, sizes, settings.seed)
+    history = run.checkpoint.history
+    results: dict[str, Any] = {
+        "fedvpa": __version__,
+        "run": {
+            "method": run.config.method, "preset": run.config.preset, "seed": run.config.seed,
+            "rounds": run.checkpoint.state.round, "clients": len(run.store), "config": run.config.model_dump(mode="json"),
+        },
+        "data": {
+            "source": data.source, "split": data.split, "unseen_clients": len(unseen_store),
+            "unseen_pairs": int(unseen_store.sizes.sum()), "held_out_pairs_of_seen_clients": int(held_out_store.sizes.sum()),
+            "dropped_because_trained_on": dropped + dropped_seen, "skipped": dict(skipped), "groups": names,
+        },
+        "protocol": {
+            "context": settings.context, "repeats": settings.repeats, "disjoint": True,
+            "training_leaks": run.config.federation.protocol == "single-pair",
+            "interval": "95 % Student t over clients",
+        },
+        **unseen_part,
+        "seen": seen_part,
+        "history": history,
+    }  # fmt: skip
+    seen = unseen_posterior = prototypes = None
+    algorithm = run.algorithm
+    if isinstance(algorithm, FederatedVariational) and isinstance(predictor, VariationalPredictor):
+        seen = algorithm.posteriors(run.checkpoint.state)
+        unseen_posterior = predictor.amortised(trials[0].context)
+        prototypes = _prototypes(run)
+        results["posterior"] = posterior_diagnostics(seen)
+        results["latent"] = cluster_diagnostics(seen.mean, seen_group) | {
+            "unseen": cluster_diagnostics(unseen_posterior.mean, unseen_group),
+            "switch_rate": switch_rate(predictor, trials, unseen_group),
+            "prototype_cosines": None if prototypes is None else prototype_cosines(prototypes),
+            "population_components": None if predictor.population is None else predictor.population.weight.numel(),
+        }
+        results["prior_weights"] = _prior_weights(algorithm, run, seen_group)
+    payload = [row._asdict() for row in algorithm.payload(run.checkpoint.state)]
+    results["communication"] = {
+        "down_bytes_per_client_and_round": sum(r["bytes"] for r in payload if r["direction"] == "down"),
+        "up_bytes_per_client_and_round": sum(r["bytes"] for r in payload if r["direction"] == "up"),
+        "manifest": payload,
+    }
+    probability = torch.cat(scores["own"].probability).tolist()
+    return Evaluation(results, seen, unseen_posterior, prototypes, names, seen_group, unseen_group, probability)
+
+
+def _part(
+    predictor: Any, trials: list[Trial], group: Int[Tensor, "u"], names: list[str], sizes: Sequence[int], seed: int
+) -> tuple[dict[str, Any], dict[str, Scores]]:
+    """Controls and the few-shot curve of one set of clients, summarised over clients."""
+    scores = evaluate_controls(predictor, trials, group, seed)
+    own = scores["own"].accuracy()
+    groups = by_group(own, group, names, interval)
+    present: dict[str, Any] = {k: v for k, v in groups.items() if v["n"]}  # type: ignore[index]
+    worst = min(present, key=lambda name: present[name]["mean"]) if present else None
+    accuracy: dict[str, Any] = {name: interval(s.accuracy()) for name, s in scores.items()}
+    accuracy["worst_group"] = {**(present[worst] if worst else interval(own)), "group": worst}
+    accuracy["by_group"] = present
+    few_shot = {}
+    for size, at in evaluate_few_shot(predictor, trials, group, sizes).items():
+        few_shot[str(size)] = {
+            "accuracy": interval(at.accuracy()), "nll": interval(at.mean_nll()), "ece": at.ece(),
+            "by_group": by_group(at.accuracy(), group, names, interval),
+        }  # fmt: skip
+    return {
+        "accuracy": accuracy,
+        "nll": {name: interval(s.mean_nll()) for name, s in scores.items()},
+        "ece": {name: s.ece() for name, s in scores.items()},
+        "few_shot": few_shot,
+        "per_client_accuracy": own,
+        "targets_scored": int(scores["own"].count.sum()),
+    }, scores
+
+
+def _evaluation_data(trained: DataConfig, settings: EvaluationSettings) -> DataConfig:
+    update: dict[str, Any] = {
+        "split": settings.split, "on_bad_record": settings.on_bad_record, "group_ratio": None, "max_pairs": 0,
+        "clients": settings.clients,
+    }  # fmt: skip
+    if settings.data is not None:
+        update["source"] = settings.data
+    elif settings.split is None and trained.source != "personas":
+        raise BadInputError("evaluate: say which data, --data (and --split NAME); the training pairs must not be scored")
+    return trained.model_copy(update=update)
+
+
+def _group_of(store: ClientStore, names: list[str]) -> Int[Tensor, "k"]:
+    return torch.tensor([-1 if g is None else names.index(g) for g in store.groups], dtype=torch.long)
+
+
+def _same_backbone(run: Run, signature: str) -> None:
+    trained = json.loads((run.paths.root / "data.json").read_text())["signature"]
+    if trained != signature:
+        raise BadInputError(
+            f"{run.paths.root}: was trained on features of another backbone or number type ({trained}) than this machine "
+            f"gives ({signature}); set --features.dtype and --features.backbone explicitly when training"
+        )
+
+
+def _prototypes(run: Run) -> Tensor | None:
+    state = run.checkpoint.state
+    if PROTOTYPES in state.params:
+        return state.params[PROTOTYPES]
+    return state.population.get("mean")
+
+
+def _prior_weights(algorithm: FederatedVariational, run: Run, group: Int[Tensor, "k"]) -> dict[str, float] | None:
+    state = run.checkpoint.state
+    prior = algorithm.prior(state)
+    if prior is None:
+        return None
+    everyone = torch.arange(len(run.store))
+    log_weight = algorithm.objective.log_weight(state.clients.get("prior_logit"), prior, everyone, None)
+    return prior_weight_diagnostics(log_weight, group[prior.client], group)

@@ -1,0 +1,167 @@
+"""A run's directory: what is in it, and how it is opened again.
+
+| file | what |
+|---|---|
+| `config.yaml` | the effective configuration |
+| `data.json` | clients, groups, counts, backbone; what was skipped |
+| `whitening.safetensors` | centre and projection of the features |
+| `checkpoint.safetensors` | state and history after the last saved round |
+| `manifest.json` | what travels between a client and the server, in bytes |
+| `history.json` | losses and validation accuracy by round |
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from fedvpa.checkpoint import Checkpoint, load_checkpoint, write_atomically
+from fedvpa.config import Config, build_config, read_yaml
+from fedvpa.data.features import FeatureCache
+from fedvpa.errors import BadInputError, CheckpointError
+from fedvpa.experiment.build import build_algorithm, build_reward
+from fedvpa.experiment.dataset import Whitener, features_of, to_store, training_data
+from fedvpa.federated.algorithm import Algorithm, Predictor
+from fedvpa.federated.store import ClientStore, build_store
+from fedvpa.models.backbone import Progress
+from fedvpa.types import PairBatch
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """Files of a run."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """Effective configuration."""
+        return self.root / "config.yaml"
+
+    @property
+    def checkpoint(self) -> Path:
+        """State and history."""
+        return self.root / "checkpoint.safetensors"
+
+    @property
+    def whitening(self) -> Path:
+        """Centre and projection."""
+        return self.root / "whitening.safetensors"
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write one of the JSON files."""
+        write_atomically(self.root / name, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def save_config(paths: RunPaths, config: Config) -> None:
+    """Write the effective configuration."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    write_atomically(paths.config, text.encode())
+
+
+def load_config(paths: RunPaths) -> Config:
+    """Read the configuration of a run.
+
+    Raises:
+        BadInputError: the directory holds no run.
+    """
+    if not paths.config.is_file():
+        raise BadInputError(f"{paths.root}: no run there (no config.yaml); train one with `fedvpa train --out {paths.root}`")
+    settings = read_yaml(paths.config)
+    try:
+        return Config.model_validate(settings)  # already checked when it was built: nothing is layered again
+    except ValueError as error:
+        raise BadInputError(f"{paths.config}: not a configuration of this version: {error}") from error
+
+
+def save_whitener(paths: RunPaths, whitener: Whitener) -> None:
+    """Write the whitening."""
+    write_atomically(paths.whitening, save({"centre": whitener.centre, "projection": whitener.projection}))
+
+
+def load_whitener(paths: RunPaths) -> Whitener:
+    """Read the whitening.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    try:
+        return Whitener(**load_file(paths.whitening))
+    except (OSError, SafetensorError, TypeError) as error:
+        raise CheckpointError(f"{paths.whitening}: missing or damaged: {error}") from error
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained run, opened for use. `store` holds the training clients when it was opened with them."""
+
+    config: Config
+    paths: RunPaths
+    whitener: Whitener
+    checkpoint: Checkpoint
+    algorithm: Algorithm
+    store: ClientStore
+
+    @property
+    def predictor(self) -> Predictor:
+        """The trained method."""
+        return self.algorithm.predictor(self.checkpoint.state)
+
+    @property
+    def needs_common(self) -> bool:
+        """Whether the reward reads more than differences of features."""
+        return build_reward(self.config).needs_common
+
+
+def open_run(directory: str | Path, *, with_clients: bool = False, progress: Progress | None = None) -> Run:
+    """Open a run; `with_clients` also reads its training data again (its features come from the cache).
+
+    Raises:
+        BadInputError: no run there, or its data are gone.
+        CheckpointError: the run has no finished checkpoint, or a damaged one.
+    """
+    paths = RunPaths(Path(directory))
+    config = load_config(paths)
+    checkpoint = load_checkpoint(paths.checkpoint)
+    if not checkpoint.finished:
+        raise CheckpointError(
+            f"{paths.root}: training stopped after round {checkpoint.state.round} of {config.federation.rounds}; "
+            f"finish it with `fedvpa train --resume --out {paths.root}`"
+        )
+    whitener = load_whitener(paths)
+    if with_clients:
+        clients = training_data(config).train
+        features, _, _ = features_of(clients, FeatureCache(config.features), progress)
+        store = to_store(clients, features, whitener, build_reward(config).needs_common)
+    else:
+        store = _named_only(json.loads((paths.root / "data.json").read_text()), config.model.inputs)
+    return Run(config, paths, whitener, checkpoint, build_algorithm(config, store), store)
+
+
+def _named_only(data: dict[str, Any], inputs: int) -> ClientStore:
+    """A store that knows the clients' names and groups but holds no pairs."""
+    names = [c["name"] for c in data["clients"]]
+    empty = [torch.zeros(0, inputs)] * len(names)
+    return build_store(names, [c["group"] for c in data["clients"]], empty, empty, [torch.zeros(0)] * len(names))
+
+
+def pairs_to_batch(run: Run, features: torch.Tensor, orders: torch.Tensor) -> PairBatch:
+    """One user's features [n, 2, H] as a batch [1, n, p]."""
+    common = run.whitener.common(features).unsqueeze(0) if run.needs_common else None
+    mask = torch.ones(1, features.shape[0], dtype=torch.bool)
+    return PairBatch(run.whitener.difference(features).unsqueeze(0), common, orders.unsqueeze(0), mask)
+
+
+def changed_settings(saved: Config, explicit: dict[str, Any]) -> list[str]:
+    """Explicit settings that differ from a saved configuration."""
+    from fedvpa.config import flatten
+
+    given, old = flatten(build_config(explicit).model_dump()), flatten(saved.model_dump())
+    return sorted(name for name in flatten(explicit) if given.get(name) != old.get(name))

@@ -1,0 +1,179 @@
+"""Train one run: read, encode, whiten, rounds, checkpoints; resumable after anything."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedvpa.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from fedvpa.config import Config
+from fedvpa.data.features import FeatureCache
+from fedvpa.errors import BadInputError
+from fedvpa.evaluation.protocol import Scores, given_trial
+from fedvpa.evaluation.statistics import interval
+from fedvpa.experiment.build import build_algorithm, build_reward
+from fedvpa.experiment.dataset import TrainingData, Whitener, features_of, to_store, training_data
+from fedvpa.experiment.run import RunPaths, load_config, save_config, save_whitener
+from fedvpa.experiment.tracking import Tracker, open_tracker
+from fedvpa.federated.algorithm import Algorithm, sample_cohort
+from fedvpa.federated.store import ClientStore
+from fedvpa.models.backbone import Progress
+from fedvpa.types import ServerState
+
+logger = logging.getLogger("fedvpa")
+
+OnRound = Callable[[int, int, dict[str, Any]], None]
+"""Called with (rounds done, rounds in all, this round's row of the history)."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where the run is, and its history."""
+
+    root: Path
+    config: Config
+    history: list[dict[str, Any]]
+    seconds: float
+
+
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    on_round: OnRound | None = None,
+    on_features: Progress | None = None,
+    on_data: Callable[[TrainingData], None] | None = None,
+) -> TrainResult:
+    """Train the configured method and leave a run in `config.out`.
+
+    Nothing is written before the data have been read and checked. An interruption at any time leaves a run that
+    `resume=True` continues to the same bits as if it had not been interrupted.
+
+    Raises:
+        BadInputError: unusable data or settings, or an output directory that is in use.
+        NonFiniteUpdateError: a client's update holds NaN or Inf (the run stays resumable).
+        CheckpointError: the checkpoint to resume from is damaged or belongs to other settings or data.
+    """
+    start = time.perf_counter()
+    paths = RunPaths(Path(config.out))
+    _check_directory(paths, config, resume)
+    data = training_data(config)
+    if on_data is not None:
+        on_data(data)
+    cache = FeatureCache(config.features)
+    features, backbone, signature = features_of([*data.train, *data.validation], cache, on_features)
+    train_features, validation_features = features[: len(data.train)], features[len(data.train) :]
+    whitener = Whitener.fit(torch.cat(train_features), config.model.inputs)
+    needs_common = build_reward(config).needs_common
+    store = to_store(data.train, train_features, whitener, needs_common)
+    validation = to_store(data.validation, validation_features, whitener, needs_common)
+    algorithm = build_algorithm(config, store)
+    fingerprint = _fingerprint(config, store, signature)
+
+    if resume and paths.checkpoint.is_file():
+        found = load_checkpoint(paths.checkpoint, fingerprint)
+        state, history = found.state, found.history
+        if found.finished:
+            logger.info("%s is finished already", paths.root)
+            return TrainResult(paths.root, config, history, 0.0)
+    else:
+        state, history = algorithm.init(), []
+        save_config(paths, config)
+        save_whitener(paths, whitener)
+        paths.write_json("data.json", _describe(data, backbone, signature))
+    paths.write_json("manifest.json", [row._asdict() for row in algorithm.payload(state)])
+    with open_tracker(config.tracker, paths.root, config) as tracker:
+        state = _rounds(config, algorithm, state, history, paths, fingerprint, store, validation, tracker, on_round)
+    paths.write_json("history.json", history)
+    paths.write_json("manifest.json", [row._asdict() for row in algorithm.payload(state)])
+    return TrainResult(paths.root, config, history, time.perf_counter() - start)
+
+
+def _rounds(
+    config: Config, algorithm: Algorithm, state: ServerState, history: list[dict[str, Any]], paths: RunPaths,
+    fingerprint: str, store: ClientStore, validation: ClientStore, tracker: Tracker, on_round: OnRound | None,
+) -> ServerState:  # fmt: skip
+    f = config.federation
+    saved = state.round if history else -1
+
+    def save(finished: bool) -> None:
+        save_checkpoint(paths.checkpoint, Checkpoint(state, history, fingerprint, finished))
+
+    try:
+        while state.round < f.rounds:
+            began = time.perf_counter()
+            cohort = sample_cohort(config.seed, state.round, len(store), f.cohort)
+            new, diagnostics = algorithm.apply(state, cohort)
+            row: dict[str, Any] = {"round": new.round, **diagnostics}
+            if new.round % f.validate_every == 0 or new.round == f.rounds:
+                row |= _validate(algorithm, new, store, validation)
+            state = new
+            history.append(row)
+            seconds = time.perf_counter() - began
+            tracker.log(row, new.round)
+            if state.round % f.checkpoint_every == 0 and state.round < f.rounds:
+                save(finished=False)
+                saved = state.round
+            if on_round is not None:
+                on_round(state.round, f.rounds, row | {"seconds": seconds})
+    except BaseException:  # Ctrl-C, a client's NaN, a full disk: what is known so far is kept, and the cause goes on
+        if saved != state.round:
+            save(finished=False)
+        raise
+    state = algorithm.finalise(state)
+    save(finished=True)
+    return state
+
+
+def _validate(algorithm: Algorithm, state: ServerState, store: ClientStore, validation: ClientStore) -> dict[str, Any]:
+    """Accuracy and NLL on the clients' held-out pairs, z being inferred from their training pairs."""
+    if int(validation.sizes.sum()) == 0:
+        return {}
+    predictor = algorithm.predictor(state)
+    trial = given_trial(store, validation)
+    group = store.group_index()[1]
+    scores = Scores.empty(len(store))
+    scores.add(predictor.margin(predictor.adapt(trial.context, group), trial.target), trial.target.mask)
+    return {
+        "validation_accuracy": interval(scores.accuracy())["mean"],
+        "validation_nll": interval(scores.mean_nll())["mean"],
+    }
+
+
+def _check_directory(paths: RunPaths, config: Config, resume: bool) -> None:
+    if paths.root.exists() and not paths.root.is_dir():
+        raise BadInputError(f"{paths.root}: is a file; --out must name a directory")
+    if resume:
+        if load_config(paths) != config:
+            raise BadInputError(f"{paths.root}: was trained with other settings; resume it with --resume --out alone")
+    elif paths.root.is_dir() and any(paths.root.iterdir()):
+        raise BadInputError(f"{paths.root}: not empty; continue an interrupted run with --resume, or choose another --out")
+
+
+def _fingerprint(config: Config, store: ClientStore, signature: str) -> str:
+    """Hash of settings, clients, whitened features and backbone: what a checkpoint belongs to."""
+    settings = config.model_dump(mode="json", exclude={"out": True, "tracker": True})
+    digest = hashlib.sha256(json.dumps([settings, signature, store.names, store.offset.tolist()]).encode())
+    digest.update(store.difference.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _describe(data: TrainingData, backbone: str, signature: str) -> dict[str, Any]:
+    return {
+        "backbone": backbone,
+        "signature": signature,
+        "clients": [
+            {"name": t.name, "group": t.group, "pairs": len(t.pairs), "validation_pairs": len(v.pairs)}
+            for t, v in zip(data.train, data.validation)
+        ],
+        "skipped": dict(data.skipped),
+        "first_skipped": data.first_skipped,
+    }

@@ -1,0 +1,171 @@
+"""Use a trained run: a new user's preference from a few comparisons, and scores of responses under it. No training."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedvpa.data.features import FeatureCache
+from fedvpa.data.partition import ClientPairs, without_duplicates
+from fedvpa.errors import BadInputError
+from fedvpa.experiment.dataset import presentation_order
+from fedvpa.experiment.run import Run, open_run, pairs_to_batch
+from fedvpa.federated.objective import PROTOTYPES
+from fedvpa.federated.variational import VariationalPredictor
+from fedvpa.models.backbone import Item
+from fedvpa.types import PairBatch, PreferencePair
+
+
+@dataclass(frozen=True)
+class UserPreference:
+    """A user's posterior: mean and standard deviation of z [d]; and where it lies among the population's preferences.
+
+    `probability` is the posterior over the fitted components (or, with orthogonal prototypes and no population, a softmax of
+    negative half squared distances); `nearest` its largest entry, `nearest_group` the true group of most training clients
+    there, where groups were known. `surprise` is the mean negative log-likelihood of the user's own comparisons under z, in
+    nats: near 0.69 or above, the comparisons contradict every preference that the model knows.
+    """
+
+    mean: Float[Tensor, "d"]
+    sigma: Float[Tensor, "d"]
+    pairs: int
+    nearest: int | None
+    nearest_group: str | None
+    probability: list[float]
+    surprise: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "z": self.mean.tolist(), "sigma": self.sigma.tolist(), "pairs": self.pairs, "nearest": self.nearest,
+            "nearest_group": self.nearest_group, "probability": self.probability, "surprise": self.surprise,
+        }  # fmt: skip
+
+
+class PreferenceModel:
+    """A finished run of a variational method.
+
+    Example::
+
+        model = PreferenceModel("runs/hh")
+        me = model.personalize(read_pairs("mine.jsonl").pairs)
+        model.score([Item((Message("user", "Is tea healthy?"),), "Yes, in moderation.")], me.mean)
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.run: Run = open_run(directory)
+        predictor = self.run.predictor
+        if not isinstance(predictor, VariationalPredictor):
+            raise BadInputError(
+                f"{directory}: trained with {self.run.config.method}, which has no latent preference; "
+                "train with --method fedvpa-gp"
+            )
+        self._predictor = predictor
+        self._cache = FeatureCache(self.run.config.features)
+        self._components = _component_groups(self.run, self.prototypes)
+
+    @property
+    def latent(self) -> int:
+        """Dimensions d of z."""
+        return self.run.config.model.latent
+
+    @property
+    def prototypes(self) -> Float[Tensor, "m d"] | None:
+        """Fitted components of the population, or orthogonal prototypes."""
+        if self._predictor.population is not None:
+            return self._predictor.population.mean
+        return self._predictor.params.get(PROTOTYPES)
+
+    def personalize(self, pairs: Sequence[PreferencePair]) -> UserPreference:
+        """Infer z from a user's comparisons; with none, the prior's mean.
+
+        Raises:
+            BadInputError: the backbone that the run was trained with cannot be had.
+        """
+        own = without_duplicates(pairs)
+        inputs = self.run.config.model.inputs
+        if own:
+            features = self._cache.pairs(own).values
+            batch = pairs_to_batch(self.run, features, presentation_order(ClientPairs("user", None, tuple(own))))
+        else:
+            empty = torch.zeros(1, 0, inputs)
+            batch = PairBatch(empty, empty, torch.zeros(1, 0), torch.zeros(1, 0, dtype=torch.bool))
+        posterior = self._predictor.posterior(batch)
+        mean = posterior.mean[0]
+        probability: list[float] = []
+        if self._predictor.population is not None:
+            probability = self._predictor.responsibilities(batch)[0].tolist()
+        elif self.prototypes is not None:
+            probability = torch.softmax(-0.5 * (self.prototypes - mean).square().sum(-1), 0).tolist()
+        nearest = int(torch.tensor(probability).argmax()) if probability else None
+        margin = self._predictor.margin(posterior.mean, batch)
+        surprise = float(-torch.nn.functional.logsigmoid(margin).mean()) if own else float("nan")
+        return UserPreference(
+            mean, (0.5 * posterior.log_var[0]).exp(), len(own), nearest,
+            self._components[nearest] if nearest is not None and self._components else None, probability, surprise,
+        )  # fmt: skip
+
+    def score(self, items: Sequence[Item], z: Float[Tensor, "d"]) -> Float[Tensor, "n"]:
+        """Reward of each response under z, relative to the average training response.
+
+        Raises:
+            BadInputError: z is of another dimension, or not finite.
+        """
+        if z.shape != (self.latent,):
+            raise BadInputError(f"z has shape {tuple(z.shape)}, but this run's latent has {self.latent} dimensions")
+        if not z.isfinite().all():
+            raise BadInputError("z holds NaN or Inf")
+        features, _, _, _ = self._cache.items(items)
+        centred = (features - self.run.whitener.centre) @ self.run.whitener.projection
+        batch = PairBatch(  # against a response at the centre, whose whitened features are zero
+            centred.unsqueeze(0),
+            centred.unsqueeze(0) / 2,
+            torch.zeros(1, len(items)),
+            torch.ones(1, len(items), dtype=torch.bool),
+        )
+        return self._predictor.margin(z.unsqueeze(0), batch)[0]
+
+    def read_z(self, source: str) -> Float[Tensor, "d"]:
+        """z from a JSON file that `personalize` wrote (or a list of numbers), or from ``prototype:K``, ``mean``.
+
+        Raises:
+            BadInputError: unreadable, of another dimension, or no such prototype.
+        """
+        if source == "mean":
+            return self._predictor.neutral(1)[0]
+        if source.startswith("prototype:"):
+            prototypes = self.prototypes
+            count = 0 if prototypes is None else len(prototypes)
+            number = source.partition(":")[2]
+            if prototypes is None or not number.isdigit() or int(number) >= count:
+                raise BadInputError(f"--z {source}: this run has prototypes 0 to {count - 1}")
+            return prototypes[int(number)]
+        try:
+            content = json.loads(Path(source).read_text(encoding="utf-8"))
+            values = content["z"] if isinstance(content, dict) else content
+            z = torch.tensor(values, dtype=torch.float32)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BadInputError(f"--z {source}: not a file that `fedvpa personalize --json` writes: {error}") from error
+        if z.shape != (self.latent,):
+            raise BadInputError(f"--z {source}: shape {tuple(z.shape)}, but this run's latent has {self.latent} dimensions")
+        return z
+
+
+def _component_groups(run: Run, prototypes: Tensor | None) -> list[str | None]:
+    """True group of most training clients nearest to each component (for naming it; nothing is inferred from it)."""
+    if prototypes is None or all(g is None for g in run.store.groups):
+        return []
+    nearest = torch.cdist(run.checkpoint.state.clients["mean"], prototypes).argmin(-1).tolist()
+    out: list[str | None] = []
+    for component in range(prototypes.shape[0]):
+        groups = Counter(g for g, n in zip(run.store.groups, nearest) if n == component and g is not None)
+        out.append(groups.most_common(1)[0][0] if groups else None)
+    return out

@@ -1,0 +1,131 @@
+"""A client's local round (M8), for one client or for many stacked along a leading axis.
+
+This function is all that a client does with its data; a simulator and a networked client call the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedvpa.errors import NonFiniteUpdateError
+from fedvpa.federated.draws import Episodes, local_draws
+from fedvpa.federated.objective import Objective, RoundContext
+from fedvpa.types import PairBatch, Params
+
+
+@dataclass(frozen=True)
+class LocalSettings:
+    """How a client trains: steps, batches, its optimiser."""
+
+    seed: int
+    steps: int = 30
+    batch_size: int = 0
+    context_share: float = 0.7
+    optimiser: Literal["adam", "sgd"] = "adam"
+    learning_rate: float = 0.003
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    samples: int = 1
+    latent: int = 0
+
+
+class LocalResult(NamedTuple):
+    """Stacked parameters [c, ...] after the local steps, and the mean of every loss term over them, [c]."""
+
+    params: Params
+    losses: dict[str, Float[Tensor, "c"]]
+
+
+def train_locally(
+    objective: Objective,
+    params: Params,
+    pairs: PairBatch,
+    names: Sequence[str],
+    round_number: int,
+    settings: LocalSettings,
+    context: RoundContext,
+    *,
+    check_each_step: bool = False,
+) -> LocalResult:
+    """Run the local steps of c clients side by side; `params` hold a leading client axis (see `stack`).
+
+    The clients' losses are summed before the backward pass: they share no parameter, so each one's gradient is its own,
+    and an element-wise optimiser on the stack is c separate optimisers.
+
+    Raises:
+        NonFiniteUpdateError: with `check_each_step`, the first loss that is NaN or Inf, with client, round and step.
+    """
+    components = 0 if context.prior is None else context.prior.client.numel()
+    draws = local_draws(
+        settings.seed,
+        round_number,
+        names,
+        pairs.mask.sum(-1),
+        settings.steps,
+        settings.samples,
+        settings.latent,
+        components,
+    )
+    episodes = Episodes(pairs, draws.order, settings.batch_size, settings.context_share)
+    leaves = {name: value.detach().clone().requires_grad_(True) for name, value in params.items()}
+    optimiser = _optimiser(list(leaves.values()), settings)
+    sums: dict[str, Tensor] = {}
+    for step in range(settings.steps):
+        terms = objective(leaves, episodes[step], draws.latent[step], draws.gumbel[step], context)
+        optimiser.zero_grad(set_to_none=True)
+        terms["loss"].sum().backward()
+        optimiser.step()
+        for name, value in terms.items():
+            sums[name] = value.detach() if name not in sums else sums[name] + value.detach()
+        if check_each_step:
+            _check(terms, names, round_number, step)
+    trained = {name: leaf.detach() for name, leaf in leaves.items()}
+    return LocalResult(trained, {name: total / settings.steps for name, total in sums.items()})
+
+
+def stack(params: Params, clients: int) -> Params:
+    """Give every parameter a leading axis: the same values for each of `clients` clients (no copy)."""
+    return {name: value.expand(clients, *value.shape) for name, value in params.items()}
+
+
+def require_finite(params: Params, names: Sequence[str], round_number: int) -> None:
+    """Refuse an update that holds NaN or Inf.
+
+    Raises:
+        NonFiniteUpdateError: naming the client, the round and the tensor.
+    """
+    total = sum(value.flatten(1).sum(1) for value in params.values())  # NaN and Inf survive a sum
+    if isinstance(total, Tensor) and total.isfinite().all():
+        return
+    for name, value in params.items():
+        finite = value.flatten(1).isfinite().all(1)
+        if not finite.all():
+            client = names[int((~finite).nonzero()[0])]
+            raise NonFiniteUpdateError(
+                f"client '{client}' sent NaN or Inf in '{name}' in round {round_number}; the round was not applied "
+                "(lower federation.learning_rate, or look with --federation.backend sequential)"
+            )
+
+
+def _optimiser(leaves: list[Tensor], settings: LocalSettings) -> torch.optim.Optimizer:
+    if settings.optimiser == "adam":
+        return torch.optim.Adam(leaves, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+    return torch.optim.SGD(
+        leaves, lr=settings.learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True
+    )
+
+
+def _check(terms: dict[str, Tensor], names: Sequence[str], round_number: int, step: int) -> None:
+    for name, value in terms.items():
+        finite = value.isfinite()
+        if not finite.all():
+            client = names[int((~finite).nonzero()[0])]
+            raise NonFiniteUpdateError(
+                f"client '{client}', round {round_number}, local step {step}: the loss term '{name}' is not finite"
+            )

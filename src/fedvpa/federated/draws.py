@@ -1,0 +1,92 @@
+"""All randomness of a client's local round, drawn from a stream of its own.
+
+The stream is named by (seed, purpose, round, client): it does not depend on which clients are trained side by side, on the
+backend, or on what happened before, so a run resumes bit for bit without any generator state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from fedvpa.federated.store import select
+from fedvpa.types import PairBatch
+
+
+def stream(seed: int, *name: object) -> torch.Generator:
+    """A generator for one named purpose."""
+    digest = hashlib.blake2b("|".join(map(str, (seed, *name))).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+class LocalDraws(NamedTuple):
+    """Noise for E local steps of c clients: order of the pairs, latent noise, uniform noise for the Gumbel weights."""
+
+    order: Int[Tensor, "c e n"]
+    latent: Float[Tensor, "e s c d"]
+    gumbel: Float[Tensor, "e c k"]
+
+
+def local_draws(
+    seed: int, round_number: int, names: Sequence[str], sizes: Int[Tensor, "c"], steps: int, samples: int, latent: int,
+    components: int,
+) -> LocalDraws:  # fmt: skip
+    """Draw for every client from its own stream; padding pairs come last in the order."""
+    width = int(sizes.max())
+    keys = torch.full((len(names), steps, width), 2.0)
+    noise = torch.empty(len(names), steps, samples, latent)
+    uniform = torch.empty(len(names), steps, components)
+    for c, name in enumerate(names):
+        generator = stream(seed, "local", round_number, name)
+        n = int(sizes[c])
+        keys[c, :, :n] = torch.rand(steps, n, generator=generator)
+        if latent:
+            torch.randn(steps, samples, latent, generator=generator, out=noise[c])
+        if components:
+            torch.rand(steps, components, generator=generator, out=uniform[c])
+    return LocalDraws(keys.argsort(-1), noise.permute(1, 2, 0, 3).contiguous(), uniform.transpose(0, 1).contiguous())
+
+
+class Episode(NamedTuple):
+    """Pairs [c, n] of one step; `context` and `target` mark disjoint subsets of them (method.md, *Honest protocol* 1)."""
+
+    pairs: PairBatch
+    context: Bool[Tensor, "c n"]
+    target: Bool[Tensor, "c n"]
+
+
+class Episodes:
+    """The steps' episodes: a fresh random batch of each client's pairs, split into context and target."""
+
+    def __init__(self, pairs: PairBatch, order: Int[Tensor, "c e n"], batch_size: int, context_share: float) -> None:
+        sizes = pairs.mask.sum(-1)
+        width = pairs.mask.shape[-1]
+        self._pairs, self._order = pairs, order
+        self._gather = 0 < batch_size < width
+        self._batch = min(batch_size, width) if batch_size else width
+        count = sizes.clamp_max(self._batch)
+        context = torch.round(count * context_share).long()
+        context = torch.where(count > 1, context.clamp_min(1).minimum(count - 1), torch.zeros_like(count))
+        position = torch.arange(self._batch)
+        is_context = position < context.unsqueeze(-1)
+        is_target = (position >= context.unsqueeze(-1)) & (position < count.unsqueeze(-1))
+        if self._gather:
+            self._context, self._target = is_context, is_target
+        else:  # all pairs: mark them where they lie, nothing is moved
+            self._context = torch.zeros_like(order, dtype=torch.bool).scatter_(
+                -1, order, is_context.unsqueeze(1).expand_as(order)
+            )
+            self._target = torch.zeros_like(order, dtype=torch.bool).scatter_(
+                -1, order, is_target.unsqueeze(1).expand_as(order)
+            )
+
+    def __getitem__(self, step: int) -> Episode:
+        if self._gather:
+            batch = select(self._pairs, self._order[:, step, : self._batch], self._context | self._target)
+            return Episode(batch, self._context, self._target)
+        return Episode(self._pairs, self._context[:, step], self._target[:, step])

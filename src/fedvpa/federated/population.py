@@ -1,0 +1,78 @@
+"""What the server learns about the population from the clients' posterior means: components, and balanced labels (M6)."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from fedvpa.types import Population
+
+MAX_MODES = 10
+SMALLEST_VARIANCE = 1e-4
+
+
+def fit_population(mean: Float[Tensor, "k d"], modes: int | None, seed: int) -> Population:
+    """Fit a mixture of spherical Gaussians to the clients' posterior means; never more components than distinct clients.
+
+    `modes` None chooses their number by the silhouette of k-means (Rousseeuw, 1987), from 2 to `MAX_MODES`. (BIC takes
+    every direction in which users of one group differ for a component: it chose 8 to 10 where there were 2 groups.)
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import GaussianMixture
+
+    points = mean.double().numpy()
+    distinct = len(np.unique(points, axis=0))
+    count = min(choose_modes(points, seed) if modes is None else modes, distinct)
+    if count < 2:
+        spread = mean.var(0, unbiased=False).mean().clamp_min(SMALLEST_VARIANCE)
+        return Population(mean.mean(0, keepdim=True), spread.view(1).to(mean.dtype), torch.ones(1))
+    mixture = GaussianMixture(count, covariance_type="spherical", n_init=5, random_state=seed, reg_covar=SMALLEST_VARIANCE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        mixture.fit(points)
+    return Population(
+        torch.from_numpy(mixture.means_).to(mean.dtype),
+        torch.from_numpy(mixture.covariances_).to(mean.dtype),
+        torch.from_numpy(mixture.weights_).to(mean.dtype).clamp_min(1e-4),
+    )
+
+
+def choose_modes(points: NDArray[np.float64], seed: int) -> int:
+    """Number of clusters with the best silhouette; 1 where there are too few distinct points to tell (under 4)."""
+    from sklearn.cluster import KMeans
+    from sklearn.metrics import silhouette_score
+
+    distinct = len(np.unique(points, axis=0))
+    scores = {}
+    for count in range(2, min(MAX_MODES, distinct - 1) + 1):
+        labels = KMeans(count, n_init=5, random_state=seed).fit_predict(points)
+        scores[count] = silhouette_score(points, labels, sample_size=min(2000, len(points)), random_state=seed)
+    return max(scores, key=lambda count: scores[count]) if distinct >= 4 else 1
+
+
+def balanced_labels(mean: Float[Tensor, "k d"], prototype: Float[Tensor, "m d"], seed: int) -> Int[Tensor, "k"]:
+    """Balanced k-means on the clients' means; clusters are matched to prototypes by the Hungarian method (M6).
+
+    The matching minimises the summed angle between cluster centres and prototypes, so that labels keep their meaning from
+    round to round. With fewer clients than modes everyone gets -1 (no label).
+    """
+    from k_means_constrained import KMeansConstrained
+
+    clients, modes = mean.shape[0], prototype.shape[0]
+    if clients < modes:
+        return torch.full((clients,), -1, dtype=torch.long)
+    fit = KMeansConstrained(
+        modes, size_min=clients // modes, size_max=-(-clients // modes), n_init=3, random_state=seed, n_jobs=1
+    ).fit(mean.double().numpy())
+    centre = torch.from_numpy(fit.cluster_centers_)
+    likeness = torch.nn.functional.normalize(centre, dim=-1) @ torch.nn.functional.normalize(prototype.double(), dim=-1).T
+    rows, columns = linear_sum_assignment(-likeness.numpy())
+    to_prototype = torch.empty(modes, dtype=torch.long)
+    to_prototype[torch.as_tensor(rows)] = torch.as_tensor(columns)
+    return to_prototype[torch.from_numpy(np.asarray(fit.labels_, dtype=np.int64))]

@@ -1,0 +1,89 @@
+"""The clients' whitened pairs: one flat table with a range of rows per client, padded only when a chunk is formed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fedvpa.types import PairBatch
+
+
+@dataclass(frozen=True)
+class ClientStore:
+    """Pairs of K clients; client k owns the rows offset[k] to offset[k+1]."""
+
+    names: tuple[str, ...]
+    groups: tuple[str | None, ...]
+    difference: Float[Tensor, "rows p"]
+    common: Float[Tensor, "rows p"] | None
+    order: Float[Tensor, "rows"]
+    offset: Int[Tensor, "clients_and_one"]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def sizes(self) -> Int[Tensor, "clients"]:
+        """Number of pairs of each client."""
+        return self.offset[1:] - self.offset[:-1]
+
+    def batch(self, clients: Int[Tensor, "c"] | Sequence[int]) -> PairBatch:
+        """The pairs of some clients, [c, n], padded with zeros to the largest of them."""
+        clients = torch.as_tensor(clients)
+        sizes = self.sizes[clients]
+        column = torch.arange(int(sizes.max()) if sizes.numel() else 0)
+        mask = column < sizes.unsqueeze(-1)
+        row = (self.offset[clients].unsqueeze(-1) + column).clamp_max(max(0, self.difference.shape[0] - 1))
+        padding = ~mask.unsqueeze(-1)  # filled, not multiplied by zero: a neighbour's NaN must not come through
+        common = None if self.common is None else self.common[row].masked_fill_(padding, 0.0)
+        return PairBatch(self.difference[row].masked_fill_(padding, 0.0), common, self.order[row] * mask, mask)
+
+    def group_index(self) -> tuple[list[str], Int[Tensor, "clients"]]:
+        """Sorted group names, and each client's index into them (-1: it has none)."""
+        names = sorted({g for g in self.groups if g is not None})
+        return names, torch.tensor([-1 if g is None else names.index(g) for g in self.groups], dtype=torch.long)
+
+
+def build_store(
+    names: Sequence[str],
+    groups: Sequence[str | None],
+    differences: Sequence[Float[Tensor, "_ p"]],
+    commons: Sequence[Float[Tensor, "_ p"]] | None,
+    orders: Sequence[Float[Tensor, "_"]],
+) -> ClientStore:
+    """Concatenate the clients' tables."""
+    sizes = torch.tensor([d.shape[0] for d in differences], dtype=torch.long)
+    offset = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])
+    common = None if commons is None else torch.cat(list(commons))
+    return ClientStore(tuple(names), tuple(groups), torch.cat(list(differences)), common, torch.cat(list(orders)), offset)
+
+
+def concatenate(first: PairBatch, second: PairBatch) -> PairBatch:
+    """Both batches' pairs side by side, along the axis of pairs."""
+    common = None
+    if first.common is not None and second.common is not None:
+        common = torch.cat([first.common, second.common], -2)
+    return PairBatch(
+        torch.cat([first.difference, second.difference], -2),
+        common,
+        torch.cat([first.order, second.order], -1),
+        torch.cat([first.mask, second.mask], -1),
+    )
+
+
+def select(batch: PairBatch, index: Int[Tensor, "*b m"], keep: Tensor) -> PairBatch:
+    """Pick pairs by index along the axis of pairs; `keep` is the new mask (padding is where it is False)."""
+
+    def rows(x: Tensor) -> Tensor:
+        return x.gather(-2, index.unsqueeze(-1).expand(*index.shape, x.shape[-1]))
+
+    return PairBatch(
+        rows(batch.difference),
+        None if batch.common is None else rows(batch.common),
+        batch.order.gather(-1, index),
+        batch.mask.gather(-1, index) & keep,
+    )

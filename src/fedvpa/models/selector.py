@@ -1,0 +1,61 @@
+"""The variational preference selector: encoder and conditioned reward (M1, M2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from fedvpa.functional.preference import choice_log_likelihood
+from fedvpa.models.encoder import Encoder
+from fedvpa.models.reward import ConditionedReward
+from fedvpa.types import PairBatch, Params, Population, Posterior
+
+
+@dataclass(frozen=True)
+class Selector:
+    """Composes an encoder and a reward that share their latent; parameters are passed in."""
+
+    encoder: Encoder
+    reward: ConditionedReward
+
+    def init(self, generator: torch.Generator) -> Params:
+        """Fresh parameters of both."""
+        return self.encoder.init(generator) | self.reward.init(generator)
+
+    def posterior(self, params: Params, batch: PairBatch, context: Bool[Tensor, "*b n"]) -> Posterior:
+        """q(z | context)."""
+        return self.encoder(params, batch.difference, context)
+
+    def margin(self, params: Params, z: Float[Tensor, "*#b d"], batch: PairBatch) -> Float[Tensor, "... n"]:
+        """r(chosen, z) - r(rejected, z)."""
+        return self.reward.margin(params, z, batch)
+
+    def responsibilities(
+        self,
+        params: Params,
+        population: Population,
+        batch: PairBatch,
+        context: Bool[Tensor, "*b n"],
+        log_weight: Float[Tensor, "*#b m"] | None = None,
+    ) -> Float[Tensor, "*b m"]:
+        r"""Posterior over the population's components given a context, by Bayes' rule on the likelihood of its choices.
+
+        r_m is proportional to w_m prod_context sigmoid(margin under z = c_m). With an empty context r = w.
+        """
+        weight = context.to(batch.difference.dtype)
+        each = [
+            choice_log_likelihood(self.margin(params, centre.expand(*context.shape[:-1], -1), batch), weight)
+            for centre in population.mean
+        ]
+        prior = population.weight.log() if log_weight is None else log_weight
+        return torch.softmax(torch.stack(each, -1) + prior, -1)
+
+
+def refined_posterior(responsibility: Float[Tensor, "*b m"], population: Population) -> Posterior:
+    """Mean and variance of the mixture of components with these responsibilities (moment matching)."""
+    mean = responsibility @ population.mean
+    second = responsibility @ (population.mean.square() + population.variance.unsqueeze(-1))
+    return Posterior(mean, (second - mean.square()).clamp_min(1e-8).log())

@@ -1,0 +1,130 @@
+"""Records that cross the layers: text pairs, feature batches, posteriors, client updates."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Role = Literal["system", "user", "assistant"]
+
+
+class Message(NamedTuple):
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class PreferencePair:
+    """One private comparison: to `prompt`, the user prefers `chosen` over `rejected`."""
+
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    client_id: str | None = None
+    group: str | None = None
+    source: str = ""
+
+    def reversed(self) -> PreferencePair:
+        """The same comparison with the opposite answer."""
+        return replace(self, chosen=self.rejected, rejected=self.chosen)
+
+    def content_key(self) -> str:
+        """Hash of prompt and *unordered* responses: equal for a pair and its reversal."""
+        first, second = sorted((self.chosen, self.rejected))
+        return _digest((*[f"{m.role}\x1f{m.content}" for m in self.prompt], first, second))
+
+    def chosen_is_first(self) -> bool:
+        """Whether the chosen response would be shown first: a coin thrown by the texts, whatever the label."""
+        first, _ = sorted((self.chosen, self.rejected))
+        return (int(self.content_key()[:8], 16) % 2 == 0) == (self.chosen == first)
+
+    def prompt_key(self) -> str:
+        """Hash of the prompt alone."""
+        return _digest([f"{m.role}\x1f{m.content}" for m in self.prompt])
+
+
+def _digest(parts: list[str] | tuple[str, ...]) -> str:
+    return hashlib.sha256("\x1e".join(parts).encode()).hexdigest()[:32]
+
+
+class PairBatch(NamedTuple):
+    """Whitened features of padded sets of pairs; any leading axes `b`, up to `n` pairs each.
+
+    `difference` is h(x, chosen) - h(x, rejected) and `common` their mean (kept only for rewards that read more than the
+    difference). `order` is +1 where the chosen response was shown as option A and -1 as option B (only the `additive`
+    reward reads it); `mask` is False on padding.
+    """
+
+    difference: Float[Tensor, "*b n p"]
+    common: Float[Tensor, "*b n p"] | None
+    order: Float[Tensor, "*b n"]
+    mask: Bool[Tensor, "*b n"]
+
+
+class Posterior(NamedTuple):
+    """Diagonal Gaussian over the latent preference z."""
+
+    mean: Float[Tensor, "*b d"]
+    log_var: Float[Tensor, "*b d"]
+
+
+class MixturePrior(NamedTuple):
+    """The federated mixture prior as broadcast (M3): peers' posteriors, their sizes, and which client each one is.
+
+    `slot` is the column that belongs to a component in every client's private table of prior logits.
+    """
+
+    mean: Float[Tensor, "k d"]
+    log_var: Float[Tensor, "k d"]
+    size: Float[Tensor, "k"]
+    client: Int[Tensor, "k"]
+    slot: Int[Tensor, "k"]
+
+
+class Population(NamedTuple):
+    """Components fitted to the clients' posterior means: centres, spherical variances and weights."""
+
+    mean: Float[Tensor, "m d"]
+    variance: Float[Tensor, "m"]
+    weight: Float[Tensor, "m"]
+
+
+Params = dict[str, Tensor]
+"""Named tensors. During local training each has one more, leading axis: the client."""
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """Everything the federation knows between rounds; tensors only, so that a checkpoint is complete.
+
+    `optimiser` holds the server optimiser's moments, `clients` tables with one row a client (posterior means and
+    log-variances, the round they were seen, labels, private prior logits, cluster assignments, personal parameters),
+    `population` the fitted components (empty until there are any).
+    """
+
+    round: int
+    params: Params
+    optimiser: Params
+    clients: Params
+    population: Params
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors under ``section/name``."""
+        sections = {"params": self.params, "optimiser": self.optimiser, "clients": self.clients}
+        sections["population"] = self.population
+        return {f"{section}/{name}": value for section, table in sections.items() for name, value in table.items()}
+
+    @staticmethod
+    def from_tensors(round_number: int, tensors: dict[str, Tensor]) -> ServerState:
+        """Inverse of `tensors`."""
+        sections: dict[str, Params] = {"params": {}, "optimiser": {}, "clients": {}, "population": {}}
+        for key, value in tensors.items():
+            section, _, name = key.partition("/")
+            sections[section][name] = value
+        return ServerState(round_number, **sections)

@@ -1,0 +1,91 @@
+"""Shared fixtures: a tiny random Llama with a word-level tokenizer, and synthetic clients in feature space."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedvpa.federated.draws import stream
+from fedvpa.federated.store import ClientStore, build_store
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+WORDS = ["yes", "no", "tea", "is", "good", "bad", "very", "help", "harm", "please", "stop", "ask", "a", "friend", "."]
+
+
+@pytest.fixture(autouse=True)
+def _quiet_machine(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("FEDVPA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a random two-layer Llama of width 32 and a tokenizer with a chat template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    special = ["<unk>", "<end>", "<user>", "<assistant>", "<system>"]
+    vocabulary = {word: i for i, word in enumerate(special + WORDS)}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<end>", pad_token="<end>")
+    tokenizer.chat_template = TEMPLATE
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.3,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def synthetic_store(
+    clients: int = 6, pairs: int = 12, inputs: int = 8, groups: int = 2, seed: int = 0, ragged: bool = True
+) -> ClientStore:
+    """Clients of opposed groups: the chosen response is the one that the group's own direction prefers."""
+    generator = stream(seed, "synthetic")
+    directions = torch.linalg.qr(torch.randn(inputs, inputs, generator=generator))[0]
+    differences, commons, orders, names = [], [], [], []
+    for k in range(clients):
+        n = pairs - (k % 3 if ragged else 0)
+        x = torch.randn(n, inputs, generator=generator)
+        group = k % groups
+        direction = directions[group // 2] * (1 if group % 2 == 0 else -1)
+        x = x * (x @ direction).sign().unsqueeze(-1)
+        differences.append(x)
+        commons.append(torch.randn(n, inputs, generator=generator))
+        orders.append(torch.where(torch.rand(n, generator=generator) < 0.5, 1.0, -1.0))
+        names.append(f"client-{k}")
+    return build_store(names, [f"group-{k % groups}" for k in range(clients)], differences, commons, orders)
+
+
+@pytest.fixture
+def pair_file(tmp_path: Path) -> Path:
+    """A folder of two groups, `kind` and `blunt`, with train.jsonl and test.jsonl of word-level pairs."""
+    return write_groups(tmp_path / "data")
+
+
+def write_groups(folder: Path, train: int = 60, test: int = 24) -> Path:
+    """Two groups that want opposite replies."""
+    from itertools import product
+
+    prompts = [f"{a} {b} {c}" for a, b, c in product(WORDS[:5], WORDS[5:10], WORDS[10:13])]
+    for group, sign in (("kind", 1), ("blunt", -1)):
+        for split, rows in (("train", prompts[:train]), ("test", prompts[-test:])):
+            lines = []
+            for i, prompt in enumerate(rows):
+                good, bad = f"please help {WORDS[i % 5]} friend", f"stop harm {WORDS[i % 4]} bad"
+                chosen, rejected = (good, bad) if sign > 0 else (bad, good)
+                lines.append(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}))
+            path = folder / group / f"{split}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n".join(lines) + "\n")
+    return folder

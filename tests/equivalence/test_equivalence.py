@@ -1,0 +1,165 @@
+"""What must be equal: vectorised and sequential, one client and logistic regression, resumed and uninterrupted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedvpa.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from fedvpa.config import METHODS, Config, build_config
+from fedvpa.errors import CheckpointError, NonFiniteUpdateError
+from fedvpa.experiment.build import build_algorithm
+from fedvpa.federated.algorithm import sample_cohort
+from fedvpa.federated.store import ClientStore
+from fedvpa.types import ServerState
+from tests.conftest import synthetic_store
+
+SMALL: dict[str, Any] = {
+    "model": {"inputs": 8, "latent": 4, "encoder_hidden": (6,)},
+    "federation": {"rounds": 4, "cohort": 5, "local_steps": 4, "learning_rate": 0.02},
+}
+VARIANTS: dict[str, dict[str, Any]] = {method: {"method": method} for method in METHODS}
+VARIANTS["fedvpa-gp"] = {"method": "fedvpa-gp", "prototypes": {"start_round": 2}}
+VARIANTS["fedvpl+ortho"] = {"method": "fedvpl+ortho", "prototypes": {"start_round": 2}}
+VARIANTS["paper"] = {"method": "fedvpa-gp", "preset": "paper", "prototypes": {"modes": 2}}
+VARIANTS["peers, disjoint, film"] = {
+    "method": "fedvpl+mix", "prior": {"kind": "peers", "estimator": "hershey-olsen", "weights": "sample-size"},
+    "model": {"conditioning": "film", "reward_hidden": 5, "pooling": "attention"}, "federation": {"batch_size": 6},
+}  # fmt: skip
+VARIANTS["fixed prototypes, concat, adam"] = {
+    "method": "fedvpl+ortho", "prototypes": {"kind": "fixed", "modes": 2},
+    "model": {"conditioning": "concat", "reward_hidden": 5, "pooling": "poe"},
+    "federation": {"server_optimiser": "adam", "server_learning_rate": 0.1, "aggregation": "samples"},
+}  # fmt: skip
+VARIANTS["sgd with momentum"] = {
+    "method": "fedvpl", "objective": {"free_bits": 0.1, "kl_schedule": "cyclical", "samples": 3},
+    "federation": {"optimiser": "sgd", "momentum": 0.5, "server_optimiser": "momentum", "server_learning_rate": 0.5},
+}  # fmt: skip
+
+
+def config_of(name: str, **federation: Any) -> Config:
+    return build_config(SMALL, VARIANTS[name], {"federation": federation})
+
+
+def train(config: Config, store: ClientStore, state: ServerState | None = None, rounds: int | None = None) -> ServerState:
+    algorithm = build_algorithm(config, store)
+    state = algorithm.init() if state is None else state
+    while state.round < (rounds or config.federation.rounds):
+        cohort = sample_cohort(config.seed, state.round, len(store), config.federation.cohort)
+        state, diagnostics = algorithm.apply(state, cohort)
+        assert all(np.isfinite(v) for v in diagnostics.values())
+    return state
+
+
+def assert_states_close(first: ServerState, second: ServerState, tolerance: float) -> None:
+    a, b = first.tensors(), second.tensors()
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        torch.testing.assert_close(value, b[name], atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_vectorised_equals_sequential(name: str) -> None:
+    store = synthetic_store()
+    fast = train(config_of(name), store)
+    assert_states_close(fast, train(config_of(name, backend="sequential"), store), 2e-4)
+    assert_states_close(fast, train(config_of(name, chunk=2, workers=2), store), 2e-4)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_resumed_equals_uninterrupted_to_the_bit(name: str, tmp_path: Path) -> None:
+    store, config = synthetic_store(), config_of(name)
+    whole = train(config, store)
+    half = train(config, store, rounds=3)
+    save_checkpoint(tmp_path / "c", Checkpoint(half, [{"round": 3, "loss": 0.1}], "same", False))
+    loaded = load_checkpoint(tmp_path / "c", "same")
+    assert loaded.history == [{"round": 3, "loss": 0.1}]
+    again = train(config, store, loaded.state)
+    for key, value in whole.tensors().items():
+        assert torch.equal(value, again.tensors()[key]), key
+
+
+def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
+    state = build_algorithm(config_of("fedvpl"), synthetic_store()).init()
+    path = tmp_path / "c"
+    save_checkpoint(path, Checkpoint(state, [], "mine", True))
+    with pytest.raises(CheckpointError, match="other settings"):
+        load_checkpoint(path, "yours")
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_checkpoint(path)
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        load_checkpoint(tmp_path / "nowhere")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_btl_of_one_client_is_centralised_logistic_regression() -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    store = synthetic_store(clients=1, pairs=400, ragged=False)
+    noisy = store.difference * torch.where(torch.rand(400, 1, generator=torch.Generator().manual_seed(1)) < 0.25, -1.0, 1.0)
+    store = ClientStore(store.names, store.groups, noisy, None, store.order, store.offset)
+    config = config_of("fedavg-btl", rounds=60, local_steps=30, learning_rate=0.5, optimiser="sgd", cohort=1)
+    weight = train(config, store).params["reward.weight"][0]
+    x = noisy.numpy()
+    oracle = LogisticRegression(C=1e6, fit_intercept=False, tol=1e-8, max_iter=1000)
+    oracle.fit(np.concatenate([x, -x]), np.repeat([1, 0], 400))
+    torch.testing.assert_close(weight, torch.from_numpy(oracle.coef_[0]).float(), atol=2e-3, rtol=2e-3)
+
+
+def test_peers_prior_of_one_standard_peer_equals_the_gaussian_prior() -> None:
+    """With the one peer's posterior at N(0, I) the mixture's KL is the closed form, so training is the same."""
+    store = synthetic_store(clients=2)
+    mixed = build_algorithm(
+        build_config(SMALL, {"method": "fedvpl+mix", "prior": {"kind": "peers", "estimator": "hershey-olsen"}}), store
+    )
+    plain = build_algorithm(build_config(SMALL, {"method": "fedvpl"}), store)
+    state = mixed.init()
+    state.clients["seen"][1] = 0  # peer 1 is known, at mean 0 and log-variance 0
+    first, _ = mixed.apply(state, [0])
+    second, _ = plain.apply(plain.init(), [0])
+    for name, value in second.params.items():
+        torch.testing.assert_close(first.params[name], value, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["vectorised", "sequential"])
+@pytest.mark.parametrize("method", ["fedvpa-gp", "fedavg-btl", "centralised-vpl"])
+def test_nan_in_a_client_stops_the_round_and_names_it(method: str, backend: str) -> None:
+    store = synthetic_store()
+    broken = store.difference.clone()
+    broken[store.offset[3] + 1] = torch.nan
+    store = ClientStore(store.names, store.groups, broken, store.common, store.order, store.offset)
+    algorithm = build_algorithm(config_of(method, backend=backend), store)
+    state = algorithm.init()
+    before = {k: v.clone() for k, v in state.tensors().items()}
+    with pytest.raises(NonFiniteUpdateError, match=r"client-3.*round 0"):
+        algorithm.apply(state, range(len(store)))
+    assert all(torch.equal(v, state.tensors()[k]) for k, v in before.items())
+
+
+def test_uniform_and_sample_weights_differ_and_server_rate_scales_the_step() -> None:
+    store = synthetic_store(pairs=9)
+    uniform = train(config_of("fedavg-btl", rounds=1, cohort=0), store).params["reward.weight"]
+    by_size = train(config_of("fedavg-btl", rounds=1, cohort=0, aggregation="samples"), store).params["reward.weight"]
+    half = train(config_of("fedavg-btl", rounds=1, cohort=0, server_learning_rate=0.5), store).params["reward.weight"]
+    assert not torch.allclose(uniform, by_size)
+    torch.testing.assert_close(half, uniform / 2)
+
+
+def test_prior_logits_stay_private_and_of_absent_peers_untouched() -> None:
+    store = synthetic_store()
+    config = build_config(SMALL, {"method": "fedvpl+mix", "prior": {"kind": "peers"}, "federation": {"cohort": 3}})
+    algorithm = build_algorithm(config, store)
+    state = algorithm.init()
+    for _ in range(3):
+        state, _ = algorithm.apply(state, [0, 1, 2])
+    logits = state.clients["prior_logit"]
+    assert logits[:3, :3].abs().max() > 1e-3
+    assert torch.equal(logits[3:], torch.zeros_like(logits[3:]))
+    assert torch.equal(logits[:, 3:], torch.zeros_like(logits[:, 3:]))
+    assert torch.equal(logits.diagonal(), torch.zeros(6))  # nobody is part of its own prior
+    assert not any("logit" in row.name for row in algorithm.payload(state))
