@@ -53,11 +53,15 @@ def local_draws(
 
 
 class Episode(NamedTuple):
-    """Pairs [c, n] of one step; `context` and `target` mark disjoint subsets of them (method.md, *Honest protocol* 1)."""
+    """Pairs [c, n] of one step; `context` and `target` mark disjoint subsets of them (method.md, *Honest protocol* 1).
+
+    `index` says which of the clients' pairs these are (None: all of them, in place).
+    """
 
     pairs: PairBatch
     context: Bool[Tensor, "c n"]
     target: Bool[Tensor, "c n"]
+    index: Int[Tensor, "c n"] | None = None
 
 
 class Episodes:
@@ -87,6 +91,6 @@ class Episodes:
 
     def __getitem__(self, step: int) -> Episode:
         if self._gather:
-            batch = select(self._pairs, self._order[:, step, : self._batch], self._context | self._target)
-            return Episode(batch, self._context, self._target)
+            index = self._order[:, step, : self._batch]
+            return Episode(select(self._pairs, index, self._context | self._target), self._context, self._target, index)
         return Episode(self._pairs, self._context[:, step], self._target[:, step])

@@ -147,7 +147,7 @@ class FederatedReward:
 
 def _no_context(clients: int) -> RoundContext:
     none = torch.full((clients,), -1)
-    return RoundContext(None, None, none, none, 0.0, 0.0)
+    return RoundContext(None, None, None, none, none, 0.0, 0.0)
 
 
 @dataclass(frozen=True)

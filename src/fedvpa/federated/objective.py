@@ -28,10 +28,15 @@ PROTOTYPES = "prototypes"
 
 
 class RoundContext(NamedTuple):
-    """What the server broadcasts besides the parameters, and each client's own place in it."""
+    """What the server broadcasts besides the parameters, and each client's own place in it.
+
+    `evidence` is what a client adds to the anchors: the log-likelihood of each of its choices under each of them, by the
+    *broadcast* model (under its own, after a few local steps, every component would fit its pairs).
+    """
 
     prior: MixturePrior | None
     anchors: Population | None
+    evidence: Float[Tensor, "c n m"] | None
     label: Int[Tensor, "c"]
     client: Int[Tensor, "c"]
     kl_weight: float
@@ -79,19 +84,15 @@ class VariationalObjective:
             return self._leaking(params, episode, noise, uniform, context)
         target = episode.target.to(noise.dtype)
         posterior = self.selector.posterior(params, episode.pairs, episode.context)
-        if context.anchors is not None:
-            with torch.no_grad():
-                share = self.selector.responsibilities(params, context.anchors, episode.pairs, episode.context)
-            z = share @ context.anchors.mean
+        if context.anchors is not None and context.evidence is not None:
+            z = anchored_latent(context.anchors, context.evidence, episode)
             recon = mean_choice_loss(self.selector.margin(params, z, episode.pairs), target)
             pull = (posterior.mean - z).square().sum(-1)
-            kl = torch.zeros_like(recon)
-        else:
-            z = posterior.mean + (0.5 * posterior.log_var).exp() * noise
-            recon = mean_choice_loss(self.selector.margin(params, z, episode.pairs), target).mean(0)
-            pull = self._pull(params, z, context.label)
-            kl = self._kl(posterior, params, noise, uniform, context)
-        return self._total(params, recon, kl, pull, context)
+            return self._total(params, recon, torch.zeros_like(recon), pull, context)
+        z = posterior.mean + (0.5 * posterior.log_var).exp() * noise
+        recon = mean_choice_loss(self.selector.margin(params, z, episode.pairs), target).mean(0)
+        kl = self._kl(posterior, params, noise, uniform, context)
+        return self._total(params, recon, kl, self._pull(params, z, context.label), context)
 
     def _total(
         self, params: Params, recon: Tensor, kl: Tensor, pull: Tensor, context: RoundContext
@@ -121,7 +122,7 @@ class VariationalObjective:
         margin = self.selector.margin(one, z, single).squeeze(-1)
         recon = mean_choice_loss(margin, weight).mean(0)
         per_pair = RoundContext(
-            context.prior, None, context.label.unsqueeze(-1).expand_as(pairs.mask), context.client.unsqueeze(-1),
+            context.prior, None, None, context.label.unsqueeze(-1).expand_as(pairs.mask), context.client.unsqueeze(-1),
             context.kl_weight, context.pull_weight,
         )  # fmt: skip
         kl = self._kl(posterior, one, noise.unsqueeze(-2).expand_as(z), uniform.unsqueeze(-2), per_pair)
@@ -167,6 +168,17 @@ class VariationalObjective:
             return torch.log_softmax(base.expand(*client.shape, -1), -1)
         gumbel = torch.zeros(()) if uniform is None else gumbel_noise(uniform)
         return gumbel_softmax_log_weight(base + logit[..., prior.slot], gumbel, self.temperature)
+
+
+def anchored_latent(
+    anchors: Population, evidence: Float[Tensor, "c n m"], episode: Episode
+) -> Float[Tensor, "c d"]:
+    """Mean of the anchors under their posterior given the episode's context, r_m ~ w_m prod_context p(choice given c_m)."""
+    weight = episode.context.to(evidence.dtype)
+    if episode.index is not None:
+        evidence = evidence.gather(1, episode.index.unsqueeze(-1).expand(-1, -1, evidence.shape[-1]))
+    share = torch.softmax((weight.unsqueeze(-2) @ evidence).squeeze(-2) + anchors.weight.log(), -1)
+    return share @ anchors.mean
 
 
 @dataclass(frozen=True)

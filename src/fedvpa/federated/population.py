@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -18,29 +16,24 @@ SMALLEST_VARIANCE = 1e-4
 
 
 def fit_population(mean: Float[Tensor, "k d"], modes: int | None, seed: int) -> Population:
-    """Fit a mixture of spherical Gaussians to the clients' posterior means; never more components than distinct clients.
+    """Components of the clients' posterior means by k-means: centres, spherical variances, shares of clients.
 
-    `modes` None chooses their number by the silhouette of k-means (Rousseeuw, 1987), from 2 to `MAX_MODES`. (BIC takes
-    every direction in which users of one group differ for a component: it chose 8 to 10 where there were 2 groups.)
+    Never more components than distinct clients. `modes` None chooses their number by the silhouette (Rousseeuw, 1987), from
+    2 to `MAX_MODES`. (BIC of a Gaussian mixture takes every direction in which users of one group differ for a component:
+    it chose 8 to 10 where there were 2 groups; and EM merged groups that k-means keeps apart.)
     """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.mixture import GaussianMixture
+    from sklearn.cluster import KMeans
 
     points = mean.double().numpy()
     distinct = len(np.unique(points, axis=0))
-    count = min(choose_modes(points, seed) if modes is None else modes, distinct)
-    if count < 2:
-        spread = mean.var(0, unbiased=False).mean().clamp_min(SMALLEST_VARIANCE)
-        return Population(mean.mean(0, keepdim=True), spread.view(1).to(mean.dtype), torch.ones(1))
-    mixture = GaussianMixture(count, covariance_type="spherical", n_init=5, random_state=seed, reg_covar=SMALLEST_VARIANCE)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        mixture.fit(points)
-    return Population(
-        torch.from_numpy(mixture.means_).to(mean.dtype),
-        torch.from_numpy(mixture.covariances_).to(mean.dtype),
-        torch.from_numpy(mixture.weights_).to(mean.dtype).clamp_min(1e-4),
-    )
+    count = max(1, min(choose_modes(points, seed) if modes is None else modes, distinct))
+    fit = KMeans(count, n_init=20, random_state=seed).fit(points)
+    labels = torch.from_numpy(fit.labels_.astype(np.int64))
+    centre = torch.from_numpy(fit.cluster_centers_).to(mean.dtype)
+    squared = (mean - centre[labels]).square().mean(-1)
+    members = torch.bincount(labels, minlength=count).to(mean.dtype)
+    variance = torch.zeros(count, dtype=mean.dtype).index_add_(0, labels, squared) / members.clamp_min(1)
+    return Population(centre, variance.clamp_min(SMALLEST_VARIANCE), members / members.sum())
 
 
 def choose_modes(points: NDArray[np.float64], seed: int) -> int:

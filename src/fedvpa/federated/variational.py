@@ -127,14 +127,18 @@ class FederatedVariational:
             slot,
         )
 
-    def context(self, state: ServerState, clients: Int[Tensor, "c"]) -> RoundContext:
-        """What these clients are sent besides the parameters."""
+    def context(self, state: ServerState, clients: Int[Tensor, "c"], pairs: PairBatch) -> RoundContext:
+        """What these clients are sent besides the parameters, and what they make of it."""
         started = state.round >= self.schedule.prototypes_start
         anchored = self.schedule.prototypes == "anchored" and started and bool(state.population)
+        anchors = Population(**state.population) if anchored else None
+        with torch.no_grad():
+            evidence = None if anchors is None else self.selector.evidence(state.params, anchors, pairs)
         label = state.clients["label"][clients]
         return RoundContext(
             prior=self.prior(state),
-            anchors=Population(**state.population) if anchored else None,
+            anchors=anchors,
+            evidence=evidence,
             label=label if started else torch.full_like(label, -1),
             client=clients,
             kl_weight=self.schedule.beta(state.round),
@@ -146,7 +150,7 @@ class FederatedVariational:
         clients = torch.tensor(chunk)
         names = [self.store.names[c] for c in chunk]
         pairs = self.store.batch(clients)
-        context = self.context(state, clients)
+        context = self.context(state, clients, pairs)
         params = stack(state.params, 1 if self.centralised else len(chunk))
         fixed = {name: value for name, value in params.items() if name not in self._shared(params)}
         trainable = self._shared(params)

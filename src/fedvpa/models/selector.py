@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from fedvpa.functional.preference import choice_log_likelihood
 from fedvpa.models.encoder import Encoder
 from fedvpa.models.reward import ConditionedReward
 from fedvpa.types import PairBatch, Params, Population, Posterior
@@ -33,25 +33,22 @@ class Selector:
         """r(chosen, z) - r(rejected, z)."""
         return self.reward.margin(params, z, batch)
 
+    def evidence(self, params: Params, population: Population, batch: PairBatch) -> Float[Tensor, "*b n m"]:
+        """Log-likelihood of every choice under the centre of every component, in nats."""
+        users = batch.mask.shape[:-1]
+        each = [logsigmoid(self.margin(params, centre.expand(*users, -1), batch)) for centre in population.mean]
+        return torch.stack(each, -1)
+
     def responsibilities(
-        self,
-        params: Params,
-        population: Population,
-        batch: PairBatch,
-        context: Bool[Tensor, "*b n"],
-        log_weight: Float[Tensor, "*#b m"] | None = None,
+        self, params: Params, population: Population, batch: PairBatch, context: Bool[Tensor, "*b n"]
     ) -> Float[Tensor, "*b m"]:
         r"""Posterior over the population's components given a context, by Bayes' rule on the likelihood of its choices.
 
         r_m is proportional to w_m prod_context sigmoid(margin under z = c_m). With an empty context r = w.
         """
         weight = context.to(batch.difference.dtype)
-        each = [
-            choice_log_likelihood(self.margin(params, centre.expand(*context.shape[:-1], -1), batch), weight)
-            for centre in population.mean
-        ]
-        prior = population.weight.log() if log_weight is None else log_weight
-        return torch.softmax(torch.stack(each, -1) + prior, -1)
+        total = (self.evidence(params, population, batch) * weight.unsqueeze(-1)).sum(-2)
+        return torch.softmax(total + population.weight.log(), -1)
 
 
 def refined_posterior(responsibility: Float[Tensor, "*b m"], population: Population) -> Posterior:
