@@ -89,3 +89,8 @@ def write_groups(folder: Path, train: int = 60, test: int = 24) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("\n".join(lines) + "\n")
     return folder
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--write-golden`` pins the trajectories anew."""
+    parser.addoption("--write-golden", action="store_true", help="pin the golden trajectories anew")

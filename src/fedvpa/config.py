@@ -164,6 +164,9 @@ class InferenceConfig(Section):
     kind: Literal["amortised", "population"] = Field(
         "amortised", description="the encoder's mean, or Bayes over the population's fitted components"
     )
+    latent_evidence: NonNegative = Field(
+        0.1, description="power of the encoder's density beside the likelihood of the choices, in that rule"
+    )
 
 
 class Config(Section):
@@ -295,6 +298,8 @@ def _refuse_unused(config: Config, explicit: set[str]) -> None:
         ("prior.exclude_self", config.prior.kind == "peers", "prior.kind is gaussian"),
         ("prior.max_components", config.prior.kind == "peers", "prior.kind is gaussian"),
         ("prior.start_round", config.prior.kind == "peers", "prior.kind is gaussian"),
+        ("inference.latent_evidence", config.inference.kind == "population" or config.prototypes.kind == "anchored",
+         "no components are weighed"),
         ("prototypes.radius", config.prototypes.kind in ("learned", "fixed"), "only orthogonal prototypes have one"),
         ("prototypes.start_round", config.prototypes.kind != "none", "prototypes.kind is none"),
         ("objective.orthonormal_weight", config.prototypes.kind == "learned", "only learned prototypes are kept so"),

@@ -111,7 +111,7 @@ def test_context_and_target_are_disjoint_real_pairs(sizes: list[int], batch: int
     draws = local_draws(seed, 0, names, torch.tensor(sizes), 3, 1, 2, 0)
     episodes = Episodes(PairBatch(x, None, mask.float(), mask), draws.order, batch, share)
     for step in range(3):
-        pairs, context, target = episodes[step]
+        pairs, context, target, _ = episodes[step]
         assert not (context & target).any()
         assert not ((context | target) & ~pairs.mask).any()
         used = (context | target).sum(-1)

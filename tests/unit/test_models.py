@@ -111,14 +111,16 @@ def test_shared_mlp_reads_the_features_and_says_so_when_they_are_missing() -> No
 
 def test_responsibilities_are_bayes_rule_on_the_choices() -> None:
     reward = ConditionedReward(8, 4)
-    selector = Selector(Encoder(8, 4), reward)
+    selector = Selector(Encoder(8, 4), reward, latent_evidence=0.3)
     params = jittered(selector.init(seeded()))
     population = Population(torch.randn(3, 4, generator=seeded(4)), torch.ones(3), torch.tensor([0.2, 0.3, 0.5]))
     batch = synthetic_store(ragged=False).batch([0])
     none = torch.zeros_like(batch.mask)
     torch.testing.assert_close(selector.responsibilities(params, population, batch, none), population.weight.unsqueeze(0))
     likelihood = torch.stack([torch.sigmoid(reward.margin(params, c.unsqueeze(0), batch)).prod() for c in population.mean])
-    expected = likelihood * population.weight
+    mean = selector.posterior(params, batch, batch.mask).mean
+    density = (-0.5 * (mean - population.mean).square().sum(-1)).exp()
+    expected = likelihood * population.weight * density**0.3
     torch.testing.assert_close(selector.responsibilities(params, population, batch, batch.mask)[0], expected / expected.sum())
     refined = refined_posterior(torch.tensor([[0.0, 1.0, 0.0]]), population)
     torch.testing.assert_close(refined.mean[0], population.mean[1])

@@ -117,6 +117,7 @@ def _diagnostics(results: dict[str, Any]) -> list[tuple[str, str]]:
         ("mutual information of client and z, nats", p["mutual_information"]),
         ("mean sigma", p["mean_sigma"]),
         ("ARI / NMI of k-means with the true groups (seen)", _pair(latent["ari"], latent["nmi"])),
+        ("the same, z as inferred", _pair(latent["inferred"]["ari"], latent["inferred"]["nmi"])),
         ("the same, unseen clients' contexts", _pair(latent["unseen"]["ari"], latent["unseen"]["nmi"])),
         ("silhouette", latent["silhouette"]),
         ("between- / within-group variance", latent["between_within"]),

@@ -44,7 +44,9 @@ def build_algorithm(config: Config, store: ClientStore) -> Algorithm:
             regroup_every=f.regroup_every,
             finetune_steps=f.finetune_steps if config.method == "fedavg-btl+finetune" else 0,
         )  # fmt: skip
-    selector = Selector(Encoder(m.inputs, m.latent, m.encoder_hidden, m.pooling, m.odd_mean), reward)
+    selector = Selector(
+        Encoder(m.inputs, m.latent, m.encoder_hidden, m.pooling, m.odd_mean), reward, config.inference.latent_evidence
+    )
     objective = VariationalObjective(
         selector, config.prior.weights, config.prior.temperature, config.prior.estimator, config.prior.exclude_self,
         o.free_bits, o.orthonormal_weight, config.prototypes.radius, f.protocol == "single-pair",

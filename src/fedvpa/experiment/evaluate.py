@@ -45,7 +45,7 @@ from fedvpa.federated.objective import PROTOTYPES
 from fedvpa.federated.store import ClientStore
 from fedvpa.federated.variational import FederatedVariational, VariationalPredictor
 from fedvpa.models.backbone import Progress
-from fedvpa.types import Posterior
+from fedvpa.types import PairBatch, Posterior
 
 CONTEXT_SIZES = (0, 1, 2, 4, 8, 16, 32)
 
@@ -137,6 +137,7 @@ def evaluate(directory: str, settings: EvaluationSettings, progress: Progress | 
         prototypes = _prototypes(run)
         results["posterior"] = posterior_diagnostics(seen)
         results["latent"] = cluster_diagnostics(seen.mean, seen_group) | {
+            "inferred": cluster_diagnostics(predictor.posterior(_all_pairs(run.store)).mean, seen_group),
             "unseen": cluster_diagnostics(unseen_posterior.mean, unseen_group),
             "switch_rate": switch_rate(predictor, trials, unseen_group),
             "prototype_cosines": None if prototypes is None else prototype_cosines(prototypes),
@@ -204,6 +205,10 @@ def _same_backbone(run: Run, signature: str) -> None:
             f"{run.paths.root}: was trained on features of another backbone or number type ({trained}) than this machine "
             f"gives ({signature}); set --features.dtype and --features.backbone explicitly when training"
         )
+
+
+def _all_pairs(store: ClientStore) -> PairBatch:
+    return store.batch(torch.arange(len(store)))
 
 
 def _prototypes(run: Run) -> Tensor | None:

@@ -55,13 +55,17 @@ def local_draws(
 class Episode(NamedTuple):
     """Pairs [c, n] of one step; `context` and `target` mark disjoint subsets of them (method.md, *Honest protocol* 1).
 
-    `index` says which of the clients' pairs these are (None: all of them, in place).
+    `rows` says which of the clients' pairs these are (None: all of them, in place).
     """
 
     pairs: PairBatch
     context: Bool[Tensor, "c n"]
     target: Bool[Tensor, "c n"]
-    index: Int[Tensor, "c n"] | None = None
+    rows: Int[Tensor, "c n"] | None = None
+
+    def of(self, table: Float[Tensor, "c _ m"]) -> Float[Tensor, "c n m"]:
+        """The rows of a table of all the clients' pairs that belong to this step's pairs."""
+        return table if self.rows is None else table.gather(1, self.rows.unsqueeze(-1).expand(-1, -1, table.shape[-1]))
 
 
 class Episodes:

@@ -85,7 +85,9 @@ class VariationalObjective:
         target = episode.target.to(noise.dtype)
         posterior = self.selector.posterior(params, episode.pairs, episode.context)
         if context.anchors is not None and context.evidence is not None:
-            z = anchored_latent(context.anchors, context.evidence, episode)
+            evidence = episode.of(context.evidence)
+            share = self.selector.combine(context.anchors, evidence, posterior.mean.detach(), episode.context)
+            z = share @ context.anchors.mean
             recon = mean_choice_loss(self.selector.margin(params, z, episode.pairs), target)
             pull = (posterior.mean - z).square().sum(-1)
             return self._total(params, recon, torch.zeros_like(recon), pull, context)
@@ -168,17 +170,6 @@ class VariationalObjective:
             return torch.log_softmax(base.expand(*client.shape, -1), -1)
         gumbel = torch.zeros(()) if uniform is None else gumbel_noise(uniform)
         return gumbel_softmax_log_weight(base + logit[..., prior.slot], gumbel, self.temperature)
-
-
-def anchored_latent(
-    anchors: Population, evidence: Float[Tensor, "c n m"], episode: Episode
-) -> Float[Tensor, "c d"]:
-    """Mean of the anchors under their posterior given the episode's context, r_m ~ w_m prod_context p(choice given c_m)."""
-    weight = episode.context.to(evidence.dtype)
-    if episode.index is not None:
-        evidence = evidence.gather(1, episode.index.unsqueeze(-1).expand(-1, -1, evidence.shape[-1]))
-    share = torch.softmax((weight.unsqueeze(-2) @ evidence).squeeze(-2) + anchors.weight.log(), -1)
-    return share @ anchors.mean
 
 
 @dataclass(frozen=True)

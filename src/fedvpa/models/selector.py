@@ -20,6 +20,7 @@ class Selector:
 
     encoder: Encoder
     reward: ConditionedReward
+    latent_evidence: float = 0.1
 
     def init(self, generator: torch.Generator) -> Params:
         """Fresh parameters of both."""
@@ -42,13 +43,26 @@ class Selector:
     def responsibilities(
         self, params: Params, population: Population, batch: PairBatch, context: Bool[Tensor, "*b n"]
     ) -> Float[Tensor, "*b m"]:
-        r"""Posterior over the population's components given a context, by Bayes' rule on the likelihood of its choices.
+        """Posterior over the population's components given a context (see `combine`)."""
+        mean = self.posterior(params, batch, context).mean
+        return self.combine(population, self.evidence(params, population, batch), mean, context)
 
-        r_m is proportional to w_m prod_context sigmoid(margin under z = c_m). With an empty context r = w.
+    def combine(
+        self,
+        population: Population,
+        evidence: Float[Tensor, "*b n m"],
+        mean: Float[Tensor, "*b d"],
+        context: Bool[Tensor, "*b n"],
+    ) -> Float[Tensor, "*b m"]:
+        r"""Bayes' rule over the components: r_m ~ w_m N(mu; c_m, v I)^rho prod_context p(choice | z = c_m).
+
+        The amortised mean mu is read from the same choices as the likelihood, so its density is tempered by rho
+        (`latent_evidence`); v is the components' mean variance. With an empty context r = w.
         """
-        weight = context.to(batch.difference.dtype)
-        total = (self.evidence(params, population, batch) * weight.unsqueeze(-1)).sum(-2)
-        return torch.softmax(total + population.weight.log(), -1)
+        likelihood = (evidence * context.to(evidence.dtype).unsqueeze(-1)).sum(-2)
+        squared = (mean.unsqueeze(-2) - population.mean).square().sum(-1)
+        density = -0.5 * squared / population.variance.mean() * context.any(-1, keepdim=True)
+        return torch.softmax(population.weight.log() + self.latent_evidence * density + likelihood, -1)
 
 
 def refined_posterior(responsibility: Float[Tensor, "*b m"], population: Population) -> Posterior:
