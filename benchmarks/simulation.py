@@ -64,9 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{'model':12s} {'engine':18s} {'clients':>7s} {'s/round':>9s} {'peak GiB':>8s} {'of flower-best':>14s}")
     for r in rows:
         ratio = "-" if r["ratio_to_flower_best"] is None else f"1/{1 / r['ratio_to_flower_best']:.1f}"
-        print(
-            f"{r['model']:12s} {r['engine']:18s} {r['clients']:7d} {r['seconds_per_round']:9.4f} {r['peak_gib']:8.2f} {ratio:>14s}"
-        )
+        figures = f"{r['seconds_per_round']:9.4f} {r['peak_gib']:8.2f} {ratio:>14s}"
+        print(f"{r['model']:12s} {r['engine']:18s} {r['clients']:7d} {figures}")
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(rows, indent=2) + "\n")
     return 0

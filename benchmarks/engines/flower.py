@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from itertools import pairwise
 from typing import Any
 
 from benchmarks.workload import PAIRS, build, train_one
@@ -47,4 +48,4 @@ def run_flower(model: str, best: bool, clients: int, rounds: int) -> list[float]
 
     backend = {"client_resources": {"num_cpus": 1 if best else 2, "num_gpus": 0.0}}
     run_simulation(server_app, client_app, num_supernodes=clients, backend_config=backend)
-    return [b - a for a, b in zip(starts[1:], starts[2:])]
+    return [b - a for a, b in pairwise(starts[1:])]
