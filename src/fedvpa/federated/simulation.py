@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, TypeVar
 
 import torch
@@ -36,11 +37,13 @@ class Simulation:
         return self.backend == "sequential"
 
     def chunks(self, cohort: Sequence[int], parameters_per_client: int) -> list[list[int]]:
-        """Divide a cohort; the division depends on settings alone, so that sums are repeatable."""
+        """Divide a cohort evenly; the division depends on settings alone, so that sums are repeatable."""
         if self.backend == "sequential":
             return [[c] for c in cohort]
         size = self.chunk or max(1, min(100, CHUNK_BYTES // (16 * max(1, parameters_per_client))))
-        return [list(cohort[i : i + size]) for i in range(0, len(cohort), size)]
+        count = max(1, -(-len(cohort) // size))
+        edges = [round(i * len(cohort) / count) for i in range(count + 1)]
+        return [list(cohort[a:b]) for a, b in pairwise(edges)]
 
     def map(self, function: Callable[[list[int]], T], chunks: Sequence[list[int]]) -> Iterator[T]:
         """Yield the results in the order of the chunks; at most `workers` + 1 of them exist at any time."""
