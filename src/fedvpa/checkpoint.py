@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from dataclasses import dataclass
@@ -33,13 +34,13 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write aside, flush to the disk, rename: a reader sees the old file or the new one, whatever happens."""
     header = {
         "format": FORMAT,
-        "round": str(checkpoint.state.round),
+        "round": checkpoint.state.round,
         "fingerprint": checkpoint.fingerprint,
-        "finished": json.dumps(checkpoint.finished),
-        "history": json.dumps(checkpoint.history),
+        "finished": checkpoint.finished,
+        "history": checkpoint.history,
     }
     tensors = {name: value.contiguous() for name, value in checkpoint.state.tensors().items()}
-    write_atomically(path, save(tensors, metadata=header))
+    write_atomically(path, save(tensors, metadata={"fedvpa": json.dumps(header)}))  # one key: equal states, equal bytes
 
 
 def load_checkpoint(path: Path, fingerprint: str | None = None) -> Checkpoint:
@@ -52,17 +53,32 @@ def load_checkpoint(path: Path, fingerprint: str | None = None) -> Checkpoint:
         raise CheckpointError(f"{path}: no checkpoint there")
     try:
         with safe_open(path, framework="pt") as file:
-            header: dict[str, str] = file.metadata() or {}
+            header: dict[str, Any] = json.loads((file.metadata() or {}).get("fedvpa", "{}"))
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if header.get("format") != FORMAT:
             raise CheckpointError(f"{path}: not a fedvpa checkpoint (format {header.get('format')!r}, wanted {FORMAT!r})")
-        state = ServerState.from_tensors(int(header["round"]), tensors)
-        found = Checkpoint(state, json.loads(header["history"]), header["fingerprint"], json.loads(header["finished"]))
+        state = ServerState.from_tensors(header["round"], tensors)
+        found = Checkpoint(state, header["history"], header["fingerprint"], header["finished"])
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise CheckpointError(f"{path}: damaged checkpoint: {error}") from error
     if fingerprint is not None and found.fingerprint != fingerprint:
         raise CheckpointError(f"{path}: belongs to other settings or other data; it cannot be resumed with these")
     return found
+
+
+def plain_json(content: Any) -> bytes:
+    """Indented JSON that every reader can read: NaN and Inf become null."""
+    return (json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n").encode()
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(v) for v in value]
+    return value
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -101,6 +101,7 @@ class PriorConfig(Section):
     exclude_self: bool = Field(True, description="leave a client's own posterior out of its prior")
     max_components: Annotated[int, Field(ge=1)] = Field(128, description="at most this many peers in the mixture")
     start_round: Annotated[int, Field(ge=0)] = Field(0, description="N(0, I) before this round")
+    members: Literal["known", "last-round"] = Field("known", description="peers: all that were ever seen, or the last cohort")
 
 
 class PrototypesConfig(Section):
@@ -112,7 +113,9 @@ class PrototypesConfig(Section):
         description="learned/fixed: orthogonal, at the radius; anchored: fitted to the clients once, then frozen",
     )
     radius: Annotated[float, Field(gt=0)] = Field(5.0, description="radius s of orthogonal prototypes")
-    start_round: Annotated[int, Field(ge=0)] = Field(0, description="no pull before this round; anchors are fitted then")
+    start_round: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        "auto", description="no pull before this round; anchors are fitted then; auto: 2/5 of the rounds (orthogonal: 0)"
+    )
 
 
 class ObjectiveConfig(Section):
@@ -187,23 +190,30 @@ class Config(Section):
     inference: InferenceConfig = InferenceConfig()
 
     @property
+    def prototypes_start(self) -> int:
+        """Round from which prototypes act."""
+        if self.prototypes.start_round != "auto":
+            return self.prototypes.start_round
+        return max(1, 2 * self.federation.rounds // 5) if self.prototypes.kind == "anchored" else 0
+
+    @property
     def variational(self) -> bool:
         """Whether the method infers a latent preference."""
         return self.method in VARIATIONAL
 
 
 _MIX: dict[str, Any] = {"inference": {"kind": "population"}}
-_ORTHO: dict[str, Any] = {"prototypes": {"kind": "anchored", "start_round": 20}, "objective": {"pull_weight": 0.01}}
+_ORTHO: dict[str, Any] = {"prototypes": {"kind": "anchored"}, "objective": {"pull_weight": 0.01}}
 METHOD_SETTINGS: dict[str, dict[str, Any]] = {"fedvpl+mix": _MIX, "fedvpl+ortho": _ORTHO, "fedvpa-gp": _MIX | _ORTHO}
 
 _PAPER: dict[str, Any] = {
-    "model": {"encoder_hidden": (512, 256, 128), "odd_mean": False, "conditioning": "additive"},
+    "model": {"latent": 32, "encoder_hidden": (512, 256, 128), "odd_mean": False, "conditioning": "additive"},
     "objective": {"kl_weight": 0.1, "pull_weight": 1.0, "orthonormal_weight": 0.1},
     "federation": {
         "cohort": 10, "batch_size": 8, "protocol": "single-pair", "posterior_from": "local", "learning_rate": 0.001,
     },
 }  # fmt: skip
-_PAPER_MIX = {"prior": {"kind": "peers", "weights": "gumbel"}}
+_PAPER_MIX = {"prior": {"kind": "peers", "weights": "gumbel", "members": "last-round"}}
 _PAPER_ORTHO = {"prototypes": {"kind": "learned", "modes": 2}}
 PAPER_METHOD_SETTINGS: dict[str, dict[str, Any]] = {
     "fedvpl+mix": _PAPER_MIX, "fedvpl+ortho": _PAPER_ORTHO, "fedvpa-gp": _PAPER_MIX | _PAPER_ORTHO,
@@ -279,18 +289,40 @@ def _explain(error: Any) -> str:
     return f"{place}: {error['msg']} (got {error['input']!r})"
 
 
+def settings_for(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that several methods share, without those that this method, having no latent, would not read."""
+    if method in VARIATIONAL:
+        return dict(given)
+    return {
+        section: {k: v for k, v in value.items() if f"{section}.{k}" not in _LATENT_SETTINGS}
+        if isinstance(value, Mapping)
+        else value
+        for section, value in given.items()
+        if section not in _LATENT_SECTIONS
+    }  # fmt: skip
+
+
+_LATENT_SECTIONS = ("prior", "prototypes", "inference", "objective")
+_LATENT_SETTINGS = (
+    *(f"model.{n}" for n in ("latent", "encoder_hidden", "odd_mean", "pooling", "conditioning", "rank", "decoder_scale")),
+    *(f"federation.{n}" for n in ("protocol", "posterior_from", "context_share")),
+)
+
+
 def _refuse_unused(config: Config, explicit: set[str]) -> None:
     """A setting that was given on purpose must matter."""
     d, f, variational = config.data, config.federation, config.variational
     rules: list[tuple[str, bool, str]] = [
         ("data.personas.", d.source == "personas", "data.source is not personas"),
+        *((f"data.{name}", d.source != "personas", "personas come divided into users") for name in
+          ("split", "partition", "group_ratio", "dirichlet_alpha", "mixing", "protocol", "max_pairs", "on_bad_record")),
+        *((name, variational, f"{config.method} has no latent") for name in _LATENT_SETTINGS),
+        *((f"{name}.", variational, f"{config.method} has no latent") for name in _LATENT_SECTIONS),
+        ("model.reward_hidden", config.method == "fedavg-btl-mlp" or (
+            variational and config.model.conditioning in ("concat", "film")), "the reward has no hidden layer"),
         ("data.group_ratio", d.partition in ("auto", "group", "mixed"), "it goes with partition=group or mixed"),
         ("data.dirichlet_alpha", d.partition == "dirichlet", "it goes with partition=dirichlet"),
         ("data.mixing", d.partition == "mixed", "it goes with partition=mixed"),
-        ("prior.", variational, f"{config.method} has no latent"),
-        ("prototypes.", variational, f"{config.method} has no latent"),
-        ("inference.", variational, f"{config.method} has no latent"),
-        ("objective.", variational, f"{config.method} has no latent"),
         ("prior.weights", config.prior.kind == "peers", "prior.kind is gaussian"),
         ("prior.temperature", config.prior.weights == "gumbel", "prior.weights is not gumbel"),
         ("prior.temperature", config.prior.kind == "peers", "prior.kind is gaussian"),
@@ -298,6 +330,7 @@ def _refuse_unused(config: Config, explicit: set[str]) -> None:
         ("prior.exclude_self", config.prior.kind == "peers", "prior.kind is gaussian"),
         ("prior.max_components", config.prior.kind == "peers", "prior.kind is gaussian"),
         ("prior.start_round", config.prior.kind == "peers", "prior.kind is gaussian"),
+        ("prior.members", config.prior.kind == "peers", "prior.kind is gaussian"),
         ("inference.latent_evidence", config.inference.kind == "population" or config.prototypes.kind == "anchored",
          "no components are weighed"),
         ("prototypes.radius", config.prototypes.kind in ("learned", "fixed"), "only orthogonal prototypes have one"),
@@ -309,12 +342,21 @@ def _refuse_unused(config: Config, explicit: set[str]) -> None:
         ("federation.momentum", f.optimiser == "sgd", "optimiser is adam"),
         ("federation.selectors", config.method == "fedbiscuit", "it belongs to fedbiscuit"),
         ("federation.regroup_every", config.method == "fedbiscuit", "it belongs to fedbiscuit"),
-        ("federation.finetune_steps", config.method in ("fedavg-btl+finetune", "local"), "nothing is fine-tuned"),
+        ("federation.finetune_steps", config.method == "fedavg-btl+finetune", "nothing is fine-tuned"),
     ]  # fmt: skip
     for prefix, used, why in rules:
         hit = next((s for s in sorted(explicit) if s == prefix or (prefix.endswith(".") and s.startswith(prefix))), None)
         if hit and not used:
             raise BadInputError(f"{hit} is set but would not be read: {why}; remove it, or change what it depends on")
+    if config.prototypes.kind == "anchored":
+        if config.prototypes_start >= f.rounds:
+            raise BadInputError(
+                f"prototypes.start_round: {config.prototypes_start} of {f.rounds} rounds leaves none in which the anchors act"
+            )
+        if f.protocol == "single-pair":
+            raise BadInputError("federation.protocol: single-pair has no context that could weigh anchors")
+    if config.objective.kl_schedule == "cyclical" and config.objective.kl_warmup_rounds < 2:
+        raise BadInputError("objective.kl_warmup_rounds: a cycle needs at least 2 rounds")
     if config.prototypes.kind in ("learned", "fixed"):
         modes = config.prototypes.modes
         if modes == "auto":

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedvpa.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from fedvpa.config import METHODS, Config, build_config
+from fedvpa.config import METHODS, Config, build_config, settings_for
 from fedvpa.errors import CheckpointError, NonFiniteUpdateError
 from fedvpa.experiment.build import build_algorithm
 from fedvpa.federated.algorithm import sample_cohort
@@ -42,7 +42,7 @@ VARIANTS["sgd with momentum"] = {
 
 
 def config_of(name: str, **federation: Any) -> Config:
-    return build_config(SMALL, VARIANTS[name], {"federation": federation})
+    return build_config(settings_for(VARIANTS[name]["method"], SMALL), VARIANTS[name], {"federation": federation})
 
 
 def train(config: Config, store: ClientStore, state: ServerState | None = None, rounds: int | None = None) -> ServerState:
@@ -115,7 +115,10 @@ def test_peers_prior_of_one_standard_peer_equals_the_gaussian_prior() -> None:
     """With the one peer's posterior at N(0, I) the mixture's KL is the closed form, so training is the same."""
     store = synthetic_store(clients=2)
     mixed = build_algorithm(
-        build_config(SMALL, {"method": "fedvpl+mix", "prior": {"kind": "peers", "estimator": "hershey-olsen"}}), store
+        build_config(
+            SMALL, {"method": "fedvpl+mix", "prior": {"kind": "peers", "estimator": "hershey-olsen", "exclude_self": False}}
+        ),
+        store,
     )
     plain = build_algorithm(build_config(SMALL, {"method": "fedvpl"}), store)
     state = mixed.init()

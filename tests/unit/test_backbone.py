@@ -79,7 +79,7 @@ def test_unknown_backbones_and_layers_are_refused(tiny_model: Path, backbone: Ba
 
 
 def test_cache_computes_each_text_once_and_tells_settings_apart(tiny_model: Path, tmp_path: Path) -> None:
-    settings = FeaturesConfig(backbone=str(tiny_model), layer=2, dtype="float32")
+    settings = FeaturesConfig(backbone=str(tiny_model), layer=2, pooling="last", dtype="float32")
     texts = items(8)
     first, _, signature, computed = FeatureCache(settings, tmp_path / "f.sqlite").items(texts)
     assert computed == len(set(texts))

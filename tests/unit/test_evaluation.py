@@ -14,7 +14,7 @@ from fedvpa.evaluation.diagnostics import (
     prior_weight_diagnostics,
 )
 from fedvpa.evaluation.protocol import derangement, evaluate_controls, evaluate_few_shot, split_trials
-from fedvpa.evaluation.statistics import interval, paired_difference
+from fedvpa.evaluation.statistics import interval
 from fedvpa.federated.population import balanced_labels, choose_modes, fit_population
 from fedvpa.types import PairBatch, Posterior
 from tests.conftest import synthetic_store
@@ -50,9 +50,6 @@ def test_intervals_are_student_t_and_ignore_missing_clients() -> None:
     assert found["mean"] == pytest.approx(0.6)
     assert found["high"] - found["mean"] == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-5)
     assert math.isnan(interval([0.5])["low"])
-    assert paired_difference([0.5, 0.7], [0.4, 0.6])["mean"] == pytest.approx(0.1)
-    with pytest.raises(ValueError, match="cannot be paired"):
-        paired_difference([1.0], [1.0, 2.0])
 
 
 def test_controls_tell_a_used_state_from_an_unused_one() -> None:

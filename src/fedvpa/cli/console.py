@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 import sys
@@ -17,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fedvpa.checkpoint import write_atomically
+from fedvpa.checkpoint import plain_json, write_atomically
 from fedvpa.models.backbone import Progress as TextProgress
 
 
@@ -100,22 +99,10 @@ def emit_json(target: str | None, content: Any) -> None:
     """
     if target is None:
         return
-    text = json.dumps(without_nan(content), indent=2, allow_nan=False) + "\n"
     if target == "-":
-        sys.stdout.write(text)
+        sys.stdout.write(plain_json(content).decode())
     else:
-        write_atomically(Path(target), text.encode())
-
-
-def without_nan(value: Any) -> Any:
-    """The same nested values, NaN and Inf replaced by None."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {k: without_nan(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(v) for v in value]
-    return value
+        write_atomically(Path(target), plain_json(content))
 
 
 def configure_logging(quiet: bool, debug: bool) -> None:

@@ -16,6 +16,9 @@ import numpy as np
 from fedvpa.errors import BadInputError
 from fedvpa.types import PreferencePair
 
+MIRRORED = "-mirrored"
+"""Ending of the name of a client that holds another one's pairs with reversed labels."""
+
 Partition = Literal["auto", "natural", "group", "dirichlet", "mixed"]
 
 
@@ -159,7 +162,7 @@ class Partitioner:
         out = []
         for client in half:
             own = replace(client, group="original")
-            out += [own, ClientPairs(f"{client.name}-mirrored", "mirrored", tuple(p.reversed() for p in own.pairs))]
+            out += [own, ClientPairs(f"{client.name}{MIRRORED}", "mirrored", tuple(p.reversed() for p in own.pairs))]
         return out
 
 
@@ -175,7 +178,8 @@ def split_off(client: ClientPairs, share: float, seed: int) -> tuple[ClientPairs
     if share > 0 and held == 0 and count >= 5:
         held = 1
     held = min(held, count - 2)
-    name = int.from_bytes(hashlib.sha256(client.name.encode()).digest()[:8], "big")
+    owner = client.name.removesuffix(MIRRORED)  # a mirrored pair of clients holds the same pairs out
+    name = int.from_bytes(hashlib.sha256(owner.encode()).digest()[:8], "big")
     order = np.random.default_rng([seed, name]).permutation(count)
     parts = (sorted(order[held:].tolist()), sorted(order[:held].tolist()))
     first, second = (tuple(client.pairs[i] for i in index) for index in parts)

@@ -1,4 +1,4 @@
-"""Means with 95 % intervals over clients, and paired differences."""
+"""Means with 95 % intervals over clients."""
 
 from __future__ import annotations
 
@@ -29,14 +29,3 @@ def interval(values: Sequence[float]) -> Interval:
         return Interval(mean=mean, low=math.nan, high=math.nan, n=1)
     half = float(stats.t.ppf(0.975, x.size - 1) * x.std(ddof=1) / math.sqrt(x.size))
     return Interval(mean=mean, low=mean - half, high=mean + half, n=int(x.size))
-
-
-def paired_difference(first: Sequence[float], second: Sequence[float]) -> Interval:
-    """Interval of first - second, element by element.
-
-    Raises:
-        ValueError: of different lengths.
-    """
-    if len(first) != len(second):
-        raise ValueError(f"{len(first)} and {len(second)} values cannot be paired")
-    return interval([a - b for a, b in zip(first, second)])

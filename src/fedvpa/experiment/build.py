@@ -52,8 +52,8 @@ def build_algorithm(config: Config, store: ClientStore) -> Algorithm:
         o.free_bits, o.orthonormal_weight, config.prototypes.radius, f.protocol == "single-pair",
     )  # fmt: skip
     schedule = Schedule(
-        o.kl_weight, o.kl_schedule, o.kl_warmup_rounds, config.prior.kind, config.prior.start_round,
-        config.prototypes.kind, config.prototypes.start_round, o.pull_weight,
+        o.kl_weight, o.kl_schedule, o.kl_warmup_rounds, config.prior.kind, config.prior.start_round, config.prior.members,
+        config.prototypes.kind, config.prototypes_start, o.pull_weight,
     )  # fmt: skip
     return FederatedVariational(
         store,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -14,19 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from fedvpa.checkpoint import write_atomically
-from fedvpa.config import VARIATIONAL, Config, build_config
+from fedvpa.config import Config, build_config, settings_for
 from fedvpa.errors import BadInputError
 from fedvpa.evaluation.comparison import render_comparison
 from fedvpa.evaluation.report import render_report
-from fedvpa.evaluation.statistics import interval, paired_difference
+from fedvpa.evaluation.statistics import Interval, interval
 from fedvpa.experiment.evaluate import EvaluationSettings, evaluate
 from fedvpa.experiment.run import RunPaths, load_config
 from fedvpa.experiment.train import train
 
 OnCell = Callable[[int, int, str], None]
 """Called with (cells done, cells in all, the last one's name)."""
-
-_LATENT_SECTIONS = ("prior", "prototypes", "inference", "objective")
 
 
 @dataclass(frozen=True)
@@ -82,9 +81,8 @@ def compare(settings: CompareSettings, on_cell: OnCell | None = None) -> dict[st
 
 
 def _cell(settings: CompareSettings, method: str, seed: int) -> Cell:
-    given = {k: v for k, v in settings.given.items() if method in VARIATIONAL or k not in _LATENT_SECTIONS}
     out = str(settings.out / f"{method}-seed{seed}")
-    config = build_config(given, {"method": method, "seed": seed, "out": out})
+    config = build_config(settings_for(method, settings.given), {"method": method, "seed": seed, "out": out})
     return Cell(
         config,
         EvaluationSettings(
@@ -142,35 +140,43 @@ def _finished(cell: Cell) -> dict[str, Any] | None:
 
 
 def _table(settings: CompareSettings, found: dict[tuple[str, int], Any]) -> dict[str, Any]:
-    """A row a method: intervals over all (seed, client), and the paired difference from the reference method."""
+    """A row a method; its difference from the reference method is paired by client."""
 
-    def clients(method: str, part: str | None) -> list[float]:
-        out: list[float] = []
-        for seed in settings.seeds:
-            results = found[method, seed] if part is None else found[method, seed][part]
-            out += results["per_client_accuracy"] if results else []
-        return out
+    def by_seed(method: str, part: str | None) -> list[list[float]]:
+        """Accuracy of every client, for every seed."""
+        every = [found[method, seed] if part is None else found[method, seed][part] for seed in settings.seeds]
+        return [[math.nan if v is None else v for v in r["per_client_accuracy"]] if r else [] for r in every]
 
     reference = settings.methods[0]
     rows = []
     for method in settings.methods:
         every = [found[method, seed] for seed in settings.seeds]
+        difference = [
+            [a - b for a, b in zip(one, other)]
+            for one, other in zip(by_seed(method, None), by_seed(reference, None))
+        ]  # fmt: skip
         rows.append(
             {
                 "method": method,
-                "seen": interval(clients(method, "seen")),
-                "unseen": interval(clients(method, None)),
+                "seen": _over_seeds(by_seed(method, "seen")),
+                "unseen": _over_seeds(by_seed(method, None)),
                 "worst_group": interval([r["accuracy"]["worst_group"]["mean"] for r in every]),
                 "other_group": interval(
                     [r["accuracy"]["other_group"]["mean"] for r in every if "other_group" in r["accuracy"]]
                 ),
-                "difference": None
-                if method == reference
-                else paired_difference(clients(method, None), clients(reference, None)),
+                "difference": None if method == reference else _over_seeds(difference),
                 "seconds": sum(r["seconds"] for r in every) / len(every),
             }
         )
     return {"reference": reference, "seeds": settings.seeds, "context": settings.context, "rows": rows}
+
+
+def _over_seeds(values: list[list[float]]) -> Interval:
+    """Interval over seeds of the clients' means: clients of one seed share a model, so they are not independent. With one
+    seed there is nothing but the clients, and the interval is over them."""
+    if len(values) == 1:
+        return interval(values[0])
+    return interval([interval(clients)["mean"] for clients in values])
 
 
 def _csv(found: dict[tuple[str, int], Any]) -> str:
@@ -197,7 +203,7 @@ def _markdown(table: dict[str, Any], settings: CompareSettings) -> str:
 
     lines = [
         f"Accuracy on target pairs, disjoint from the context of at most {settings.context} pairs; seeds "
-        f"{', '.join(map(str, settings.seeds))}; 95 % intervals over seeds x clients (worst and other group: over seeds).",
+        f"{', '.join(map(str, settings.seeds))}; 95 % intervals over seeds (with one seed: over clients).",
         "",
         f"| method | seen | unseen | worst group | other group's z | difference from {table['reference']}, paired |",
         "|---|---|---|---|---|---|",

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from fedvpa.config import Config, DataConfig
 from fedvpa.data.features import FeatureCache
-from fedvpa.data.partition import ClientPairs, Partitioner, split_off
+from fedvpa.data.partition import MIRRORED, ClientPairs, Partitioner, split_off
 from fedvpa.data.personas import UNSEEN, personas
 from fedvpa.data.reading import PairSet, read_pairs
 from fedvpa.errors import BadInputError
+from fedvpa.federated.algorithm import Payload
 from fedvpa.federated.store import ClientStore, build_store
 from fedvpa.functional.whitening import second_moment, whitening_matrix
 from fedvpa.models.backbone import Progress
@@ -45,6 +46,15 @@ class Whitener:
         moment = second_moment(features[:, 0] - features[:, 1])
         return Whitener(features.mean((0, 1)), whitening_matrix(moment, features.shape[0], dimensions))
 
+    def payload(self) -> list[Payload]:
+        """What whitening costs once: the clients' sums, and the projection that they are sent."""
+        h, p = self.projection.shape
+        return [
+            Payload("whitening: sum of dh dh^T, float64", (h, h), 8 * h * h, "up", "once"),
+            Payload("whitening: sum of h, number of pairs", (h + 1,), 8 * (h + 1), "up", "once"),
+            Payload("whitening: centre, projection", (h, p + 1), 4 * h * (p + 1), "down", "once"),
+        ]
+
     def difference(self, features: Float[Tensor, "n 2 h"]) -> Float[Tensor, "n p"]:
         """Whitened h(chosen) - h(rejected)."""
         return (features[:, 0] - features[:, 1]) @ self.projection
@@ -68,16 +78,30 @@ def training_data(config: Config) -> TrainingData:
         clients = partitioner(config.data, config.data.clients)(source.pairs, config.seed)
     share = config.data.validation_share
     parts = [split_off(client, share, config.seed) for client in clients]
-    return TrainingData([a for a, _ in parts], [b for _, b in parts], source.skipped, source.first_skipped)
+    train = [a for a, _ in parts]
+    validation, _ = without_overlap([b for _, b in parts], train)  # nobody else may train on them, whatever the label
+    return TrainingData(train, validation, source.skipped, source.first_skipped)
 
 
-def unseen_clients(data: DataConfig, seed: int, count: int, context: int) -> tuple[list[ClientPairs], Counter[str]]:
-    """New clients from evaluation data: never trained on. Personas get `context` pairs and as many targets."""
+def unseen_clients(
+    data: DataConfig, seed: int, count: int, context: int, seen: set[str]
+) -> tuple[list[ClientPairs], Counter[str]]:
+    """New clients from evaluation data: never trained on. Personas get `context` pairs and as many targets.
+
+    Raises:
+        BadInputError: every client id of the evaluation data is among `seen`, the clients that were trained on.
+    """
     if data.source == "personas":
         users = range(UNSEEN, UNSEEN + count)
         return personas(data.personas, users, seed, "test", pairs=max(4, 2 * context)), Counter()
     source = read_pairs(data.source, data.split, data.on_bad_record)
-    return partitioner(data, count)(source.pairs, seed, prefix="unseen"), source.skipped
+    new = [p for p in source.pairs if p.client_id is None or p.client_id not in seen]
+    if not new:
+        raise BadInputError(
+            f"{data.source}: every client id in it was trained on, so nobody is unseen; evaluate on other users, or leave "
+            "some out of training (--clients N takes N of them)"
+        )
+    return partitioner(data, count)(new, seed, prefix="unseen"), source.skipped
 
 
 def held_out_pairs(data: DataConfig, seed: int, seen: Sequence[ClientPairs]) -> list[ClientPairs]:
@@ -107,7 +131,7 @@ def _deal_mirrored(pairs: Sequence[PreferencePair], seen: Sequence[ClientPairs])
     originals = [c.name for c in seen if c.group == "original"]
     out = []
     for client in seen:
-        position = originals.index(client.name.removesuffix("-mirrored"))
+        position = originals.index(client.name.removesuffix(MIRRORED))
         own = pairs[position :: len(originals)]
         out.append(replace(client, pairs=tuple(p.reversed() if client.group == "mirrored" else p for p in own)))
     return out

@@ -41,6 +41,7 @@ from fedvpa.experiment.dataset import (
     without_overlap,
 )
 from fedvpa.experiment.run import Run, open_run
+from fedvpa.experiment.train import manifest
 from fedvpa.federated.objective import PROTOTYPES
 from fedvpa.federated.store import ClientStore
 from fedvpa.federated.variational import FederatedVariational, VariationalPredictor
@@ -88,7 +89,7 @@ def evaluate(directory: str, settings: EvaluationSettings, progress: Progress | 
     data = _evaluation_data(run.config.data, settings)
     trained = training_data(run.config)
     everything = [*trained.train, *trained.validation]
-    raw_unseen, skipped = unseen_clients(data, run.config.seed, settings.clients, settings.context)
+    raw_unseen, skipped = unseen_clients(data, run.config.seed, settings.clients, settings.context, set(run.store.names))
     unseen, dropped = without_overlap(raw_unseen, everything)
     held_out, dropped_seen = without_overlap(held_out_pairs(data, run.config.seed, trained.train), everything)
     cache = FeatureCache(run.config.features)
@@ -96,7 +97,8 @@ def evaluate(directory: str, settings: EvaluationSettings, progress: Progress | 
     _same_backbone(run, signature)
     unseen_store = to_store(unseen, features[: len(unseen)], run.whitener, run.needs_common)
     held_out_store = to_store(held_out, features[len(unseen) :], run.whitener, run.needs_common)
-    names = sorted({g for g in (*run.store.groups, *unseen_store.groups) if g is not None})
+    names = run.store.group_index()[0]  # a model that knows groups knows these, in this order
+    names += sorted({g for g in unseen_store.groups if g is not None} - set(names))
     seen_group, unseen_group = _group_of(run.store, names), _group_of(unseen_store, names)
     predictor = run.predictor
 
@@ -122,7 +124,7 @@ def evaluate(directory: str, settings: EvaluationSettings, progress: Progress | 
         },
         "protocol": {
             "context": settings.context, "repeats": settings.repeats, "disjoint": True,
-            "training_leaks": run.config.federation.protocol == "single-pair",
+            "training_leaks": run.config.variational and run.config.federation.protocol == "single-pair",
             "interval": "95 % Student t over clients",
         },
         **unseen_part,
@@ -144,10 +146,10 @@ def evaluate(directory: str, settings: EvaluationSettings, progress: Progress | 
             "population_components": None if predictor.population is None else predictor.population.weight.numel(),
         }
         results["prior_weights"] = _prior_weights(algorithm, run, seen_group)
-    payload = [row._asdict() for row in algorithm.payload(run.checkpoint.state)]
+    payload = manifest(algorithm, run.checkpoint.state, run.whitener)
     results["communication"] = {
-        "down_bytes_per_client_and_round": sum(r["bytes"] for r in payload if r["direction"] == "down"),
-        "up_bytes_per_client_and_round": sum(r["bytes"] for r in payload if r["direction"] == "up"),
+        "down_bytes_per_client_and_round": _bytes_a_round(payload, "down"),
+        "up_bytes_per_client_and_round": _bytes_a_round(payload, "up"),
         "manifest": payload,
     }
     probability = torch.cat(scores["own"].probability).tolist()
@@ -205,6 +207,10 @@ def _same_backbone(run: Run, signature: str) -> None:
             f"{run.paths.root}: was trained on features of another backbone or number type ({trained}) than this machine "
             f"gives ({signature}); set --features.dtype and --features.backbone explicitly when training"
         )
+
+
+def _bytes_a_round(payload: list[dict[str, Any]], direction: str) -> int:
+    return sum(row["bytes"] for row in payload if row["direction"] == direction and row["when"] == "every round")
 
 
 def _all_pairs(store: ClientStore) -> PairBatch:

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from fedvpa.checkpoint import Checkpoint, load_checkpoint, write_atomically
+from fedvpa.checkpoint import Checkpoint, load_checkpoint, plain_json, write_atomically
 from fedvpa.config import Config, build_config, read_yaml
 from fedvpa.data.features import FeatureCache
 from fedvpa.errors import BadInputError, CheckpointError
@@ -32,6 +33,9 @@ from fedvpa.federated.algorithm import Algorithm, Predictor
 from fedvpa.federated.store import ClientStore, build_store
 from fedvpa.models.backbone import Progress
 from fedvpa.types import PairBatch
+
+ELSEWHERE = {"out", "tracker"}
+"""Settings that say where a run is kept, not what it is."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class RunPaths:
 
     def write_json(self, name: str, content: Any) -> None:
         """Write one of the JSON files."""
-        write_atomically(self.root / name, (json.dumps(content, indent=2) + "\n").encode())
+        write_atomically(self.root / name, plain_json(content))
 
 
 def save_config(paths: RunPaths, config: Config) -> None:
@@ -138,11 +142,24 @@ def open_run(directory: str | Path, *, with_clients: bool = False, progress: Pro
     whitener = load_whitener(paths)
     if with_clients:
         clients = training_data(config).train
-        features, _, _ = features_of(clients, FeatureCache(config.features), progress)
+        features, _, signature = features_of(clients, FeatureCache(config.features), progress)
         store = to_store(clients, features, whitener, build_reward(config).needs_common)
+        if fingerprint(config, store, signature) != checkpoint.fingerprint:
+            raise BadInputError(
+                f"{paths.root}: its training data, or the backbone that reads them, have changed since it was trained; "
+                "what it was trained on is no longer known, so nothing can be evaluated honestly"
+            )
     else:
         store = _named_only(json.loads((paths.root / "data.json").read_text()), config.model.inputs)
     return Run(config, paths, whitener, checkpoint, build_algorithm(config, store), store)
+
+
+def fingerprint(config: Config, store: ClientStore, signature: str) -> str:
+    """Hash of settings, clients, whitened features and backbone: what a checkpoint belongs to."""
+    settings = config.model_dump(mode="json", exclude=ELSEWHERE)
+    digest = hashlib.sha256(json.dumps([settings, signature, store.names, store.offset.tolist()]).encode())
+    digest.update(store.difference.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _named_only(data: dict[str, Any], inputs: int) -> ClientStore:

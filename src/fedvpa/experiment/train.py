@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -21,7 +19,7 @@ from fedvpa.evaluation.protocol import Scores, given_trial
 from fedvpa.evaluation.statistics import interval
 from fedvpa.experiment.build import build_algorithm, build_reward
 from fedvpa.experiment.dataset import TrainingData, Whitener, features_of, to_store, training_data
-from fedvpa.experiment.run import RunPaths, load_config, save_config, save_whitener
+from fedvpa.experiment.run import ELSEWHERE, RunPaths, fingerprint, load_config, save_config, save_whitener
 from fedvpa.experiment.tracking import Tracker, open_tracker
 from fedvpa.federated.algorithm import Algorithm, sample_cohort
 from fedvpa.federated.store import ClientStore
@@ -76,61 +74,67 @@ def train(
     store = to_store(data.train, train_features, whitener, needs_common)
     validation = to_store(data.validation, validation_features, whitener, needs_common)
     algorithm = build_algorithm(config, store)
-    fingerprint = _fingerprint(config, store, signature)
+    identity = fingerprint(config, store, signature)
 
     if resume and paths.checkpoint.is_file():
-        found = load_checkpoint(paths.checkpoint, fingerprint)
+        found = load_checkpoint(paths.checkpoint, identity)
         state, history = found.state, found.history
         if found.finished:
             logger.info("%s is finished already", paths.root)
+            paths.write_json("history.json", history)
+            paths.write_json("manifest.json", manifest(algorithm, state, whitener))
             return TrainResult(paths.root, config, history, 0.0)
     else:
         state, history = algorithm.init(), []
         save_config(paths, config)
         save_whitener(paths, whitener)
         paths.write_json("data.json", _describe(data, backbone, signature))
-    paths.write_json("manifest.json", [row._asdict() for row in algorithm.payload(state)])
+    paths.write_json("manifest.json", manifest(algorithm, state, whitener))
     with open_tracker(config.tracker, paths.root, config) as tracker:
-        state = _rounds(config, algorithm, state, history, paths, fingerprint, store, validation, tracker, on_round)
+        state, history = _rounds(config, algorithm, (state, history), paths, identity, store, validation, tracker, on_round)
     paths.write_json("history.json", history)
-    paths.write_json("manifest.json", [row._asdict() for row in algorithm.payload(state)])
+    paths.write_json("manifest.json", manifest(algorithm, state, whitener))
     return TrainResult(paths.root, config, history, time.perf_counter() - start)
 
 
+def manifest(algorithm: Algorithm, state: ServerState, whitener: Whitener) -> list[dict[str, Any]]:
+    """All that travels between a client and the server, as plain rows."""
+    return [row._asdict() for row in (*whitener.payload(), *algorithm.payload(state))]
+
+
 def _rounds(
-    config: Config, algorithm: Algorithm, state: ServerState, history: list[dict[str, Any]], paths: RunPaths,
-    fingerprint: str, store: ClientStore, validation: ClientStore, tracker: Tracker, on_round: OnRound | None,
-) -> ServerState:  # fmt: skip
+    config: Config, algorithm: Algorithm, start: tuple[ServerState, list[dict[str, Any]]], paths: RunPaths, identity: str,
+    store: ClientStore, validation: ClientStore, tracker: Tracker, on_round: OnRound | None,
+) -> tuple[ServerState, list[dict[str, Any]]]:  # fmt: skip
     f = config.federation
-    saved = state.round if history else -1
+    now, saved = start, start[0].round if start[1] else -1  # state and history change together, in one assignment
 
     def save(finished: bool) -> None:
-        save_checkpoint(paths.checkpoint, Checkpoint(state, history, fingerprint, finished))
+        save_checkpoint(paths.checkpoint, Checkpoint(*now, identity, finished))
 
     try:
-        while state.round < f.rounds:
+        while now[0].round < f.rounds:
             began = time.perf_counter()
-            cohort = sample_cohort(config.seed, state.round, len(store), f.cohort)
-            new, diagnostics = algorithm.apply(state, cohort)
-            row: dict[str, Any] = {"round": new.round, **diagnostics}
-            if new.round % f.validate_every == 0 or new.round == f.rounds:
-                row |= _validate(algorithm, new, store, validation)
-            state = new
-            history.append(row)
+            cohort = sample_cohort(config.seed, now[0].round, len(store), f.cohort)
+            state, diagnostics = algorithm.apply(now[0], cohort)
+            row: dict[str, Any] = {"round": state.round, **diagnostics}
+            if state.round % f.validate_every == 0 or state.round == f.rounds:
+                row |= _validate(algorithm, state, store, validation)
+            now = (state, [*now[1], row])
             seconds = time.perf_counter() - began
-            tracker.log(row, new.round)
+            tracker.log(row, state.round)
             if state.round % f.checkpoint_every == 0 and state.round < f.rounds:
                 save(finished=False)
                 saved = state.round
             if on_round is not None:
                 on_round(state.round, f.rounds, row | {"seconds": seconds})
     except BaseException:  # Ctrl-C, a client's NaN, a full disk: what is known so far is kept, and the cause goes on
-        if saved != state.round:
+        if saved != now[0].round:
             save(finished=False)
         raise
-    state = algorithm.finalise(state)
+    now = (algorithm.finalise(now[0]), now[1])
     save(finished=True)
-    return state
+    return now
 
 
 def _validate(algorithm: Algorithm, state: ServerState, store: ClientStore, validation: ClientStore) -> dict[str, Any]:
@@ -152,18 +156,10 @@ def _check_directory(paths: RunPaths, config: Config, resume: bool) -> None:
     if paths.root.exists() and not paths.root.is_dir():
         raise BadInputError(f"{paths.root}: is a file; --out must name a directory")
     if resume:
-        if load_config(paths) != config:
+        if load_config(paths).model_dump(exclude=ELSEWHERE) != config.model_dump(exclude=ELSEWHERE):
             raise BadInputError(f"{paths.root}: was trained with other settings; resume it with --resume --out alone")
-    elif paths.root.is_dir() and any(paths.root.iterdir()):
+    elif paths.root.is_dir() and any(not p.name.startswith(".config.yaml-") for p in paths.root.iterdir()):
         raise BadInputError(f"{paths.root}: not empty; continue an interrupted run with --resume, or choose another --out")
-
-
-def _fingerprint(config: Config, store: ClientStore, signature: str) -> str:
-    """Hash of settings, clients, whitened features and backbone: what a checkpoint belongs to."""
-    settings = config.model_dump(mode="json", exclude={"out": True, "tracker": True})
-    digest = hashlib.sha256(json.dumps([settings, signature, store.names, store.offset.tolist()]).encode())
-    digest.update(store.difference.contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _describe(data: TrainingData, backbone: str, signature: str) -> dict[str, Any]:

@@ -30,8 +30,8 @@ class UserPreference:
 
     `probability` is the posterior over the fitted components (or, with orthogonal prototypes and no population, a softmax of
     negative half squared distances); `nearest` its largest entry, `nearest_group` the true group of most training clients
-    there, where groups were known. `surprise` is the mean negative log-likelihood of the user's own comparisons under z, in
-    nats: near 0.69 or above, the comparisons contradict every preference that the model knows.
+    there, where groups were known. `surprise` is the mean negative log-likelihood of each comparison under the z inferred from
+    the *others*, in nats: near 0.69 or above, the comparisons fit no preference that the model knows (NaN with fewer than two).
     """
 
     mean: Float[Tensor, "d"]
@@ -106,12 +106,25 @@ class PreferenceModel:
         elif self.prototypes is not None:
             probability = torch.softmax(-0.5 * (self.prototypes - mean).square().sum(-1), 0).tolist()
         nearest = int(torch.tensor(probability).argmax()) if probability else None
-        margin = self._predictor.margin(posterior.mean, batch)
-        surprise = float(-torch.nn.functional.logsigmoid(margin).mean()) if own else float("nan")
+        surprise = self._surprise(batch)
         return UserPreference(
             mean, (0.5 * posterior.log_var[0]).exp(), len(own), nearest,
             self._components[nearest] if nearest is not None and self._components else None, probability, surprise,
         )  # fmt: skip
+
+    def _surprise(self, batch: PairBatch) -> float:
+        """Mean negative log-likelihood of each comparison under the z of the others, in nats; NaN with fewer than two."""
+        count = batch.mask.shape[-1]
+        if count < 2:
+            return float("nan")
+        others = PairBatch(
+            batch.difference.expand(count, -1, -1),
+            None if batch.common is None else batch.common.expand(count, -1, -1),
+            batch.order.expand(count, -1),
+            ~torch.eye(count, dtype=torch.bool),
+        )
+        margin = self._predictor.margin(self._predictor.posterior(others).mean, others).diagonal()
+        return float(-torch.nn.functional.logsigmoid(margin).mean())
 
     def score(self, items: Sequence[Item], z: Float[Tensor, "d"]) -> Float[Tensor, "n"]:
         """Reward of each response under z, relative to the average training response.

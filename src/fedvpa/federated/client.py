@@ -75,11 +75,12 @@ def train_locally(
     episodes = Episodes(pairs, draws.order, settings.batch_size, settings.context_share)
     leaves = {name: value.detach().clone().requires_grad_(True) for name, value in params.items()}
     optimiser = _optimiser(list(leaves.values()), settings)
+    pooled = len(names) > 1 and all(value.shape[0] == 1 for value in params.values())  # one model on everybody's pairs
     sums: dict[str, Tensor] = {}
     for step in range(settings.steps):
         terms = objective(leaves, episodes[step], draws.latent[step], draws.gumbel[step], context)
         optimiser.zero_grad(set_to_none=True)
-        terms["loss"].sum().backward()
+        (terms["loss"].mean() if pooled else terms["loss"].sum()).backward()
         optimiser.step()
         for name, value in terms.items():
             sums[name] = value.detach() if name not in sums else sums[name] + value.detach()

@@ -189,12 +189,13 @@ class GroupPredictor:
 
     @torch.no_grad()
     def margin(self, state: Float[Tensor, "u 1"], target: PairBatch) -> Float[Tensor, "u n"]:
-        """Margins under the groups' rewards; a group that was not trained (-1) gets the average of all."""
+        """Margins under the groups' rewards; a group that was not trained gets the average of all."""
         count = next(iter(self.params.values())).shape[0]
         each = torch.stack([self.reward.margin({n: v[u] for n, v in self.params.items()}, target) for u in range(count)])
         index = state.squeeze(-1).long()
-        own = each[index.clamp_min(0), torch.arange(index.numel())]
-        return torch.where((index >= 0).unsqueeze(-1), own, each.mean(0))
+        known = (index >= 0) & (index < count)
+        own = each[index.where(known, torch.zeros_like(index)), torch.arange(index.numel())]
+        return torch.where(known.unsqueeze(-1), own, each.mean(0))
 
     def neutral(self, users: int) -> Float[Tensor, "u 1"]:
         """No group."""

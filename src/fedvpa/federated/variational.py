@@ -32,6 +32,7 @@ class Schedule:
     kl_warmup_rounds: int = 10
     prior: Literal["gaussian", "peers"] = "gaussian"
     prior_start: int = 0
+    prior_members: Literal["known", "last-round"] = "known"
     prototypes: Literal["none", "learned", "fixed", "anchored"] = "none"
     prototypes_start: int = 0
     pull_weight: float = 1.0
@@ -115,8 +116,9 @@ class FederatedVariational:
         if self.schedule.prior != "peers" or state.round < self.schedule.prior_start:
             return None
         peers = self.peers
-        slot = (state.clients["seen"][peers] >= 0).nonzero().squeeze(-1)
-        if not slot.numel():
+        oldest = state.round - 1 if self.schedule.prior_members == "last-round" else 0
+        slot = (state.clients["seen"][peers] >= max(0, oldest)).nonzero().squeeze(-1)
+        if slot.numel() < (2 if self.objective.exclude_self else 1):
             return None
         client = peers[slot]
         return MixturePrior(
@@ -200,16 +202,17 @@ class FederatedVariational:
         """New labels (M6); anchors once their time has come."""
         kind = self.schedule.prototypes
         seen = (state.clients["seen"] >= 0).nonzero().squeeze(-1)
-        if kind == "anchored" and state.round == self.schedule.prototypes_start:
-            return replace(state, population=self._fit(state, seen)._asdict())
+        if kind == "anchored" and not state.population and state.round >= self.schedule.prototypes_start and seen.numel():
+            # one exchange of fresh posteriors: those of earlier rounds come from other encoders
+            return replace(state, population=self._fit(self.posteriors(state).mean[seen])._asdict())
         if kind in ("learned", "fixed") and state.round >= self.schedule.prototypes_start:
             label = torch.full_like(state.clients["label"], -1)
             label[seen] = balanced_labels(state.clients["mean"][seen], state.params[PROTOTYPES], self.local.seed)
             return replace(state, clients=state.clients | {"label": label})
         return state
 
-    def _fit(self, state: ServerState, clients: Int[Tensor, "c"]) -> Population:
-        return fit_population(state.clients["mean"][clients], self.modes, self.local.seed)
+    def _fit(self, mean: Float[Tensor, "c d"]) -> Population:
+        return fit_population(mean, self.modes, self.local.seed)
 
     def posteriors(self, state: ServerState) -> Posterior:
         """Every client's posterior from all of its pairs, under the state's model [K, d]."""
@@ -228,7 +231,7 @@ class FederatedVariational:
         state = replace(state, clients=clients | {"seen": torch.full_like(state.clients["seen"], state.round)})
         if self.schedule.prototypes == "anchored" and state.population:
             return state
-        return replace(state, population=self._fit(state, torch.arange(len(self.store)))._asdict())
+        return replace(state, population=self._fit(posterior.mean)._asdict())
 
     def predictor(self, state: ServerState) -> VariationalPredictor:
         """The selector under the state's parameters."""
@@ -248,8 +251,10 @@ class FederatedVariational:
             rows.append(Payload("label", (), 8, "down"))
         if self.schedule.prototypes == "anchored" and state.population:
             rows += tensor_payload(state.population, "down", "anchors.")
+            rows.append(Payload("posterior under the model that is anchored", (2, latent), 8 * latent, "up", "once"))
         rows += tensor_payload(self._shared(state.params), "up", "delta.")
         rows.append(Payload("posterior: mean, log-variance", (2, latent), 8 * latent, "up"))
+        rows.append(Payload("posterior under the final model", (2, latent), 8 * latent, "up", "once"))
         rows.append(Payload("number of pairs", (), 8, "up"))
         return rows
 

@@ -1,4 +1,8 @@
-"""Whitening in difference space from sums that clients can add up: no feature and no label leaves a client."""
+"""Whitening in difference space from per-client sums: no label leaves a client, and features only as sums.
+
+(The sum of a client with few pairs still tells their span; only the sum over clients is needed, so it can be aggregated
+securely.)
+"""
 
 from __future__ import annotations
 

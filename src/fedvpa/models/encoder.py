@@ -59,9 +59,8 @@ class Encoder:
             return Posterior(*product_of_experts(linear(params, "encoder.mean", hidden), raw, weight))
         if self.pooling == "attention":
             even = hidden.abs() if self.odd else hidden  # scores that a swap of labels leaves alone
-            score = (even @ params["encoder.query"].unsqueeze(-1)).squeeze(-1)
-            score = (score - score.amax(-1, keepdim=True)).exp() * weight
-            weight = score / score.sum(-1, keepdim=True).clamp_min(1e-12)
+            score = (even @ params["encoder.query"].unsqueeze(-1)).squeeze(-1).masked_fill(~context, -1e30)
+            weight = torch.softmax(score, -1) * weight  # an empty context leaves no weight
         else:
             weight = weight / weight.sum(-1, keepdim=True).clamp_min(1)
         row = weight.unsqueeze(-2)
