@@ -82,7 +82,7 @@ class ModelConfig(Section):
 
     inputs: Positive = Field(32, description="whitened dimensions of the features")
     latent: Positive = Field(16, description="dimensions d of z")
-    encoder_hidden: tuple[Positive, ...] = Field((64,), description="widths of the encoder's hidden layers")
+    encoder_hidden: tuple[Positive, ...] = Field((), description="widths of the encoder's hidden tanh layers (none: linear)")
     odd_mean: bool = Field(True, description="swap guidance by construction: reversed labels reverse the mean")
     pooling: Literal["mean", "attention", "poe"] = Field("mean", description="how a context's pairs are pooled")
     conditioning: Literal["bilinear", "concat", "film", "additive"] = Field("bilinear", description="how z steers r")

@@ -76,18 +76,18 @@ def train_locally(
     leaves = {name: value.detach().clone().requires_grad_(True) for name, value in params.items()}
     optimiser = _optimiser(list(leaves.values()), settings)
     pooled = len(names) > 1 and all(value.shape[0] == 1 for value in params.values())  # one model on everybody's pairs
-    sums: dict[str, Tensor] = {}
+    losses: dict[str, list[Tensor]] = {}
     for step in range(settings.steps):
         terms = objective(leaves, episodes[step], draws.latent[step], draws.gumbel[step], context)
         optimiser.zero_grad(set_to_none=True)
         (terms["loss"].mean() if pooled else terms["loss"].sum()).backward()
         optimiser.step()
         for name, value in terms.items():
-            sums[name] = value.detach() if name not in sums else sums[name] + value.detach()
+            losses.setdefault(name, []).append(value.detach())
         if check_each_step:
             _check(terms, names, round_number, step)
     trained = {name: leaf.detach() for name, leaf in leaves.items()}
-    return LocalResult(trained, {name: total / settings.steps for name, total in sums.items()})
+    return LocalResult(trained, {name: torch.stack(values).mean(0) for name, values in losses.items()})
 
 
 def stack(params: Params, clients: int) -> Params:

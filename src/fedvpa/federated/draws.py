@@ -73,8 +73,7 @@ class Episodes:
 
     def __init__(self, pairs: PairBatch, order: Int[Tensor, "c e n"], batch_size: int, context_share: float) -> None:
         sizes = pairs.mask.sum(-1)
-        width = pairs.mask.shape[-1]
-        self._pairs, self._order = pairs, order
+        clients, steps, width = order.shape
         self._gather = 0 < batch_size < width
         self._batch = min(batch_size, width) if batch_size else width
         count = sizes.clamp_max(self._batch)
@@ -83,18 +82,25 @@ class Episodes:
         position = torch.arange(self._batch)
         is_context = position < context.unsqueeze(-1)
         is_target = (position >= context.unsqueeze(-1)) & (position < count.unsqueeze(-1))
-        if self._gather:
-            self._context, self._target = is_context, is_target
-        else:  # all pairs: mark them where they lie, nothing is moved
-            self._context = torch.zeros_like(order, dtype=torch.bool).scatter_(
-                -1, order, is_context.unsqueeze(1).expand_as(order)
-            )
-            self._target = torch.zeros_like(order, dtype=torch.bool).scatter_(
-                -1, order, is_target.unsqueeze(1).expand_as(order)
-            )
+        if self._gather:  # the batches of all steps are picked at once, one after the other along the pairs
+            self._context, self._target, self._rows = is_context, is_target, order[:, :, : self._batch]
+            kept = (is_context | is_target).unsqueeze(1).expand(-1, steps, -1).reshape(clients, -1)
+            self._pairs = select(pairs, self._rows.reshape(clients, -1), kept)
+        else:  # all pairs: they are marked where they lie, and nothing is moved
+            self._pairs = pairs
+            marks = (is_context.unsqueeze(1).expand_as(order), is_target.unsqueeze(1).expand_as(order))
+            empty = torch.zeros_like(order, dtype=torch.bool)
+            self._context, self._target = (empty.scatter(-1, order, mark) for mark in marks)
 
     def __getitem__(self, step: int) -> Episode:
-        if self._gather:
-            index = self._order[:, step, : self._batch]
-            return Episode(select(self._pairs, index, self._context | self._target), self._context, self._target, index)
-        return Episode(self._pairs, self._context[:, step], self._target[:, step])
+        if not self._gather:
+            return Episode(self._pairs, self._context[:, step], self._target[:, step])
+        begin, end = step * self._batch, (step + 1) * self._batch
+        p = self._pairs
+        batch = PairBatch(
+            p.difference[:, begin:end],
+            None if p.common is None else p.common[:, begin:end],
+            p.order[:, begin:end],
+            p.mask[:, begin:end],
+        )
+        return Episode(batch, self._context, self._target, self._rows[:, step])

@@ -90,20 +90,27 @@ class VariationalObjective:
             z = share @ context.anchors.mean
             recon = mean_choice_loss(self.selector.margin(params, z, episode.pairs), target)
             pull = (posterior.mean - z).square().sum(-1)
-            return self._total(params, recon, torch.zeros_like(recon), pull, context)
+            return self._total(params, recon, None, pull, context)
         z = posterior.mean + (0.5 * posterior.log_var).exp() * noise
         recon = mean_choice_loss(self.selector.margin(params, z, episode.pairs), target).mean(0)
         kl = self._kl(posterior, params, noise, uniform, context)
         return self._total(params, recon, kl, self._pull(params, z, context.label), context)
 
     def _total(
-        self, params: Params, recon: Tensor, kl: Tensor, pull: Tensor, context: RoundContext
+        self, params: Params, recon: Tensor, kl: Tensor | None, pull: Tensor | None, context: RoundContext
     ) -> dict[str, Float[Tensor, "c"]]:
-        loss = recon + context.kl_weight * kl + context.pull_weight * pull
-        terms = {"recon": recon, "kl": kl, "pull": pull}
+        """The weighted sum, and its terms; a term that is off is not computed."""
+        terms = {"recon": recon}
+        loss = recon
+        if kl is not None:
+            terms["kl"] = kl
+            loss = torch.add(loss, kl, alpha=context.kl_weight)
+        if pull is not None:
+            terms["pull"] = pull
+            loss = torch.add(loss, pull, alpha=context.pull_weight)
         if PROTOTYPES in params:
             terms["orthonormality"] = orthonormality_loss(params[PROTOTYPES], self.radius)
-            loss = loss + self.orthonormal_weight * terms["orthonormality"]
+            loss = torch.add(loss, terms["orthonormality"], alpha=self.orthonormal_weight)
         return terms | {"loss": loss}
 
     def _leaking(
@@ -129,12 +136,13 @@ class VariationalObjective:
         )  # fmt: skip
         kl = self._kl(posterior, one, noise.unsqueeze(-2).expand_as(z), uniform.unsqueeze(-2), per_pair)
         count = weight.sum(-1).clamp_min(1)
-        pull = (self._pull(one, z, per_pair.label) * weight).sum(-1) / count
-        return self._total(params, recon, (kl * weight).sum(-1) / count, pull, context)
+        pull = self._pull(one, z, per_pair.label)
+        mean_pull = None if pull is None else (pull * weight).sum(-1) / count
+        return self._total(params, recon, (kl * weight).sum(-1) / count, mean_pull, context)
 
-    def _pull(self, params: Params, z: Float[Tensor, "s *c d"], label: Int[Tensor, "*c"]) -> Float[Tensor, "*c"]:
+    def _pull(self, params: Params, z: Float[Tensor, "s *c d"], label: Int[Tensor, "*c"]) -> Float[Tensor, "*c"] | None:
         if PROTOTYPES not in params:
-            return torch.zeros(label.shape, dtype=z.dtype)
+            return None
         return pull_loss(z, params[PROTOTYPES], label.expand(z.shape[:-1])).mean(0)
 
     def _kl(
@@ -146,7 +154,8 @@ class VariationalObjective:
         context: RoundContext,
     ) -> Float[Tensor, "*c"]:
         if context.prior is None:
-            return standard_kl_per_dimension(*posterior).clamp_min(self.free_bits).sum(-1)
+            each = standard_kl_per_dimension(*posterior)
+            return (each.clamp_min(self.free_bits) if self.free_bits else each).sum(-1)
         prior = context.prior
         log_weight = self.log_weight(params.get(PRIOR_LOGIT), prior, context.client, uniform)
         if self.estimator == "hershey-olsen":

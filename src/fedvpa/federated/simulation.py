@@ -1,8 +1,8 @@
 """Many clients on one machine: chunks of clients trained side by side, a chunk to a thread; and its sequential twin.
 
-A chunk is a stack of clients small enough for its parameters, gradients and optimiser state to stay in the cache: after one
-step every client has weights of its own, so memory traffic and not arithmetic is the limit. Torch's own threads are set to
-one meanwhile: operations on a chunk are too small to divide further.
+After one step every client has weights of its own, so a large model is limited by memory traffic and not by arithmetic, and
+a small one by the cost of starting operations: chunks are bounded in bytes for the one and in clients for the other. Torch's
+own threads are set to one meanwhile: operations on a chunk are too small to divide further.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ import torch
 
 T = TypeVar("T")
 
-CHUNK_BYTES = 6 << 20
+CHUNK_BYTES = 100 << 20
 """Target size of a chunk's parameters, gradients and two moments (16 bytes a parameter)."""
+MOST = 250
+"""Clients in a chunk at the most: by then the cost of starting an operation is small beside that of running it."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Simulation:
         """Divide a cohort evenly; the division depends on settings alone, so that sums are repeatable."""
         if self.backend == "sequential":
             return [[c] for c in cohort]
-        size = self.chunk or max(1, min(100, CHUNK_BYTES // (16 * max(1, parameters_per_client))))
+        size = self.chunk or max(1, min(MOST, CHUNK_BYTES // (16 * max(1, parameters_per_client))))
         count = max(1, -(-len(cohort) // size))
         edges = [round(i * len(cohort) / count) for i in range(count + 1)]
         return [list(cohort[a:b]) for a, b in pairwise(edges)]

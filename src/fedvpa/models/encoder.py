@@ -53,20 +53,20 @@ class Encoder:
         The parameters' leading axes are those of the data, or absent.
         """
         hidden = mlp(params, "encoder", difference, len(self.hidden))
+        even = hidden.abs() if self.odd else hidden  # what a swap of labels leaves alone
         weight = context.to(hidden.dtype)
         if self.pooling == "poe":
-            raw = self._log_var(params, hidden)
+            raw = self._log_var(params, even)
             return Posterior(*product_of_experts(linear(params, "encoder.mean", hidden), raw, weight))
         if self.pooling == "attention":
-            even = hidden.abs() if self.odd else hidden  # scores that a swap of labels leaves alone
             score = (even @ params["encoder.query"].unsqueeze(-1)).squeeze(-1).masked_fill(~context, -1e30)
             weight = torch.softmax(score, -1) * weight  # an empty context leaves no weight
         else:
             weight = weight / weight.sum(-1, keepdim=True).clamp_min(1)
         row = weight.unsqueeze(-2)
         mean = linear(params, "encoder.mean", row @ hidden).squeeze(-2)
-        log_var = self._log_var(params, row @ (hidden.abs() if self.odd else hidden)).squeeze(-2)
+        log_var = self._log_var(params, row @ even).squeeze(-2)
         return Posterior(mean, log_var)
 
-    def _log_var(self, params: Params, hidden: Float[Tensor, "*b n w"]) -> Float[Tensor, "*b n d"]:
-        return bounded_log_var(linear(params, "encoder.log_var", hidden.abs() if self.odd else hidden))
+    def _log_var(self, params: Params, even: Float[Tensor, "*b n w"]) -> Float[Tensor, "*b n d"]:
+        return bounded_log_var(linear(params, "encoder.log_var", even))

@@ -71,8 +71,8 @@ class ConditionedReward:
         if self.conditioning == "additive":
             base = (batch.difference @ params["reward.weight"].unsqueeze(-1)).squeeze(-1)
             return base + batch.order * (z * params["reward.choice"]).sum(-1, keepdim=True)
-        chosen, rejected = both_responses(batch)
-        return self._score(params, z, chosen) - self._score(params, z, rejected)
+        chosen, rejected = self._score(params, z, both_responses(batch)).chunk(2, -1)
+        return chosen - rejected
 
     def direction(self, params: Params, z: Float[Tensor, "*b d"]) -> Float[Tensor, "*b p"]:
         """Direction of the bilinear reward, w + W^T z."""
@@ -116,19 +116,18 @@ class SharedReward:
         """Reward margin of every pair."""
         if not self.hidden:
             return (batch.difference @ params["reward.weight"].unsqueeze(-1)).squeeze(-1)
-        scores = [
-            (torch.tanh(linear(params, "reward.0", x)) @ params["reward.out"].unsqueeze(-1)).squeeze(-1)
-            for x in both_responses(batch)
-        ]
-        return scores[0] - scores[1]
+        hidden = torch.tanh(linear(params, "reward.0", both_responses(batch)))
+        chosen, rejected = (hidden @ params["reward.out"].unsqueeze(-1)).squeeze(-1).chunk(2, -1)
+        return chosen - rejected
 
 
-def both_responses(batch: PairBatch) -> tuple[Float[Tensor, "*b n p"], Float[Tensor, "*b n p"]]:
-    """Features of the chosen and of the rejected responses.
+def both_responses(batch: PairBatch) -> Float[Tensor, "*b two_n p"]:
+    """Features of the chosen responses and, behind them, of the rejected ones: one product reads the weights once.
 
     Raises:
         ValueError: the batch was built without them.
     """
     if batch.common is None:
         raise ValueError("this reward reads the features themselves, but the batch holds only their difference")
-    return batch.common + batch.difference / 2, batch.common - batch.difference / 2
+    half = batch.difference / 2
+    return torch.cat([batch.common + half, batch.common - half], -2)
