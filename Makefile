@@ -16,7 +16,7 @@ env: .venv/.made
 demo: env
 	rm -rf runs/demo
 	$(BIN)/fedvpa compare --methods fedvpa-gp,fedavg-btl --seeds 0 --data personas --clients 40 \
-	  --personas.pairs 10 --layer 10 --rounds 40 --unseen-clients 10 --context 8 --out runs/demo
+	  --data.personas.pairs 10 --layer 10 --rounds 40 --unseen-clients 10 --context 8 --out runs/demo
 
 test: env
 	$(BIN)/pytest -n 2
