@@ -26,6 +26,8 @@ class Reporter:
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet
         self.console = Console(stderr=True, quiet=quiet, soft_wrap=True, highlight=False)
+        if not self.console.is_terminal:
+            self.console.width = 160  # a log has no width of its own to fold tables to
 
     def say(self, text: str) -> None:
         """One line, unless quiet."""

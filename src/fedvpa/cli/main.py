@@ -35,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars; ours say what is being done
     arguments = build_parser().parse_args(argv)
     reporter = Reporter(arguments.quiet)
     configure_logging(arguments.quiet, arguments.debug)

@@ -170,8 +170,8 @@ def run_compare(arguments: argparse.Namespace, reporter: Reporter) -> int:
         methods, [int(s) for s in arguments.seeds.split(",")], given, out, arguments.test_data, arguments.test_split,
         arguments.unseen_clients, arguments.context, arguments.repeats, max(1, arguments.jobs),
     )  # fmt: skip
-    with reporter.progress("runs") as bar:
-        table = compare(settings, lambda done, total, name: bar.update(done, total, name))
+    with reporter.texts() as on_features, reporter.progress("runs") as bar:
+        table = compare(settings, lambda done, total, name: bar.update(done, total, name), on_features)
     rows = [
         (r["method"], show_interval(r["seen"]), show_interval(r["unseen"]), show_interval(r["worst_group"]),
          show_interval(r["other_group"]), show_interval(r["difference"]), f"{r['seconds']:.0f}")

@@ -23,6 +23,7 @@ from fedvpa.evaluation.statistics import Interval, interval
 from fedvpa.experiment.evaluate import EvaluationSettings, evaluate
 from fedvpa.experiment.run import RunPaths, load_config
 from fedvpa.experiment.train import train
+from fedvpa.models.backbone import Progress
 
 OnCell = Callable[[int, int, str], None]
 """Called with (cells done, cells in all, the last one's name)."""
@@ -57,7 +58,7 @@ class Cell:
         return f"{self.config.method}-seed{self.config.seed}"
 
 
-def compare(settings: CompareSettings, on_cell: OnCell | None = None) -> dict[str, Any]:
+def compare(settings: CompareSettings, on_cell: OnCell | None = None, on_features: Progress | None = None) -> dict[str, Any]:
     """Run all cells and write results.csv, results.md and report.html into `settings.out`.
 
     Raises:
@@ -68,7 +69,7 @@ def compare(settings: CompareSettings, on_cell: OnCell | None = None) -> dict[st
     done = len(cells) - len(todo)
     if on_cell is not None and done:
         on_cell(done, len(cells), "finished before")
-    for name in _run_all(todo, settings.jobs):
+    for name in _run_all(todo, settings.jobs, on_features):
         done += 1
         if on_cell is not None:
             on_cell(done, len(cells), name)
@@ -92,26 +93,26 @@ def _cell(settings: CompareSettings, method: str, seed: int) -> Cell:
     )  # fmt: skip
 
 
-def _run_all(cells: list[Cell], jobs: int) -> Iterable[str]:
+def _run_all(cells: list[Cell], jobs: int, on_features: Progress | None) -> Iterable[str]:
     if jobs == 1 or len(cells) < 2:
         for cell in cells:
-            yield run_cell(cell)
+            yield run_cell(cell, on_features)
         return
     # the first cell fills the feature cache; the others then find it warm instead of computing the same texts twice
-    yield run_cell(cells[0])
+    yield run_cell(cells[0], on_features)
     with ProcessPoolExecutor(min(jobs, len(cells) - 1), mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(run_cell, cell) for cell in cells[1:]]
         for future in as_completed(futures):
             yield future.result()
 
 
-def run_cell(cell: Cell) -> str:
+def run_cell(cell: Cell, on_features: Progress | None = None) -> str:
     """Train (or go on), evaluate, and write eval.json last: it marks the cell as finished."""
     paths = RunPaths(Path(cell.config.out))
     start = time.perf_counter()
-    train(cell.config, resume=paths.config.is_file())
+    train(cell.config, resume=paths.config.is_file(), on_features=on_features)
     trained = time.perf_counter() - start
-    found = evaluate(cell.config.out, cell.evaluation)
+    found = evaluate(cell.config.out, cell.evaluation, on_features)
     page = render_report(
         found.results, seen=found.seen, unseen=found.unseen, prototypes=found.prototypes, group_names=found.group_names,
         seen_group=found.seen_group, unseen_group=found.unseen_group, probability=found.probability,
