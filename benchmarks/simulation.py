@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--clients", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=5, help="rounds that are timed (default: 5)")
     parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--quick", action="store_true", help="20 clients, 2 rounds: ends within a minute")
+    parser.add_argument("--quick", action="store_true", help="10 clients, the default model: within a minute")
     parser.add_argument("--engines", default=",".join(ENGINES))
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--one", nargs=2, metavar=("MODEL", "ENGINE"), help=argparse.SUPPRESS)
@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(seconds))
         return 0
     if arguments.quick:
-        arguments.clients, arguments.rounds = 20, 2
+        arguments.clients, arguments.rounds, arguments.models = 10, 1, "default"
+        arguments.engines = ",".join(e for e in arguments.engines.split(",") if e != "flower-default")
     rows = []
     for model in arguments.models.split(","):
         for engine in arguments.engines.split(","):

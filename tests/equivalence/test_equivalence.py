@@ -11,7 +11,7 @@ import torch
 
 from fedvpa.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedvpa.config import METHODS, Config, build_config, settings_for
-from fedvpa.errors import CheckpointError, NonFiniteUpdateError
+from fedvpa.errors import BadInputError, CheckpointError, NonFiniteUpdateError
 from fedvpa.experiment.build import build_algorithm
 from fedvpa.federated.algorithm import sample_cohort
 from fedvpa.federated.store import ClientStore
@@ -166,3 +166,20 @@ def test_prior_logits_stay_private_and_of_absent_peers_untouched() -> None:
     assert torch.equal(logits[:, 3:], torch.zeros_like(logits[:, 3:]))
     assert torch.equal(logits.diagonal(), torch.zeros(6))  # nobody is part of its own prior
     assert not any("logit" in row.name for row in algorithm.payload(state))
+
+
+@pytest.mark.parametrize("start", [0, 1, 3])
+def test_anchors_are_fitted_once_and_then_stay(start: int) -> None:
+    store = synthetic_store()
+    config = build_config(SMALL, {"method": "fedvpa-gp", "prototypes": {"start_round": start, "modes": 2}})
+    algorithm = build_algorithm(config, store)
+    state, fitted = algorithm.init(), []
+    for _ in range(4):
+        state, diagnostics = algorithm.apply(state, range(len(store)))
+        fitted.append(state.population.get("mean"))
+    first = max(1, start) - 1
+    assert all(mean is None for mean in fitted[:first])
+    assert all(torch.equal(mean, fitted[first]) for mean in fitted[first:])
+    assert "pull" in diagnostics
+    with pytest.raises(BadInputError, match="leaves none in which the anchors act"):
+        build_config(SMALL, {"method": "fedvpa-gp", "prototypes": {"start_round": 4}})

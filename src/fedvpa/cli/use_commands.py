@@ -51,7 +51,9 @@ def run_personalize(arguments: argparse.Namespace, reporter: Reporter) -> int:
         group = f" (mostly {user.nearest_group})" if user.nearest_group else ""
         reporter.say(f"nearest prototype: {user.nearest}{group}, probability {user.probability[user.nearest]:.3f}")
         reporter.say("all: " + ", ".join(f"{p:.3f}" for p in user.probability))
-    hint = "  - these comparisons fit no preference that the model knows" if user.surprise > 0.69 else ""
+    hint = (
+        "  - no better than a coin: few, noisy, or unlike any preference that the model knows" if user.surprise > 0.69 else ""
+    )
     reporter.say(f"surprise, each by the others: {user.surprise:.2f} nats a pair (a coin: 0.69){hint}")
     emit_json(arguments.json or "-", user.to_json())
     return 0

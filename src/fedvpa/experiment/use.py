@@ -31,7 +31,8 @@ class UserPreference:
     `probability` is the posterior over the fitted components (or, with orthogonal prototypes and no population, a softmax of
     negative half squared distances); `nearest` its largest entry, `nearest_group` the true group of most training clients
     there, where groups were known. `surprise` is the mean negative log-likelihood of each comparison under the z inferred from
-    the *others*, in nats: near 0.69 or above, the comparisons fit no preference that the model knows (NaN with fewer than two).
+    the *others*, in nats: near 0.69 or above, they are few, noisy, or fit no preference that the model knows (NaN with fewer
+    than two).
     """
 
     mean: Float[Tensor, "d"]

@@ -1,0 +1,57 @@
+"""From a configuration to clients: who is unseen, and what nobody trains on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedvpa.config import build_config
+from fedvpa.errors import BadInputError
+from fedvpa.experiment.dataset import held_out_pairs, training_data, unseen_clients
+
+
+def write_users(file: Path, users: list[str], first: int = 0) -> None:
+    rows = [
+        {"prompt": f"{user} asks {first + i}", "chosen": f"yes {i}", "rejected": f"no {i}", "client_id": user}
+        for user in users
+        for i in range(12)
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+
+
+def test_a_client_that_was_trained_on_is_never_unseen(tmp_path: Path) -> None:
+    write_users(tmp_path / "train.jsonl", ["ann", "bob"])
+    write_users(tmp_path / "test.jsonl", ["ann", "bob", "cy"], first=50)
+    config = build_config({"data": {"source": str(tmp_path), "split": "train"}})
+    train = training_data(config).train
+    seen = {c.name for c in train}
+    evaluation = config.data.model_copy(update={"split": "test"})
+    unseen, _ = unseen_clients(evaluation, 0, 10, 8, seen)
+    assert [c.name for c in unseen] == ["cy"]
+    assert [len(c.pairs) for c in held_out_pairs(evaluation, 0, train)] == [12, 12]
+    write_users(tmp_path / "test.jsonl", ["ann", "bob"], first=50)
+    with pytest.raises(BadInputError, match="nobody is unseen"):
+        unseen_clients(evaluation, 0, 10, 8, seen)
+
+
+def test_no_client_trains_on_a_validation_pair_of_another_not_even_reversed(tmp_path: Path) -> None:
+    rows = [{"prompt": f"question {i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(80)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = {"source": str(tmp_path), "protocol": "mirrored", "clients": 4, "validation_share": 0.25}
+    data = training_data(build_config({"data": settings}))
+    trained = {p.content_key() for c in data.train for p in c.pairs}
+    held = [p for c in data.validation for p in c.pairs]
+    assert len(held) == 40
+    assert not trained & {p.content_key() for p in held}
+
+
+def test_unseen_personas_are_new_users_and_seen_ones_keep_their_taste() -> None:
+    config = build_config({"data": {"clients": 3, "personas": {"pairs": 6}}})
+    train = training_data(config).train
+    unseen, _ = unseen_clients(config.data, config.seed, 2, 4, {c.name for c in train})
+    assert not {c.name for c in unseen} & {c.name for c in train}
+    again = held_out_pairs(config.data, config.seed, train)
+    assert [(c.name, c.group) for c in again] == [(c.name, c.group) for c in train]
+    assert not {p for c in again for p in c.pairs} & {p for c in train for p in c.pairs}
