@@ -1,7 +1,8 @@
 """Every setting, once: names, types, defaults and help. YAML files and the command line are derived from this.
 
 Settings are layered: built-in defaults < preset < method < YAML file < flags. Unknown names are errors, and so is a
-setting that nothing would read. The effective configuration is printed and saved in the run.
+setting that nothing would read. Its main switches are printed, and all of the effective
+configuration is saved in the run.
 """
 
 from __future__ import annotations

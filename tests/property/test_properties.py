@@ -29,7 +29,6 @@ values = st.recursive(
 
 @given(plain, plain, plain)
 def test_an_explicit_prompt_comes_back_as_it_was(prompt: str, a: str, b: str) -> None:
-    record = {"prompt": [{"role": "user", "content": prompt}], "chosen": a, "rejected": b}
     record = {
         "prompt": [{"role": "user", "content": prompt}],
         "chosen": [{"role": "assistant", "content": a}],

@@ -20,7 +20,7 @@ from fedvpa.federated.algorithm import Payload
 from fedvpa.federated.store import ClientStore, build_store
 from fedvpa.functional.whitening import second_moment, whitening_matrix
 from fedvpa.models.backbone import Progress
-from fedvpa.types import PairBatch, PreferencePair
+from fedvpa.types import PreferencePair
 
 
 @dataclass(frozen=True)
@@ -178,9 +178,3 @@ def to_store(
 def presentation_order(client: ClientPairs) -> Float[Tensor, "n"]:
     """+1 where the chosen response is shown as A: decided by a hash of the texts, so by chance with regard to the label."""
     return torch.tensor([1.0 if pair.chosen_is_first() else -1.0 for pair in client.pairs])
-
-
-def slice_pairs(batch: PairBatch, start: int, stop: int) -> PairBatch:
-    """Columns start to stop of a batch."""
-    common = None if batch.common is None else batch.common[..., start:stop, :]
-    return PairBatch(batch.difference[..., start:stop, :], common, batch.order[..., start:stop], batch.mask[..., start:stop])
