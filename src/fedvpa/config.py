@@ -18,7 +18,7 @@ from fedvpa.errors import BadInputError
 
 Method = Literal[
     "fedvpa-gp", "fedvpl", "fedvpl+mix", "fedvpl+ortho", "fedavg-btl", "fedavg-btl-mlp", "fedavg-btl+finetune",
-    "fedbiscuit", "local", "centralised-vpl", "oracle-group",
+    "fedbiscuit", "local", "centralised-vpl", "oracle-group", "oracle-bayes",
 ]  # fmt: skip
 METHODS: tuple[str, ...] = get_args(Method)
 VARIATIONAL: tuple[str, ...] = ("fedvpa-gp", "fedvpl", "fedvpl+mix", "fedvpl+ortho", "centralised-vpl")
@@ -59,8 +59,10 @@ class DataConfig(Section):
     dirichlet_alpha: Annotated[float, Field(gt=0)] = Field(0.5, description="concentration, with partition=dirichlet")
     mixing: Annotated[float, Field(ge=0, le=1)] = Field(0.2, description="share of foreign pairs, with partition=mixed")
     protocol: Literal["natural", "mirrored"] = Field(
-        "natural", description="mirrored: half of the clients hold the reversed labels on the same pairs"
+        "natural", description="mirrored: half of the clients hold the reversed labels on the pairs of the other half"
     )
+    corrupted: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share of training clients with spoilt labels")
+    corruption: Literal["random", "reversed"] = Field("random", description="how they are spoilt")
     max_pairs: Annotated[int, Field(ge=0)] = Field(0, description="at most this many pairs a client (0: all)")
     validation_share: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="of each client's pairs, held out")
     personas: PersonasConfig = PersonasConfig()
@@ -86,6 +88,7 @@ class ModelConfig(Section):
     encoder_hidden: tuple[Positive, ...] = Field((), description="widths of the encoder's hidden tanh layers (none: linear)")
     odd_mean: bool = Field(True, description="swap guidance by construction: reversed labels reverse the mean")
     pooling: Literal["mean", "attention", "poe"] = Field("mean", description="how a context's pairs are pooled")
+    shrinkage: NonNegative = Field(4.0, description="with pooling=mean: as many pairs' worth of pull towards z = 0")
     conditioning: Literal["bilinear", "concat", "film", "additive"] = Field("bilinear", description="how z steers r")
     rank: Annotated[int, Field(ge=0)] = Field(0, description="rank of the bilinear form (0: full)")
     reward_hidden: Positive = Field(64, description="hidden units of an MLP reward")
@@ -208,7 +211,7 @@ _ORTHO: dict[str, Any] = {"prototypes": {"kind": "anchored"}, "objective": {"pul
 METHOD_SETTINGS: dict[str, dict[str, Any]] = {"fedvpl+mix": _MIX, "fedvpl+ortho": _ORTHO, "fedvpa-gp": _MIX | _ORTHO}
 
 _PAPER: dict[str, Any] = {
-    "model": {"latent": 32, "encoder_hidden": (512, 256, 128), "odd_mean": False, "conditioning": "additive"},
+    "model": {"latent": 32, "encoder_hidden": (512, 256, 128), "odd_mean": False, "shrinkage": 0.0, "conditioning": "additive"},
     "objective": {"kl_weight": 0.1, "pull_weight": 1.0, "orthonormal_weight": 0.1},
     "federation": {
         "cohort": 10, "batch_size": 8, "protocol": "single-pair", "posterior_from": "local", "learning_rate": 0.001,
@@ -239,7 +242,7 @@ def build_config(*layers: Mapping[str, Any]) -> Config:
     try:
         config = Config.model_validate(merged(base, explicit))
     except ValidationError as error:
-        raise BadInputError("; ".join(_explain(e) for e in error.errors())) from error
+        raise BadInputError("; ".join(explain(e) for e in error.errors())) from error
     _refuse_unused(config, set(flatten(explicit)))
     return config
 
@@ -280,13 +283,16 @@ def merged(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _explain(error: Any) -> str:
+def explain(error: Any, model: type[BaseModel] = Config) -> str:
+    """One validation error of `model` in words: which setting, what is wrong, and what is known there."""
     place = ".".join(str(p) for p in error["loc"] if p not in ("int", "literal['auto']")) or "configuration"
     if error["type"] == "extra_forbidden":
-        section: Any = Config
+        section: Any = model
         for part in error["loc"][:-1]:
-            section = section.model_fields[part].annotation
-        return f"{place}: unknown setting (known here: {', '.join(section.model_fields)})"
+            fields = getattr(section, "model_fields", {})
+            section = fields[part].annotation if part in fields else (get_args(section) or (section,))[-1]
+        known = f" (known here: {', '.join(section.model_fields)})" if hasattr(section, "model_fields") else ""
+        return f"{place}: unknown setting{known}"
     return f"{place}: {error['msg']} (got {error['input']!r})"
 
 
@@ -305,7 +311,10 @@ def settings_for(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 _LATENT_SECTIONS = ("prior", "prototypes", "inference", "objective")
 _LATENT_SETTINGS = (
-    *(f"model.{n}" for n in ("latent", "encoder_hidden", "odd_mean", "pooling", "conditioning", "rank", "decoder_scale")),
+    *(
+        f"model.{n}"
+        for n in ("latent", "encoder_hidden", "odd_mean", "pooling", "shrinkage", "conditioning", "rank", "decoder_scale")
+    ),
     *(f"federation.{n}" for n in ("protocol", "posterior_from", "context_share")),
 )
 
@@ -324,6 +333,7 @@ def _refuse_unused(config: Config, explicit: set[str]) -> None:
         ("data.group_ratio", d.partition in ("auto", "group", "mixed"), "it goes with partition=group or mixed"),
         ("data.dirichlet_alpha", d.partition == "dirichlet", "it goes with partition=dirichlet"),
         ("data.mixing", d.partition == "mixed", "it goes with partition=mixed"),
+        ("data.corruption", d.corrupted > 0, "data.corrupted is 0"),
         ("prior.weights", config.prior.kind == "peers", "prior.kind is gaussian"),
         ("prior.temperature", config.prior.weights == "gumbel", "prior.weights is not gumbel"),
         ("prior.temperature", config.prior.kind == "peers", "prior.kind is gaussian"),
@@ -339,6 +349,7 @@ def _refuse_unused(config: Config, explicit: set[str]) -> None:
         ("objective.orthonormal_weight", config.prototypes.kind == "learned", "only learned prototypes are kept so"),
         ("objective.pull_weight", config.prototypes.kind != "none", "prototypes.kind is none"),
         ("objective.kl_warmup_rounds", config.objective.kl_schedule != "constant", "kl_schedule is constant"),
+        ("model.shrinkage", config.model.pooling == "mean", "it belongs to pooling=mean"),
         ("model.rank", config.model.conditioning == "bilinear", "only the bilinear reward has one"),
         ("federation.momentum", f.optimiser == "sgd", "optimiser is adam"),
         ("federation.selectors", config.method == "fedbiscuit", "it belongs to fedbiscuit"),

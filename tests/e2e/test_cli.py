@@ -166,9 +166,9 @@ def test_compare_is_resumable_and_pairs_methods_by_client(tiny_model: Path, tmp_
     ]  # fmt: skip
     assert main(arguments) == 0
     table = json.loads((tmp_path / "t.json").read_text())
-    row = {r["method"]: r for r in table["rows"]}
-    assert row["fedavg-btl"]["difference"]["n"] == 2
-    assert row["fedavg-btl"]["difference"]["mean"] < -0.2
+    row = {r["row"]: r for r in table["settings"][0]["rows"]}
+    assert row["fedavg-btl"]["difference_unseen"]["n"] == 2
+    assert row["fedavg-btl"]["difference_unseen"]["mean"] < -0.2
     assert (out / "results.csv").read_text().count("\n") == 5
     before = (out / "fedvpl-seed1/checkpoint.safetensors").stat().st_mtime_ns
     (out / "fedvpl-seed0/eval.json").unlink()

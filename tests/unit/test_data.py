@@ -13,8 +13,18 @@ import pytest
 
 from fedvpa.config import PersonasConfig
 from fedvpa.data.inspection import inspect_pairs
-from fedvpa.data.partition import Partitioner, split_off, without_duplicates
-from fedvpa.data.personas import ATTRIBUTES, group_vectors, measure, personas, prompts, respond, user_vector
+from fedvpa.data.partition import Partitioner, corrupt, split_off, without_duplicates
+from fedvpa.data.personas import (
+    ATTRIBUTES,
+    CANDIDATES,
+    candidates,
+    group_vectors,
+    measure,
+    personas,
+    prompts,
+    respond,
+    user_vector,
+)
 from fedvpa.data.preferences import parse_record
 from fedvpa.data.reading import read_pairs
 from fedvpa.errors import BadInputError, RecordError
@@ -137,7 +147,7 @@ def test_opposed_groups_may_judge_the_same_pairs() -> None:
 
 def test_mirrored_clients_hold_the_same_pairs_reversed() -> None:
     clients = Partitioner(4, protocol="mirrored")([pair(i, "a") for i in range(20)], 0)
-    assert [c.group for c in clients] == ["original", "mirrored"] * 2
+    assert [c.group for c in clients] == ["a", "a-mirrored"] * 2
     assert [p.reversed() for p in clients[0].pairs] == list(clients[1].pairs)
     assert len(clients[0].pairs) == 10
 
@@ -202,3 +212,27 @@ def test_every_attribute_is_measured_exactly() -> None:
                 assert measure(respond(prompt, low, generator))[name] < measure(respond(prompt, high, generator))[name]
     words = {s: np.mean([measure(respond(p, [s, 1, 1, 1, 1], generator))["length"] for p in prompts()[::9]]) for s in (-1, 1)}
     assert words[1] > 1.6 * words[-1]
+
+
+def test_personas_choose_among_fixed_candidates_and_test_prompts_are_new() -> None:
+    assert candidates(prompts()[3]) is candidates(prompts()[3])
+    kinds = {tuple(kind.tolist()) for kind, _ in candidates(prompts()[3])}
+    assert len(kinds) == CANDIDATES
+    texts = {text for prompt in prompts() for _, text in candidates(prompt)}
+    train, test = (personas(PersonasConfig(pairs=12), range(6), seed, split) for seed, split in ((4, "train"), (5, "test")))
+    for clients in (train, test):
+        assert {text for c in clients for p in c.pairs for text in (p.chosen, p.rejected)} <= texts
+    assert not {p.prompt for c in train for p in c.pairs} & {p.prompt for c in test for p in c.pairs}
+    with pytest.raises(BadInputError, match="at most"):
+        personas(PersonasConfig(pairs=5000), range(1), 0)
+
+
+def test_corrupted_clients_are_marked_and_their_labels_spoilt() -> None:
+    clients = Partitioner(10)([pair(i, "ab"[i % 2]) for i in range(400)], 0)
+    for kind, least, most in (("reversed", 1.0, 1.0), ("random", 0.3, 0.7)):
+        spoilt = corrupt(clients, 0.2, kind, 0)
+        assert [c.corrupted for c in spoilt].count(True) == 2
+        for before, after in zip(clients, spoilt):
+            flipped = sum(a == b.reversed() for a, b in zip(after.pairs, before.pairs)) / len(before.pairs)
+            assert (least <= flipped <= most) if after.corrupted else after == before
+    assert corrupt(clients, 0.0, "random", 0) == clients

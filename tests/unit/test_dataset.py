@@ -55,3 +55,21 @@ def test_unseen_personas_are_new_users_and_seen_ones_keep_their_taste() -> None:
     again = held_out_pairs(config.data, config.seed, train)
     assert [(c.name, c.group) for c in again] == [(c.name, c.group) for c in train]
     assert not {p for c in again for p in c.pairs} & {p for c in train for p in c.pairs}
+
+
+def test_mirrored_seen_clients_are_scored_on_reversed_held_out_pairs_of_their_group(tmp_path: Path) -> None:
+    for group in ("a", "b"):
+        (tmp_path / group).mkdir()
+        for split, count in (("train", 16), ("test", 8)):
+            rows = [{"prompt": f"{split} {group} {i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(count)]
+            (tmp_path / group / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = {"source": str(tmp_path), "split": "train", "protocol": "mirrored", "clients": 8, "validation_share": 0}
+    config = build_config({"data": settings})
+    seen = training_data(config).train
+    assert sorted({c.group for c in seen}) == ["a", "a-mirrored", "b", "b-mirrored"]
+    held = held_out_pairs(config.data.model_copy(update={"split": "test"}), 0, seen)
+    assert [(c.name, c.group) for c in held] == [(c.name, c.group) for c in seen]
+    for plain, mirrored in zip(held[::2], held[1::2]):
+        assert len(plain.pairs) == 4
+        assert [p.reversed() for p in plain.pairs] == list(mirrored.pairs)
+        assert {p.group for p in plain.pairs} == {plain.group}

@@ -7,14 +7,18 @@ import math
 import pytest
 import torch
 
+from fedvpa.evaluation.comparison import Result, as_csv, as_markdown, collapsed, compared
 from fedvpa.evaluation.diagnostics import (
     cluster_diagnostics,
+    component_confidence,
+    coverage,
+    detection,
     mutual_information,
     posterior_diagnostics,
     prior_weight_diagnostics,
 )
-from fedvpa.evaluation.protocol import derangement, evaluate_controls, evaluate_few_shot, split_trials
-from fedvpa.evaluation.statistics import interval
+from fedvpa.evaluation.protocol import derangement, evaluate_controls, evaluate_few_shot, leaking_accuracy, split_trials
+from fedvpa.evaluation.statistics import interval, ratio_interval
 from fedvpa.federated.population import balanced_labels, choose_modes, fit_population
 from fedvpa.types import PairBatch, Posterior
 from tests.conftest import synthetic_store
@@ -138,3 +142,72 @@ def test_balanced_labels_match_clusters_to_the_nearest_prototypes_whatever_their
     counts = torch.bincount(balanced_labels(lopsided, prototype, 0), minlength=3)
     assert counts.tolist() == [6, 6, 6]
     assert balanced_labels(mean[:2], prototype, 0).tolist() == [-1, -1]
+
+
+def test_the_leaking_protocol_is_perfect_where_the_honest_one_is_chance() -> None:
+    store = synthetic_store(8, 12, inputs=3)
+    coin = torch.where(torch.rand(store.difference.shape[0], 1, generator=g(1)) < 0.5, 1.0, -1.0)
+    random_labels = type(store)(store.names, store.groups, store.difference * coin, None, store.order, store.offset)
+    trials = split_trials(random_labels, 5, 20, 0)
+    honest = evaluate_controls(Oracle(), trials, store.group_index()[1], 0)["own"]
+    assert abs(interval(honest.accuracy())["mean"] - 0.5) < 0.2
+    assert leaking_accuracy(Oracle(), trials) == 1.0
+
+
+def test_coverage_of_a_calibrated_and_of_an_overconfident_posterior() -> None:
+    truth = Posterior(torch.randn(4000, 3, generator=g(2)), torch.zeros(4000, 3))
+    assert coverage(Posterior(torch.zeros(4000, 3), torch.zeros(4000, 3)), truth) == pytest.approx(0.9, abs=0.01)
+    assert coverage(Posterior(torch.zeros(4000, 3), torch.full((4000, 3), -4.0)), truth) < 0.2
+
+
+def test_confidence_agreement_and_detection() -> None:
+    before, after = torch.tensor([[0.8, 0.2], [0.4, 0.6]]), torch.tensor([[0.1, 0.9], [0.0, 1.0]])
+    assert component_confidence(before, after) == pytest.approx({"confidence": 0.7, "agreement": 0.5})
+    found = detection(torch.tensor([3.0, 1.0, 2.0]), torch.tensor([True, False, False]))
+    assert found == {"corrupted": 3.0, "clean": 1.5, "auc": 1.0}
+
+
+def test_a_ratio_of_means_and_its_interval() -> None:
+    exact = ratio_interval([0.1, 0.2, 0.3], [0.2, 0.4, 0.6])
+    assert exact["mean"] == pytest.approx(0.5)
+    assert exact["high"] - exact["low"] == pytest.approx(0.0, abs=1e-9)
+    generator, hits = g(3), 0
+    for _ in range(400):
+        bottom = 1 + 0.1 * torch.randn(8, generator=generator)
+        top = 0.7 * bottom + 0.1 * torch.randn(8, generator=generator)
+        found = ratio_interval(top.tolist(), bottom.tolist())
+        hits += found["low"] <= 0.7 <= found["high"]
+    assert 0.91 < hits / 400 < 0.99
+    assert math.isnan(ratio_interval([1.0, 1.0], [0.0, 0.0])["mean"])
+
+
+def evaluated(accuracy: float, seconds: float = 1.0, other: float = 0.3) -> dict[str, object]:
+    part = {
+        "accuracy": {
+            "own": {"mean": accuracy}, "other_group": {"mean": other}, "worst_group": {"mean": accuracy - 0.1},
+            "by_group": {"a": {"mean": accuracy + 0.1, "n": 3}, "b": {"mean": accuracy - 0.1, "n": 1}},
+        },
+        "per_client_accuracy": [accuracy, accuracy], "per_client_without_context": [0.5, None],
+    }  # fmt: skip
+    shot = {"0": {"accuracy": {"mean": 0.5}, "nll": {"mean": 0.7}, "ece": 0.1}}
+    return {**part, "seen": part, "few_shot": shot, "ece": {"own": 0.1}, "nll": {"own": {"mean": 0.6}}, "seconds": seconds}
+
+
+def test_a_comparison_counts_closure_from_the_better_shared_reward_and_finds_the_rare_group() -> None:
+    accuracy = {"fedvpa-gp": 0.65, "fedavg-btl": 0.5, "fedavg-btl-mlp": 0.55, "oracle-group": 0.67}
+    wobble = {0: -0.01, 1: 0.0, 2: 0.01}
+    results = [
+        Result("s", m, m, seed, evaluated(a + w)) for m, a in accuracy.items() for seed, w in wobble.items()
+    ]  # fmt: skip
+    table = compared("s", "about", results, list(accuracy)) | {"context": 4}
+    row = {r["row"]: r for r in table["rows"]}
+    assert row["fedvpa-gp"]["closure_seen"]["mean"] == pytest.approx(0.10 / 0.12)
+    assert row["fedavg-btl"]["closure_seen"] is None
+    assert row["fedavg-btl"]["difference_unseen"]["mean"] == pytest.approx(-0.15)
+    assert row["fedavg-btl"]["difference_unseen"]["high"] == pytest.approx(-0.15)
+    assert row["fedvpa-gp"]["rarest_group"]["mean"] == pytest.approx(0.55)
+    assert row["fedvpa-gp"]["worst_group"]["mean"] == pytest.approx(0.55)
+    assert "| fedvpa-gp | 0.650" in as_markdown([table])
+    assert as_csv(results).count("\n") == 13
+    assert not collapsed(evaluated(0.6))
+    assert collapsed(evaluated(0.6, other=0.59))

@@ -9,12 +9,13 @@ from typing import Any
 from fedvpa.checkpoint import write_atomically
 from fedvpa.cli.console import Reporter, add_common, emit_json, show_interval
 from fedvpa.cli.options import add_settings, settings_given
-from fedvpa.config import METHODS, Config, build_config
+from fedvpa.config import METHODS, Config, build_config, flatten
 from fedvpa.errors import BadInputError
 from fedvpa.evaluation.report import render_report
-from fedvpa.experiment.compare import CompareSettings, compare
+from fedvpa.experiment.compare import compare
 from fedvpa.experiment.dataset import TrainingData
 from fedvpa.experiment.evaluate import EvaluationSettings, evaluate
+from fedvpa.experiment.plan import Comparison, TestSettings, comparison, read_plan
 from fedvpa.experiment.run import RunPaths, changed_settings, load_config
 from fedvpa.experiment.train import train
 
@@ -36,8 +37,14 @@ def register(commands: Any) -> None:
     add_common(test)
     test.set_defaults(run=run_evaluate)
 
-    many = commands.add_parser("compare", help="methods x seeds, resumable, with paired differences", allow_abbrev=False)
+    many = commands.add_parser(
+        "compare", help="methods x settings x seeds, resumable, with paired differences", allow_abbrev=False
+    )
     add_settings(many, skip=("method", "seed"))
+    many.add_argument("--plan", type=Path, metavar="FILE", help="YAML of rows, settings and seeds (see benchmarks/plan.yaml)")
+    many.add_argument("--data-root", type=Path, metavar="DIR", help="where the plan's data sources are")
+    many.add_argument("--settings", metavar="NAMES", help="only these settings of the plan, comma-separated")
+    many.add_argument("--quick", action="store_true", help="the plan's short form")
     many.add_argument("--methods", default="fedvpa-gp,fedvpl,fedavg-btl", help="comma-separated; the first is the reference")
     many.add_argument("--seeds", default="0,1,2,3,4", help="comma-separated (default: 0,1,2,3,4)")
     many.add_argument("--test-data", metavar="SOURCE", help="evaluation data (default: the training source)")
@@ -157,31 +164,64 @@ def evaluation_settings(arguments: argparse.Namespace) -> EvaluationSettings:
 
 
 def run_compare(arguments: argparse.Namespace, reporter: Reporter) -> int:
-    """Train and evaluate every method with every seed, and compare them."""
-    methods = [m for m in arguments.methods.split(",") if m]
+    """Train and evaluate every row of every setting with every seed, and compare them."""
+    given = settings_given(arguments)
+    out = Path(given.pop("out", "runs/compare"))
+    comparisons = _planned(arguments, given) if arguments.plan else [_one_setting(arguments, given)]
+    with reporter.texts() as on_features, reporter.progress("runs") as bar:
+        tables = compare(
+            comparisons, out, max(1, arguments.jobs), lambda done, total, name: bar.update(done, total, name), on_features
+        )
+    for table in tables:
+        keys = ("seen", "closure_seen", "unseen", "no_context", "other_group", "difference_unseen")
+        rows = [(r["row"], *(show_interval(r[k]) for k in keys), f"{r['seconds']:.0f}") for r in table["rows"]]
+        reporter.table(
+            f"{table['setting'] or 'accuracy on targets'}; mean [95 % interval]",
+            [
+                "",
+                "seen",
+                "closure",
+                "unseen",
+                "no context",
+                "other group's z",
+                f"minus {table['reference']}, unseen",
+                "s a run",
+            ],
+            rows,
+        )
+    reporter.say(f"{out}/results.csv, {out}/results.md, {out}/report.html")
+    emit_json(arguments.json, {"settings": tables})
+    return 0
+
+
+def _planned(arguments: argparse.Namespace, given: dict[str, Any]) -> list[Comparison]:
+    if given:
+        raise BadInputError(f"--plan says what is trained; {', '.join(flatten(given))} would not be read")
+    comparisons = read_plan(arguments.plan, arguments.data_root, arguments.quick)
+    wanted = [name for name in (arguments.settings or "").split(",") if name]
+    unknown = [name for name in wanted if name not in {c.name for c in comparisons}]
+    if unknown:
+        known = ", ".join(c.name for c in comparisons)
+        raise BadInputError(f"--settings: {', '.join(unknown)} not in the plan (known: {known})")
+    return [c for c in comparisons if not wanted or c.name in wanted]
+
+
+def _one_setting(arguments: argparse.Namespace, given: dict[str, Any]) -> Comparison:
+    for flag in ("quick", "settings", "data_root"):
+        if getattr(arguments, flag):
+            raise BadInputError(f"--{flag.replace('_', '-')} goes with --plan")
+    methods = list(dict.fromkeys(m for m in arguments.methods.split(",") if m))
     unknown = [m for m in methods if m not in METHODS]
     if unknown or not methods:
         raise BadInputError(f"--methods: {', '.join(unknown) or 'none given'} (known: {', '.join(METHODS)})")
     if not all(s.isdigit() for s in arguments.seeds.split(",")):
         raise BadInputError(f"--seeds: '{arguments.seeds}' must be whole numbers, separated by commas")
-    given = settings_given(arguments)
-    out = Path(given.pop("out", "runs/compare"))
-    settings = CompareSettings(
-        methods, [int(s) for s in arguments.seeds.split(",")], given, out, arguments.test_data, arguments.test_split,
-        arguments.unseen_clients, arguments.context, arguments.repeats, max(1, arguments.jobs),
+    for name, least in (("unseen_clients", 1), ("context", 0), ("repeats", 1)):
+        if getattr(arguments, name) < least:
+            raise BadInputError(f"--{name.replace('_', '-')}: at least {least}")
+    test = TestSettings(
+        source=arguments.test_data, split=arguments.test_split, clients=arguments.unseen_clients, context=arguments.context,
+        repeats=arguments.repeats,
     )  # fmt: skip
-    with reporter.texts() as on_features, reporter.progress("runs") as bar:
-        table = compare(settings, lambda done, total, name: bar.update(done, total, name), on_features)
-    rows = [
-        (r["method"], show_interval(r["seen"]), show_interval(r["unseen"]), show_interval(r["worst_group"]),
-         show_interval(r["other_group"]), show_interval(r["difference"]), f"{r['seconds']:.0f}")
-        for r in table["rows"]
-    ]  # fmt: skip
-    reporter.table(
-        f"accuracy on targets; {len(settings.seeds)} seed(s); 95 % intervals",
-        ["method", "seen", "unseen", "worst group", "other group's z", f"minus {methods[0]}, unseen", "s a run"],
-        rows,
-    )
-    reporter.say(f"{out}/results.csv, {out}/results.md, {out}/report.html")
-    emit_json(arguments.json, table)
-    return 0
+    seeds = list(dict.fromkeys(int(s) for s in arguments.seeds.split(",")))
+    return comparison({m: {} for m in methods}, given, seeds, test)

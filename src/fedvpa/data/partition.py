@@ -29,6 +29,7 @@ class ClientPairs:
     name: str
     group: str | None
     pairs: tuple[PreferencePair, ...]
+    corrupted: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,14 +157,31 @@ class Partitioner:
     def _mirrored(self, pairs: Sequence[PreferencePair], generator: np.random.Generator, prefix: str) -> list[ClientPairs]:
         if self.clients < 2 or self.clients % 2:
             raise BadInputError(f"protocol=mirrored needs an even number of clients, not {self.clients}")
-        blank = [replace(p, group=None, client_id=None) for p in pairs]
-        plain = replace(self, partition="group", group_ratio=None)
-        half = plain._divide(blank, generator, prefix, self.clients // 2)
-        out = []
-        for client in half:
-            own = replace(client, group="original")
-            out += [own, ClientPairs(f"{client.name}{MIRRORED}", "mirrored", tuple(p.reversed() for p in own.pairs))]
-        return out
+        return [
+            side
+            for client in self._divide(pairs, generator, prefix, self.clients // 2)
+            for side in (replace(client, group=client.group or "original"), mirror_image(client))
+        ]
+
+
+def mirror_image(client: ClientPairs) -> ClientPairs:
+    """The client of opposite taste: the same pairs with every label reversed, in a group of their own."""
+    group = "mirrored" if client.group in (None, "original") else f"{client.group}{MIRRORED}"
+    return ClientPairs(f"{client.name}{MIRRORED}", group, tuple(p.reversed() for p in client.pairs))
+
+
+def corrupt(clients: Sequence[ClientPairs], share: float, kind: Literal["random", "reversed"], seed: int) -> list[ClientPairs]:
+    """Spoil the labels of a share of the clients, drawn at random: all of them reversed, or each by the toss of a coin."""
+    generator = np.random.default_rng([seed, 23])
+    spoilt = set(generator.permutation(len(clients))[: round(share * len(clients))].tolist())
+    out = []
+    for i, client in enumerate(clients):
+        if i in spoilt:
+            flip = generator.random(len(client.pairs)) < (1.0 if kind == "reversed" else 0.5)
+            pairs = tuple(p.reversed() if f else p for p, f in zip(client.pairs, flip))
+            client = replace(client, pairs=pairs, corrupted=True)
+        out.append(client)
+    return out
 
 
 def without_duplicates(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from itertools import product
 
 import numpy as np
 import yaml
@@ -31,6 +32,9 @@ ATTRIBUTES: tuple[tuple[str, str, str], ...] = (
     ("engagement", "stating", "asking"),
 )
 """Name, pole at -1, pole at +1."""
+
+CANDIDATES = 8
+"""Responses to each prompt."""
 
 UNSEEN = 1_000_000
 """Users from this index on are never trained on."""
@@ -87,37 +91,56 @@ def user_vector(settings: PersonasConfig, user: int, seed: int) -> tuple[int, ND
 def personas(
     settings: PersonasConfig, users: Sequence[int], seed: int, split: str = "train", pairs: int | None = None
 ) -> list[ClientPairs]:
-    """Comparisons of the given users; `split` names an independent draw for the same users."""
-    names, everything = group_names(settings.groups), prompts()
+    """Comparisons of the given users, each of two of a prompt's `CANDIDATES` responses.
+
+    `split` names an independent draw for the same users; no prompt of ``test`` is ever one of ``train``.
+
+    Raises:
+        BadInputError: more comparisons a user than half of all that there are, or more groups than poles.
+    """
+    names = group_names(settings.groups)
+    bank = [prompt for i, prompt in enumerate(prompts()) if (i % 4 == 3) == (split == "test")]
+    wanted, most = pairs or settings.pairs, len(bank) * CANDIDATES * (CANDIDATES - 1) // 4
+    if wanted > most:
+        raise BadInputError(f"personas: at most {most} comparisons a user in '{split}', not {wanted}")
     out = []
     for user in users:
         group, vector = user_vector(settings, user, seed)
         generator = np.random.default_rng([seed, 13, user, *split.encode()])
         own: dict[str, PreferencePair] = {}
-        wanted = pairs or settings.pairs
         while len(own) < wanted:
-            pair = _compare(vector, everything, settings.noise, generator, f"user-{user:04d}", names[group])
+            pair = _compare(vector, bank, settings.noise, generator, f"user-{user:04d}", names[group])
             own.setdefault(pair.content_key(), pair)
         out.append(ClientPairs(f"user-{user:04d}", names[group], tuple(own.values())))
     return out
 
 
+@cache
+def candidates(prompt: str) -> list[tuple[NDArray[np.int_], str]]:
+    """The responses that users of any seed choose from, with their attributes: distinct, and the same whenever asked for,
+    so that their features are computed once for all experiments.
+
+    Raises:
+        BadInputError: not one of the generator's prompts.
+    """
+    generator = np.random.default_rng([17, *prompt.encode()])
+    kinds = np.array(list(product((-1, 1), repeat=len(ATTRIBUTES))))
+    return [(kind, respond(prompt, kind, generator)) for kind in generator.permutation(kinds)[:CANDIDATES]]
+
+
 def _compare(
     vector: NDArray[np.float64],
-    everything: list[str],
+    bank: list[str],
     noise: float,
     generator: np.random.Generator,
     user: str,
     group: str,
 ) -> PreferencePair:
-    prompt = everything[generator.integers(len(everything))]
-    first, second = generator.choice([-1, 1], len(ATTRIBUTES)), generator.choice([-1, 1], len(ATTRIBUTES))
-    while (first == second).all():
-        second = generator.choice([-1, 1], len(ATTRIBUTES))
-    better, worse = (first, second) if vector @ (first - second) > 0 else (second, first)
+    prompt = bank[generator.integers(len(bank))]
+    (first, one), (second, two) = (candidates(prompt)[i] for i in generator.choice(CANDIDATES, 2, replace=False))
+    chosen, rejected = (one, two) if vector @ (first - second) > 0 else (two, one)
     if generator.random() < noise:
-        better, worse = worse, better
-    chosen, rejected = respond(prompt, better, generator), respond(prompt, worse, generator)
+        chosen, rejected = rejected, chosen
     return PreferencePair((Message("user", prompt),), chosen, rejected, user, group, "personas")
 
 

@@ -197,7 +197,11 @@ def _label(record: Mapping[str, Any], key: str, where: str) -> str | None:
 
 
 def _unencodable(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # lone surrogates
+        return True
+    return False
 
 
 def _kind(value: Any) -> str:

@@ -8,6 +8,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +40,19 @@ class PairSet:
 
 
 def read_pairs(source: str, split: str | None = None, on_bad_record: OnBadRecord = "few") -> PairSet:
+    """`read_pairs_anew`, remembered while the files stay as they are: a comparison reads the same ones for every run."""
+    path = Path(source).expanduser()
+    files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
+    stamp = tuple((str(f), s.st_mtime_ns, s.st_size) for f in files for s in [f.stat()])
+    return _remembered(source, split, on_bad_record, stamp)
+
+
+@lru_cache(maxsize=4)
+def _remembered(source: str, split: str | None, on_bad_record: OnBadRecord, stamp: tuple[object, ...]) -> PairSet:
+    return read_pairs_anew(source, split, on_bad_record)
+
+
+def read_pairs_anew(source: str, split: str | None = None, on_bad_record: OnBadRecord = "few") -> PairSet:
     """Read every pair of a file, a folder, a folder of folders (one group each), or a Hub dataset.
 
     `on_bad_record`: ``"error"`` refuses the first bad record, ``"skip"`` counts and leaves out all of them. ``"few"``, the

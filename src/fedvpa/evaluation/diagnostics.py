@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fedvpa.evaluation.protocol import Trial
@@ -90,6 +90,31 @@ def prototype_cosines(prototype: Float[Tensor, "m d"]) -> list[list[float]]:
     """Cosine between every two prototypes (or fitted components)."""
     unit = torch.nn.functional.normalize(prototype, dim=-1)
     return (unit @ unit.T).tolist()
+
+
+def coverage(context: Posterior, everything: Posterior, level: float = 0.9) -> float:
+    """Share of users and dimensions in which the mean from all of a user's pairs lies in the posterior's central interval
+    given the context alone; a calibrated posterior has `level`. The mean from all pairs stands for the unknown truth."""
+    half = math.sqrt(2) * float(torch.erfinv(torch.tensor(level))) * (0.5 * context.log_var).exp()
+    return float(((everything.mean - context.mean).abs() <= half).float().mean())
+
+
+def component_confidence(context: Float[Tensor, "u m"], everything: Float[Tensor, "u m"]) -> dict[str, float]:
+    """Mean posterior probability of the likeliest component given the context, and how often all of the user's pairs agree
+    with it: calibrated, the two are equal."""
+    agreement = context.argmax(-1) == everything.argmax(-1)
+    return {"confidence": float(context.max(-1).values.mean()), "agreement": float(agreement.float().mean())}
+
+
+def detection(signal: Float[Tensor, "k"], corrupted: Bool[Tensor, "k"]) -> dict[str, float]:
+    """Mean of a signal over corrupted and over clean clients, and the AUC with which it tells them apart."""
+    from sklearn.metrics import roc_auc_score
+
+    return {
+        "corrupted": float(signal[corrupted].mean()),
+        "clean": float(signal[~corrupted].mean()),
+        "auc": float(roc_auc_score(corrupted.numpy(), signal.numpy())),
+    }
 
 
 def prior_weight_diagnostics(

@@ -1,4 +1,4 @@
-"""Means with 95 % intervals over clients."""
+"""Means with 95 % intervals over clients or seeds."""
 
 from __future__ import annotations
 
@@ -29,3 +29,13 @@ def interval(values: Sequence[float]) -> Interval:
         return Interval(mean=mean, low=math.nan, high=math.nan, n=1)
     half = float(stats.t.ppf(0.975, x.size - 1) * x.std(ddof=1) / math.sqrt(x.size))
     return Interval(mean=mean, low=mean - half, high=mean + half, n=int(x.size))
+
+
+def ratio_interval(numerator: Sequence[float], denominator: Sequence[float]) -> Interval:
+    """Ratio of two means over the same seeds, with the 95 % interval of the delta method (linearised; Student t)."""
+    top, bottom = np.asarray(numerator, dtype=float), np.asarray(denominator, dtype=float)
+    if abs(bottom.mean()) < 1e-9:
+        return Interval(mean=math.nan, low=math.nan, high=math.nan, n=int(top.size))
+    ratio = float(top.mean() / bottom.mean())
+    spread = interval(((top - ratio * bottom) / bottom.mean()).tolist())
+    return Interval(mean=ratio, low=ratio + spread["low"], high=ratio + spread["high"], n=int(top.size))

@@ -36,16 +36,21 @@ def build_algorithm(config: Config, store: ClientStore) -> Algorithm:
     reward = build_reward(config)
     if isinstance(reward, SharedReward):
         groups = max(1, len(store.group_index()[0]))
-        sharing = {"fedbiscuit": "best", "oracle-group": "group", "local": "none"}.get(config.method, "shared")
+        sharing = {"fedbiscuit": "best", "oracle-group": "group", "oracle-bayes": "group", "local": "none"}.get(
+            config.method, "shared"
+        )
         return FederatedReward(
             store, reward, local, simulation, server, f.aggregation,
             sharing=sharing,  # type: ignore[arg-type]
             selectors={"best": f.selectors, "group": groups}.get(sharing, 1),
             regroup_every=f.regroup_every,
             finetune_steps=f.finetune_steps if config.method == "fedavg-btl+finetune" else 0,
+            infer_group=config.method == "oracle-bayes",
         )  # fmt: skip
     selector = Selector(
-        Encoder(m.inputs, m.latent, m.encoder_hidden, m.pooling, m.odd_mean), reward, config.inference.latent_evidence
+        Encoder(m.inputs, m.latent, m.encoder_hidden, m.pooling, m.odd_mean, m.shrinkage),
+        reward,
+        config.inference.latent_evidence,
     )
     objective = VariationalObjective(
         selector, config.prior.weights, config.prior.temperature, config.prior.estimator, config.prior.exclude_self,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedvpa.config import Config, DataConfig
 from fedvpa.data.features import FeatureCache
-from fedvpa.data.partition import MIRRORED, ClientPairs, Partitioner, split_off
+from fedvpa.data.partition import MIRRORED, ClientPairs, Partitioner, corrupt, mirror_image, split_off
 from fedvpa.data.personas import UNSEEN, personas
 from fedvpa.data.reading import PairSet, read_pairs
 from fedvpa.errors import BadInputError
@@ -20,7 +20,6 @@ from fedvpa.federated.algorithm import Payload
 from fedvpa.federated.store import ClientStore, build_store
 from fedvpa.functional.whitening import second_moment, whitening_matrix
 from fedvpa.models.backbone import Progress
-from fedvpa.types import PreferencePair
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,7 @@ def training_data(config: Config) -> TrainingData:
     else:
         source = read_pairs(config.data.source, config.data.split, config.data.on_bad_record)
         clients = partitioner(config.data, config.data.clients)(source.pairs, config.seed)
+    clients = corrupt(clients, config.data.corrupted, config.data.corruption, config.seed)
     share = config.data.validation_share
     parts = [split_off(client, share, config.seed) for client in clients]
     train = [a for a, _ in parts]
@@ -113,12 +113,14 @@ def held_out_pairs(data: DataConfig, seed: int, seen: Sequence[ClientPairs]) -> 
     if data.source == "personas":
         users = [int(client.name.split("-")[1]) for client in seen]
         return personas(data.personas, users, seed, "test", pairs=max(2, data.personas.pairs // 2))
+    if data.protocol == "mirrored":
+        plain = data.model_copy(update={"protocol": "natural"})
+        originals = held_out_pairs(plain, seed, [_ungrouped(c) for c in seen if not c.name.endswith(MIRRORED)])
+        return [side for c in originals for side in (replace(c, group=c.group or "original"), mirror_image(c))]
     pairs = read_pairs(data.source, data.split, data.on_bad_record).pairs
     named = {p.client_id for p in pairs if p.client_id is not None}
     if named & {c.name for c in seen}:
         return [replace(c, pairs=tuple(p for p in pairs if p.client_id == c.name)) for c in seen]
-    if {c.group for c in seen} == {"original", "mirrored"}:
-        return _deal_mirrored(pairs, seen)
     out = []
     for client in seen:
         holders = [c.name for c in seen if c.group == client.group]
@@ -127,14 +129,8 @@ def held_out_pairs(data: DataConfig, seed: int, seen: Sequence[ClientPairs]) -> 
     return out
 
 
-def _deal_mirrored(pairs: Sequence[PreferencePair], seen: Sequence[ClientPairs]) -> list[ClientPairs]:
-    originals = [c.name for c in seen if c.group == "original"]
-    out = []
-    for client in seen:
-        position = originals.index(client.name.removesuffix(MIRRORED))
-        own = pairs[position :: len(originals)]
-        out.append(replace(client, pairs=tuple(p.reversed() if client.group == "mirrored" else p for p in own)))
-    return out
+def _ungrouped(client: ClientPairs) -> ClientPairs:
+    return replace(client, group=None) if client.group == "original" else client
 
 
 def partitioner(data: DataConfig, clients: int) -> Partitioner:

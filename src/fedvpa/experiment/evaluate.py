@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from fedvpa import __version__
@@ -17,6 +17,9 @@ from fedvpa.data.features import FeatureCache
 from fedvpa.errors import BadInputError
 from fedvpa.evaluation.diagnostics import (
     cluster_diagnostics,
+    component_confidence,
+    coverage,
+    detection,
     posterior_diagnostics,
     prior_weight_diagnostics,
     prototype_cosines,
@@ -29,6 +32,7 @@ from fedvpa.evaluation.protocol import (
     evaluate_controls,
     evaluate_few_shot,
     given_trial,
+    leaking_accuracy,
     split_trials,
 )
 from fedvpa.evaluation.statistics import interval
@@ -43,8 +47,9 @@ from fedvpa.experiment.dataset import (
 from fedvpa.experiment.run import Run, open_run
 from fedvpa.experiment.train import manifest
 from fedvpa.federated.objective import PROTOTYPES
-from fedvpa.federated.store import ClientStore
+from fedvpa.federated.store import ClientStore, concatenate
 from fedvpa.federated.variational import FederatedVariational, VariationalPredictor
+from fedvpa.functional.preference import mean_choice_loss
 from fedvpa.models.backbone import Progress
 from fedvpa.types import PairBatch, Posterior
 
@@ -92,6 +97,7 @@ def evaluate(directory: str, settings: EvaluationSettings, progress: Progress | 
     raw_unseen, skipped = unseen_clients(data, run.config.seed, settings.clients, settings.context, set(run.store.names))
     unseen, dropped = without_overlap(raw_unseen, everything)
     held_out, dropped_seen = without_overlap(held_out_pairs(data, run.config.seed, trained.train), everything)
+    held_out = [replace(c, pairs=()) if t.corrupted else c for c, t in zip(held_out, trained.train)]
     cache = FeatureCache(run.config.features)
     features, _, signature = features_of([*unseen, *held_out], cache, progress)
     _same_backbone(run, signature)
@@ -137,7 +143,11 @@ def evaluate(directory: str, settings: EvaluationSettings, progress: Progress | 
         seen = algorithm.posteriors(run.checkpoint.state)
         unseen_posterior = predictor.amortised(trials[0].context)
         prototypes = _prototypes(run)
-        results["posterior"] = posterior_diagnostics(seen)
+        everything_known = [concatenate(t.context, t.target) for t in trials]
+        results["posterior"] = posterior_diagnostics(seen) | {
+            "coverage_90": coverage(unseen_posterior, predictor.amortised(everything_known[0])),
+        }
+        results["leaking_single_pair_accuracy"] = leaking_accuracy(predictor, trials)
         results["latent"] = cluster_diagnostics(seen.mean, seen_group) | {
             "inferred": cluster_diagnostics(predictor.posterior(_all_pairs(run.store)).mean, seen_group),
             "unseen": cluster_diagnostics(unseen_posterior.mean, unseen_group),
@@ -145,6 +155,13 @@ def evaluate(directory: str, settings: EvaluationSettings, progress: Progress | 
             "prototype_cosines": None if prototypes is None else prototype_cosines(prototypes),
             "population_components": None if predictor.population is None else predictor.population.weight.numel(),
         }
+        if predictor.population is not None:
+            results["latent"]["component_confidence"] = component_confidence(
+                predictor.responsibilities(trials[0].context), predictor.responsibilities(everything_known[0])
+            )
+        corrupted = torch.tensor([c.corrupted for c in trained.train])
+        if corrupted.any():
+            results["corrupted"] = _corrupted(predictor, run.store, corrupted)
         results["prior_weights"] = _prior_weights(algorithm, run, seen_group)
     payload = manifest(algorithm, run.checkpoint.state, run.whitener)
     results["communication"] = {
@@ -154,6 +171,21 @@ def evaluate(directory: str, settings: EvaluationSettings, progress: Progress | 
     }
     probability = torch.cat(scores["own"].probability).tolist()
     return Evaluation(results, seen, unseen_posterior, prototypes, names, seen_group, unseen_group, probability)
+
+
+def _corrupted(predictor: VariationalPredictor, store: ClientStore, corrupted: Bool[Tensor, "k"]) -> dict[str, Any]:
+    """How the training clients with spoilt labels show: width of their posterior, entropy over the components, and how
+    badly the z inferred from their pairs predicts these same pairs (nats a pair)."""
+    pairs = _all_pairs(store)
+    state = predictor.adapt(pairs, torch.full((len(store),), -1))
+    signals = {
+        "sigma": (0.5 * predictor.amortised(pairs).log_var).exp().mean(-1),
+        "nll": mean_choice_loss(predictor.margin(state, pairs), pairs.mask.float()),
+    }
+    if predictor.population is not None:
+        share = predictor.responsibilities(pairs)
+        signals["mixture_entropy"] = -(share * share.clamp_min(1e-30).log()).sum(-1)
+    return {"clients": int(corrupted.sum())} | {name: detection(signal, corrupted) for name, signal in signals.items()}
 
 
 def _part(
@@ -180,6 +212,7 @@ def _part(
         "ece": {name: s.ece() for name, s in scores.items()},
         "few_shot": few_shot,
         "per_client_accuracy": own,
+        "per_client_without_context": scores["prior_mean"].accuracy(),
         "targets_scored": int(scores["own"].count.sum()),
     }, scores
 

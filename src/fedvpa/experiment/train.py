@@ -118,8 +118,10 @@ def _rounds(
             cohort = sample_cohort(config.seed, now[0].round, len(store), f.cohort)
             state, diagnostics = algorithm.apply(now[0], cohort)
             row: dict[str, Any] = {"round": state.round, **diagnostics}
-            if state.round % f.validate_every == 0 or state.round == f.rounds:
+            if state.round % f.validate_every == 0 and state.round < f.rounds:
                 row |= _validate(algorithm, state, store, validation)
+            elif state.round == f.rounds:  # what is served is validated: for some methods, after a last exchange
+                row |= _validate(algorithm, algorithm.finalise(state), store, validation)
             now = (state, [*now[1], row])
             seconds = time.perf_counter() - began
             tracker.log(row, state.round)

@@ -124,7 +124,7 @@ class PreferenceModel:
             batch.order.expand(count, -1),
             ~torch.eye(count, dtype=torch.bool),
         )
-        margin = self._predictor.margin(self._predictor.posterior(others).mean, others).diagonal()
+        margin = self._predictor.margin(self._predictor.adapt(others, torch.full((len(others.mask),), -1)), others).diagonal()
         return float(-torch.nn.functional.logsigmoid(margin).mean())
 
     def score(self, items: Sequence[Item], z: Float[Tensor, "d"]) -> Float[Tensor, "n"]:
@@ -145,7 +145,7 @@ class PreferenceModel:
             torch.zeros(1, len(items)),
             torch.ones(1, len(items), dtype=torch.bool),
         )
-        return self._predictor.margin(z.unsqueeze(0), batch)[0]
+        return self._predictor.margin_under(z.unsqueeze(0), batch)[0]
 
     def read_z(self, source: str) -> Float[Tensor, "d"]:
         """z from a JSON file that `personalize` wrote (or a list of numbers), or from ``prototype:K``, ``mean``.
@@ -154,7 +154,7 @@ class PreferenceModel:
             BadInputError: unreadable, of another dimension, or no such prototype.
         """
         if source == "mean":
-            return self._predictor.neutral(1)[0]
+            return self._predictor.prior_mean()
         if source.startswith("prototype:"):
             prototypes = self.prototypes
             count = 0 if prototypes is None else len(prototypes)

@@ -1,5 +1,6 @@
-"""Rewards without a latent: one for all (`fedavg-btl`), U to vote (`fedbiscuit`), one per true group (`oracle-group`), one
-per user (`local`), and one for all that every user fine-tunes (`fedavg-btl+finetune`)."""
+"""Rewards without a latent: one for all (`fedavg-btl`), U to vote (`fedbiscuit`), one per true group (`oracle-group`, and
+`oracle-bayes`, which has to infer a user's group), one per user (`local`), and one for all that every user fine-tunes
+(`fedavg-btl+finetune`)."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from fedvpa.errors import BadInputError
 from fedvpa.federated.aggregation import ServerOptimiser, WeightedMean
@@ -20,7 +22,7 @@ from fedvpa.federated.draws import stream
 from fedvpa.federated.objective import RewardObjective, RoundContext
 from fedvpa.federated.simulation import Simulation
 from fedvpa.federated.store import ClientStore
-from fedvpa.functional.preference import mean_choice_loss
+from fedvpa.functional.preference import mean_choice_loss, predictive_margin
 from fedvpa.models.reward import SharedReward
 from fedvpa.types import PairBatch, Params, ServerState
 
@@ -32,7 +34,9 @@ class FederatedReward:
     * `shared`: everyone trains the only one (FedBis; Wu et al., 2025).
     * `best`: FedBiscuit. At first every client trains a selector drawn at random; every `regroup_every` rounds the clients
       are assigned anew to the selectors that fit their pairs best, in equal numbers; users are served by majority vote.
-    * `group`: every client trains the one of its true group, an upper bound.
+    * `group`: every client trains the one of its true group, an upper bound. With `infer_group` the groups are known in
+      training only, and users are served by Bayes' rule over the groups' rewards given their context: what no inference of the
+      group from these pairs, under these rewards, could be expected to beat.
     * `none`: nothing is shared; a user's reward is fitted to its own context alone (`local`).
     """
 
@@ -46,6 +50,7 @@ class FederatedReward:
     selectors: int = 1
     regroup_every: int = 5
     finetune_steps: int = 0
+    infer_group: bool = False
 
     def init(self) -> ServerState:
         """Fresh selectors."""
@@ -122,8 +127,11 @@ class FederatedReward:
         """Nothing is left to do."""
         return state
 
-    def predictor(self, state: ServerState) -> SharedPredictor | GroupPredictor | FittedPredictor:
+    def predictor(self, state: ServerState) -> SharedPredictor | GroupPredictor | BayesPredictor | FittedPredictor:
         """How users are served."""
+        if self.infer_group:
+            counts = torch.bincount(state.clients["assignment"], minlength=self.selectors).float()
+            return BayesPredictor(self.reward, state.params, counts / counts.sum())
         if self.sharing == "group":
             return GroupPredictor(self.reward, state.params)
         if self.sharing == "none":
@@ -200,6 +208,33 @@ class GroupPredictor:
     def neutral(self, users: int) -> Float[Tensor, "u 1"]:
         """No group."""
         return torch.full((users, 1), -1.0)
+
+
+@dataclass(frozen=True)
+class BayesPredictor:
+    """The rewards of the true groups, weighed by Bayes' rule given a user's context; a user's state is the posterior."""
+
+    reward: SharedReward
+    params: Params
+    prior: Float[Tensor, "g"]
+
+    def adapt(self, context: PairBatch, group: Int[Tensor, "u"]) -> Float[Tensor, "u g"]:
+        """Share of the clients in each group, times the likelihood of the user's choices; the true group is not read."""
+        likelihood = (logsigmoid(self._margins(context)) * context.mask.unsqueeze(-1)).sum(-2)
+        return torch.softmax(self.prior.log() + likelihood, -1)
+
+    def margin(self, state: Float[Tensor, "u g"], target: PairBatch) -> Float[Tensor, "u n"]:
+        """Log-odds under the posterior predictive."""
+        return predictive_margin(state, self._margins(target))
+
+    def neutral(self, users: int) -> Float[Tensor, "u g"]:
+        """The prior."""
+        return self.prior.expand(users, -1)
+
+    @torch.no_grad()
+    def _margins(self, pairs: PairBatch) -> Float[Tensor, "u n g"]:
+        each = [{n: v[g] for n, v in self.params.items()} for g in range(self.prior.numel())]
+        return torch.stack([self.reward.margin(params, pairs) for params in each], -1)
 
 
 @dataclass(frozen=True)

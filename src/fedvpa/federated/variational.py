@@ -18,6 +18,7 @@ from fedvpa.federated.objective import PRIOR_LOGIT, PROTOTYPES, RoundContext, Va
 from fedvpa.federated.population import balanced_labels, fit_population
 from fedvpa.federated.simulation import Simulation
 from fedvpa.federated.store import ClientStore
+from fedvpa.functional.preference import predictive_margin
 from fedvpa.functional.prototypes import orthogonal_prototypes
 from fedvpa.models.selector import Selector, refined_posterior
 from fedvpa.types import MixturePrior, PairBatch, Params, Population, Posterior, ServerState
@@ -261,7 +262,7 @@ class FederatedVariational:
 
 @dataclass(frozen=True)
 class VariationalPredictor:
-    """A trained selector; a user's state is z."""
+    """A trained selector; a user's state is z, or its posterior over the population's components."""
 
     selector: Selector
     params: Params
@@ -288,21 +289,39 @@ class VariationalPredictor:
 
     def posterior(self, context: PairBatch) -> Posterior:
         """Amortised, or refined by the population."""
-        if self.inference == "amortised" or self.population is None:
-            return self.amortised(context)
-        return refined_posterior(self.responsibilities(context), self.population)
+        if self._mixes and self.population is not None:
+            return refined_posterior(self.responsibilities(context), self.population)
+        return self.amortised(context)
 
-    def adapt(self, context: PairBatch, group: Int[Tensor, "u"]) -> Float[Tensor, "u d"]:
-        """Posterior mean; the true group is not read."""
-        return self.posterior(context).mean
+    def adapt(self, context: PairBatch, group: Int[Tensor, "u"]) -> Float[Tensor, "u s"]:
+        """State of each user: shares of the components with population inference, else z; the true group is not read."""
+        return self.responsibilities(context) if self._mixes else self.amortised(context).mean
 
     @torch.no_grad()
-    def margin(self, state: Float[Tensor, "u d"], target: PairBatch) -> Float[Tensor, "u n"]:
-        """Margins under z."""
-        return self.selector.margin(self.params, state, target)
+    def margin(self, state: Float[Tensor, "u s"], target: PairBatch) -> Float[Tensor, "u n"]:
+        """Log-odds of the choices: the posterior predictive over the components, or the reward's margin under z."""
+        if self._mixes and self.population is not None:
+            each = self.selector.component_margins(self.params, self.population, target)
+            return predictive_margin(state, each)
+        return self.margin_under(state, target)
 
-    def neutral(self, users: int) -> Float[Tensor, "u d"]:
-        """The prior mean: the population's where it is used, else zero."""
-        if self.inference == "population" and self.population is not None:
-            return (self.population.weight @ self.population.mean).expand(users, -1)
+    @torch.no_grad()
+    def margin_under(self, z: Float[Tensor, "u d"], target: PairBatch) -> Float[Tensor, "u n"]:
+        """Margins of the reward under z."""
+        return self.selector.margin(self.params, z, target)
+
+    def neutral(self, users: int) -> Float[Tensor, "u s"]:
+        """State of somebody of whom nothing is known."""
+        if self._mixes and self.population is not None:
+            return self.population.weight.expand(users, -1)
         return torch.zeros(users, self.selector.encoder.latent)
+
+    def prior_mean(self) -> Float[Tensor, "d"]:
+        """z of somebody of whom nothing is known: the population's mean where it is used, else zero."""
+        if self._mixes and self.population is not None:
+            return self.population.weight @ self.population.mean
+        return torch.zeros(self.selector.encoder.latent)
+
+    @property
+    def _mixes(self) -> bool:
+        return self.inference == "population" and self.population is not None

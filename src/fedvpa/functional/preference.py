@@ -18,6 +18,15 @@ def mean_choice_loss(margin: Float[Tensor, "*b n"], weight: Float[Tensor, "*#b n
     return -choice_log_likelihood(margin, weight) / weight.sum(-1).clamp_min(1)
 
 
+def predictive_margin(share: Float[Tensor, "*b m"], margin: Float[Tensor, "*b n m"]) -> Float[Tensor, "*b n"]:
+    """Log-odds of the choice under a mixture: logit of sum_m share_m sigmoid(margin_m), the posterior predictive.
+
+    Averaging probabilities instead of rewards keeps predictions as uncertain as the posterior over the components is.
+    """
+    weight = share.log().unsqueeze(-2)
+    return torch.logsumexp(weight + logsigmoid(margin), -1) - torch.logsumexp(weight + logsigmoid(-margin), -1)
+
+
 def expected_calibration_error(probability: Float[Tensor, "n"], bins: int = 10) -> float:
     """Gap between confidence and accuracy, averaged over equally wide bins of confidence (Guo et al., 2017, eq. 3).
 

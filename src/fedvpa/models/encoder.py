@@ -2,7 +2,8 @@ r"""Amortised posterior q(z | context) from a set of annotated pairs (M1; VPL, P
 
 Each pair's preference direction passes a tanh network; the pairs of the context are pooled:
 
-* `mean` - heads for the mean and log-variance on the average of the pairs' hidden features;
+* `mean` - heads for the mean and log-variance on the average of the pairs' hidden features, as if `shrinkage` more pairs
+  of zeros had been seen: with few pairs the mean stays near that of N(0, I), as a conjugate posterior's would;
 * `attention` - the same on a weighted average, with one learned query;
 * `poe` - every pair gives a Gaussian expert; precisions add to those of N(0, I), so sigma shrinks with every pair.
 
@@ -34,6 +35,7 @@ class Encoder:
     hidden: tuple[int, ...] = (64,)
     pooling: Literal["mean", "attention", "poe"] = "mean"
     odd: bool = True
+    shrinkage: float = 0.0
 
     def init(self, generator: torch.Generator) -> Params:
         """Fresh parameters."""
@@ -62,7 +64,7 @@ class Encoder:
             score = (even @ params["encoder.query"].unsqueeze(-1)).squeeze(-1).masked_fill(~context, -1e30)
             weight = torch.softmax(score, -1) * weight  # an empty context leaves no weight
         else:
-            weight = weight / weight.sum(-1, keepdim=True).clamp_min(1)
+            weight = weight / (weight.sum(-1, keepdim=True) + self.shrinkage).clamp_min(1)
         row = weight.unsqueeze(-2)
         mean = linear(params, "encoder.mean", row @ hidden).squeeze(-2)
         log_var = self._log_var(params, row @ even).squeeze(-2)

@@ -34,11 +34,14 @@ class Selector:
         """r(chosen, z) - r(rejected, z)."""
         return self.reward.margin(params, z, batch)
 
+    def component_margins(self, params: Params, population: Population, batch: PairBatch) -> Float[Tensor, "*b n m"]:
+        """Margin of every pair under the centre of every component."""
+        users = batch.mask.shape[:-1]
+        return torch.stack([self.margin(params, centre.expand(*users, -1), batch) for centre in population.mean], -1)
+
     def evidence(self, params: Params, population: Population, batch: PairBatch) -> Float[Tensor, "*b n m"]:
         """Log-likelihood of every choice under the centre of every component, in nats."""
-        users = batch.mask.shape[:-1]
-        each = [logsigmoid(self.margin(params, centre.expand(*users, -1), batch)) for centre in population.mean]
-        return torch.stack(each, -1)
+        return logsigmoid(self.component_margins(params, population, batch))
 
     def responsibilities(
         self, params: Params, population: Population, batch: PairBatch, context: Bool[Tensor, "*b n"]
