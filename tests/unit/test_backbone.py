@@ -74,7 +74,7 @@ def test_long_prompts_lose_their_beginning_and_long_responses_their_end(tiny_mod
 def test_unknown_backbones_and_layers_are_refused(tiny_model: Path, backbone: Backbone) -> None:
     with pytest.raises(BadInputError, match=r"layer: 9 is not a layer of .*, which has 1 to 3"):
         backbone.encode(items(1), [Tap(9, "last")])
-    with pytest.raises(BadInputError, match="backbone 'no-such-model' cannot be loaded"):
+    with pytest.raises(BadInputError, match="model 'no-such-model' cannot be loaded"):
         Backbone("no-such-model")
 
 

@@ -6,12 +6,15 @@ import argparse
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from fedvpa.config import Config, merged, read_yaml
+from fedvpa.config import Config, explain, merged, read_yaml
+from fedvpa.errors import BadInputError
+
+T = TypeVar("T", bound=BaseModel)
 
 _RENAMED = {"data.source": "data"}
 """Settings whose short flag is not the last part of their name."""
@@ -84,6 +87,33 @@ def settings_given(arguments: argparse.Namespace) -> dict[str, Any]:
         place[last] = _parsed(known[name], value)
     file: Mapping[str, Any] = read_yaml(arguments.config) if getattr(arguments, "config", None) else {}
     return merged(file, nested)
+
+
+def add_flat_settings(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
+    """A flag for every setting of a model without sections."""
+    group = parser.add_argument_group("settings")
+    for name, info in model.model_fields.items():
+        choices = _choices(info.annotation)
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            dest=name,
+            default=argparse.SUPPRESS,
+            metavar="{" + ",".join(choices) + "}" if choices else name.upper(),
+            help=f"{info.description or ''} (default: {_shown(info.default)})".replace("%", "%%").strip(),
+        )
+
+
+def flat_settings_given(arguments: argparse.Namespace, model: type[T]) -> T:
+    """The checked model from the flags that were given.
+
+    Raises:
+        BadInputError: a value that the model refuses.
+    """
+    given = {name: getattr(arguments, name) for name in model.model_fields if hasattr(arguments, name)}
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        raise BadInputError("; ".join(explain(e, model) for e in error.errors())) from error
 
 
 def _parsed(info: FieldInfo, value: str) -> Any:

@@ -85,6 +85,16 @@ class PreferenceModel:
             return self._predictor.population.mean
         return self._predictor.params.get(PROTOTYPES)
 
+    @property
+    def neutral(self) -> Float[Tensor, "d"]:
+        """z of somebody of whom nothing is known."""
+        return self._predictor.prior_mean()
+
+    @property
+    def component_groups(self) -> list[str | None]:
+        """True group of most training clients near each prototype, for naming it; empty where no groups are known."""
+        return self._components
+
     def personalize(self, pairs: Sequence[PreferencePair]) -> UserPreference:
         """Infer z from a user's comparisons; with none, the prior's mean.
 

@@ -49,16 +49,36 @@ def load_model(name: str, dtype: torch.dtype, device: str) -> LoadedModel:
     Raises:
         BadInputError: nothing of that name can be loaded; the message says what was tried.
     """
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoModel
+
+    return _load(AutoModel, name, dtype, device)
+
+
+def load_causal_model(name: str, dtype: torch.dtype | None, device: str) -> LoadedModel:
+    """Load a language model with its head, by the same names (dtype None: `preferred_dtype`).
+
+    Raises:
+        BadInputError: nothing of that name can be loaded, or it is no causal language model with a chat template.
+    """
+    from transformers import AutoModelForCausalLM
+
+    loaded = _load(AutoModelForCausalLM, name, dtype or preferred_dtype(device), device)
+    if not loaded.tokenizer.chat_template:
+        raise BadInputError(f"'{name}': its tokenizer has no chat template; name an instruction-tuned model")
+    return loaded
+
+
+def _load(kind: Any, name: str, dtype: torch.dtype, device: str) -> LoadedModel:
+    from transformers import AutoTokenizer
 
     label, location = _locate(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(location)
-        module = AutoModel.from_pretrained(location, dtype=dtype)
+        module = kind.from_pretrained(location, dtype=dtype)
     except Exception as error:  # the library raises OSError, ValueError, KeyError ... for the same cause
         first_line = (str(error).splitlines() or [""])[0][:300]
         raise BadInputError(
-            f"backbone '{name}' cannot be loaded: {type(error).__name__}: {first_line} "
+            f"model '{name}' cannot be loaded: {type(error).__name__}: {first_line} "
             "(use smollm2, minilm, a Hugging Face model name, or a folder with a model and its tokenizer)"
         ) from error
     module.eval().requires_grad_(False)

@@ -1,0 +1,274 @@
+"""Stage 2 on the server: sample from the policy, let the selector choose under every preference, train with DPO; repeat.
+
+No client's data are read: prompts are public, and preferences are the selector's prototypes. Everything that took time is in
+`OUT/work` as soon as it is known (candidates batch by batch, reference log-probabilities, TRL's checkpoints), so an
+interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedvpa.alignment.conditioning import load_conditioner, save_conditioner
+from fedvpa.alignment.dpo import ConditionalDPOTrainer, PreferenceCollator, last_checkpoint
+from fedvpa.alignment.policy import Policy, PolicyCard, Sampling, new_conditioner, save_card
+from fedvpa.alignment.prompts import Prompt, read_prompts
+from fedvpa.checkpoint import plain_json, write_atomically
+from fedvpa.config import AlignConfig
+from fedvpa.errors import BadInputError, RunError
+from fedvpa.experiment.use import PreferenceModel
+from fedvpa.models.backbone import Item
+from fedvpa.models.loading import load_causal_model
+
+logger = logging.getLogger("fedvpa")
+
+OnStage = Callable[[str, int, int, str], None]
+"""Called with (stage, done, in all, a note)."""
+
+
+@dataclass(frozen=True)
+class AlignResult:
+    """Where the policy is, and how it came about (also `align.json` there)."""
+
+    root: Path
+    summary: dict[str, Any]
+
+
+def align(
+    run: str, prompts: str, out: str, config: AlignConfig, *, split: str | None = None, resume: bool = False,
+    on_stage: OnStage | None = None,
+) -> AlignResult:  # fmt: skip
+    """Train a policy that the selector in `run` and its z steer.
+
+    Raises:
+        BadInputError: no run with a selector, no usable prompts, a base model that cannot be had, or a directory in use.
+        RunError: the selector told no two responses apart (every pair fell under the margin).
+    """
+    start = time.perf_counter()
+    report = on_stage or (lambda *_: None)
+    root, work = Path(out), Path(out) / "work"
+    selector = PreferenceModel(run)
+    preferences = named_preferences(selector)
+    wanted = {"run": str(run), "prompts": prompts, "split": split, "config": config.model_dump(mode="json")}
+    _check_directory(root, wanted, resume)
+    dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+    loaded = load_causal_model(config.base, dtype, config.device)
+    base = Policy(loaded.module, loaded.tokenizer)
+    chosen = read_prompts(prompts, split, config.max_prompt_tokens, lambda p: len(base.prompt_ids(p)))
+    used = chosen.prompts[: config.limit or None]
+    centre, scale = _centre_and_scale(torch.stack(list(preferences.values())), selector.neutral)
+    card = PolicyCard(
+        config.base, loaded.revision, config.form, config.tokens if config.form == "prefix" else 1,
+        {name: z.tolist() for name, z in preferences.items()}, selector.neutral.tolist(), centre.tolist(), scale, str(run),
+    )  # fmt: skip
+    work.mkdir(parents=True, exist_ok=True)
+    write_atomically(work / "asked.json", plain_json(wanted))
+    summary: dict[str, Any] = {
+        **wanted, "prompts_used": len(used), "prompts_skipped": dict(chosen.skipped), "preferences": list(preferences),
+        "iterations": [],
+    }  # fmt: skip
+    policy, previous = base, None
+    for iteration in range(config.iterations):
+        place = work / f"iteration-{iteration}"
+        place.mkdir(exist_ok=True)
+        candidates = _candidates(policy, used, preferences, config, iteration, place, report)
+        pairs, counts = choose(selector, used, candidates, preferences, config.margin)
+        if not pairs:
+            raise RunError(f"the selector told no two responses apart by {config.margin}; lower --margin, or train it longer")
+        done = _train(loaded, card, pairs, config, iteration, previous, place, report)
+        summary["iterations"].append(counts | done.pop("figures"))
+        policy, previous = Policy(done["model"], loaded.tokenizer), place / "trained"
+        if iteration + 1 < config.iterations:  # TRL wraps a bare model; the adapter comes back with its weights
+            loaded = load_causal_model(config.base, dtype, config.device)
+    assert previous is not None
+    shutil.copytree(previous / "adapter", root / "adapter", dirs_exist_ok=True)
+    shutil.copy(previous / "conditioner.safetensors", root / "conditioner.safetensors")
+    summary["seconds"] = time.perf_counter() - start
+    write_atomically(root / "align.json", plain_json(summary))
+    save_card(card, root)  # last: it marks the policy as finished
+    return AlignResult(root, summary)
+
+
+def named_preferences(selector: PreferenceModel) -> dict[str, Float[Tensor, "d"]]:
+    """z of each prototype, called by the group of most training clients near it, or prototype-K where that is unknown.
+
+    Raises:
+        BadInputError: the run fitted no components and has no prototypes.
+    """
+    prototypes = selector.prototypes
+    if prototypes is None:
+        raise BadInputError(f"{selector.run.paths.root}: has no prototypes to align with; train with --method fedvpa-gp")
+    groups = selector.component_groups or [None] * len(prototypes)
+    return {
+        str(group) if group is not None and groups.count(group) == 1 else f"prototype-{k}": z
+        for k, (group, z) in enumerate(zip(groups, prototypes))
+    }
+
+
+def choose(
+    selector: PreferenceModel, prompts: Sequence[Prompt], candidates: dict[str, list[list[str]]],
+    preferences: dict[str, Float[Tensor, "d"]], margin: float,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:  # fmt: skip
+    """Best and worst of each prompt's candidates under each preference; returns TRL rows with their z, and counts.
+
+    Pairs whose rewards differ by less than `margin`, and prompts with fewer than two different candidates, are dropped.
+    """
+    rows: list[dict[str, Any]] = []
+    close = same = 0
+    by_preference: dict[str, int] = {}
+    for name, z in preferences.items():
+        lists = [list(dict.fromkeys(text for text in texts if text)) for texts in candidates[name]]
+        items = [Item(prompt, text) for prompt, texts in zip(prompts, lists) for text in texts]
+        rewards = selector.score(items, z).split([len(texts) for texts in lists]) if items else []
+        for prompt, texts, reward in zip(prompts, lists, rewards):
+            if len(texts) < 2:
+                same += 1
+                continue
+            best, worst = int(reward.argmax()), int(reward.argmin())
+            if float(reward[best] - reward[worst]) < max(margin, 1e-9):
+                close += 1
+                continue
+            by_preference[name] = by_preference.get(name, 0) + 1
+            rows.append(
+                {
+                    "prompt": [{"role": m.role, "content": m.content} for m in prompt],
+                    "chosen": [{"role": "assistant", "content": texts[best]}],
+                    "rejected": [{"role": "assistant", "content": texts[worst]}],
+                    "preference": z.tolist(),
+                }
+            )
+    return rows, {"pairs": by_preference, "dropped_under_margin": close, "dropped_without_two_responses": same}
+
+
+def _centre_and_scale(z: Float[Tensor, "m d"], neutral: Float[Tensor, "d"]) -> tuple[Tensor, float]:
+    """Preferences are measured from the population's mean, in units of their root-mean-square distance from it."""
+    return neutral, max(float((z - neutral).square().sum(-1).mean().sqrt()), 1e-6)
+
+
+def _candidates(
+    policy: Policy, prompts: Sequence[Prompt], preferences: dict[str, Tensor], config: AlignConfig, iteration: int, place: Path,
+    report: OnStage,
+) -> dict[str, list[list[str]]]:  # fmt: skip
+    """Responses by preference and prompt. The first iteration draws from the base model, for all preferences alike."""
+    sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.sample_batch)
+    conditions: dict[str, Tensor | None] = {"": None} if iteration == 0 else dict(preferences)
+    drawn: dict[str, list[list[str]]] = {}
+    jobs = [p for p in range(len(prompts)) for _ in range(config.candidates)]
+    block = max(1, config.sample_batch * 4 // config.candidates) * config.candidates  # whole prompts
+    for c, (name, z) in enumerate(conditions.items()):
+        file = place / f"candidates{'-' + str(c) if name else ''}.jsonl"
+        texts = _read_lines(file)
+        tokens, began = 0, time.perf_counter()
+        with file.open("a", encoding="utf-8") as stream:
+            for at in range(len(texts), len(jobs), block):
+                part = jobs[at : at + block]
+                rows = None if z is None else z.expand(len(part), -1)
+                fresh = [""] * len(part)
+                seed = (config.seed * 1009 + iteration) * 1009 + c * 101 + at
+                for index, answers, count in policy.sample([prompts[p] for p in part], rows, sampling, seed):
+                    tokens += count
+                    for i, answer in zip(index, answers):
+                        fresh[i] = answer
+                stream.write("".join(json.dumps(text) + "\n" for text in fresh))
+                stream.flush()
+                texts += fresh
+                speed = tokens / (time.perf_counter() - began)
+                report(f"candidates{' ' + name if name else ''}", len(texts), len(jobs), f"{speed:.0f} tokens/s")
+        n = config.candidates
+        drawn[name] = [texts[i * n : (i + 1) * n] for i in range(len(prompts))]
+    return {name: drawn.get(name, drawn.get("", [])) for name in preferences}
+
+
+def _read_lines(file: Path) -> list[str]:
+    """Texts that were drawn before; a last line that was cut off is dropped, from the file too."""
+    if not file.is_file():
+        return []
+    whole = file.read_bytes()
+    kept = whole[: whole.rfind(b"\n") + 1]
+    if kept != whole:
+        write_atomically(file, kept)
+    return [json.loads(line) for line in kept.decode("utf-8").splitlines()]
+
+
+def _train(
+    loaded: Any, card: PolicyCard, pairs: list[dict[str, Any]], config: AlignConfig, iteration: int, previous: Path | None,
+    place: Path, report: OnStage,
+) -> dict[str, Any]:  # fmt: skip
+    """One iteration of DPO, from the previous iteration's weights, against the base model."""
+    from datasets import Dataset, load_from_disk
+    from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
+    from transformers import TrainerCallback
+    from trl.trainer.dpo_config import DPOConfig
+
+    saved = place / "pairs"
+    if not (saved / "dataset_info.json").is_file():
+        Dataset.from_list(pairs).save_to_disk(str(saved))
+    conditioner = new_conditioner(card, loaded.module, loaded.tokenizer, config.seed)
+    if loaded.tokenizer.pad_token_id is None:
+        loaded.tokenizer.pad_token = loaded.tokenizer.eos_token
+    arguments = DPOConfig(
+        output_dir=str(place / "checkpoints"), num_train_epochs=config.epochs, per_device_train_batch_size=config.batch,
+        learning_rate=config.learning_rate, lr_scheduler_type="cosine", warmup_steps=5, beta=config.beta, seed=config.seed,
+        precompute_ref_log_probs=True, gradient_checkpointing=config.gradient_checkpointing, max_length=None,
+        save_strategy="steps", save_steps=config.save_every, save_total_limit=2, logging_steps=1, report_to=[],
+        disable_tqdm=True, use_cpu=config.device == "cpu", bf16=False,
+    )  # fmt: skip
+    trainer = ConditionalDPOTrainer(
+        model=loaded.module, args=arguments, processing_class=loaded.tokenizer, train_dataset=load_from_disk(str(saved)),
+        data_collator=PreferenceCollator(pad_token_id=loaded.tokenizer.pad_token_id),
+        peft_config=LoraConfig(r=config.rank, lora_alpha=2 * config.rank, lora_dropout=0.0, target_modules="all-linear",
+                               task_type="CAUSAL_LM"),
+        conditioner=conditioner,
+    )  # fmt: skip
+    if previous is not None:
+        set_peft_model_state_dict(trainer.model, load_peft_weights(str(previous / "adapter")))
+        load_conditioner(conditioner, previous)
+
+    class Tell(TrainerCallback):
+        """Passes TRL's log on."""
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+            if logs and "loss" in logs:
+                note = f"loss {float(logs['loss']):.3f}, accuracy {float(logs.get('rewards/accuracies', 0)):.2f}"
+                report(f"training, iteration {iteration}", state.global_step, state.max_steps, note)
+
+    trainer.add_callback(Tell())
+    found = last_checkpoint(place / "checkpoints")
+    if found is not None:
+        load_conditioner(conditioner, found)
+    began = time.perf_counter()
+    trainer.train(resume_from_checkpoint=None if found is None else str(found))
+    trained = place / "trained"
+    trained.mkdir(exist_ok=True)
+    trainer.model.save_pretrained(str(trained / "adapter"), selected_adapters=["default"])
+    save_conditioner(conditioner, trained)
+    log = [row for row in trainer.state.log_history if "loss" in row]
+    last = log[-max(1, len(log) // 5) :]
+    figures = {
+        "steps": trainer.state.global_step, "training_seconds": time.perf_counter() - began,
+        "loss": sum(float(r["loss"]) for r in last) / len(last),
+        "preference_accuracy": sum(float(r["rewards/accuracies"]) for r in last) / len(last),
+    }  # fmt: skip
+    return {"model": trainer.model, "figures": figures}
+
+
+def _check_directory(root: Path, wanted: dict[str, Any], resume: bool) -> None:
+    asked = root / "work" / "asked.json"
+    if resume:
+        if not asked.is_file():
+            raise BadInputError(f"{root}: nothing to resume there (no work/asked.json)")
+        if json.loads(asked.read_text()) != wanted:
+            raise BadInputError(f"{root}: was begun with other settings, prompts or selector; resume it with the same ones")
+    elif root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise BadInputError(f"{root}: not empty; continue an interrupted run with --resume, or choose another --out")

@@ -1,0 +1,87 @@
+"""Public prompts for the server's stage: read, checked, and what was left out counted."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedvpa.data.preferences import parse_prompt
+from fedvpa.data.reading import SUFFIXES, find_files, read_pairs
+from fedvpa.errors import BadInputError
+from fedvpa.types import Message
+
+Prompt = tuple[Message, ...]
+
+
+@dataclass
+class PromptSet:
+    """Usable prompts in their order, and what was left out (reason -> count)."""
+
+    prompts: list[Prompt]
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+def read_prompts(source: str, split: str | None, most_tokens: int, count_tokens: Callable[[Prompt], int]) -> PromptSet:
+    """Prompts of a text file (one a line), of a jsonl file of `{"prompt": ...}`, or of a folder or file of preference pairs
+    (their answers are not read). Prompts without a user turn at their end, too long ones and repetitions are left out.
+
+    Raises:
+        BadInputError: nothing to read, a broken record, or no usable prompt; the message counts what was left out.
+    """
+    path = Path(source).expanduser()
+    found: list[Prompt]
+    if path.is_file() and path.suffix == ".txt":
+        found = [(Message("user", line.strip()),) for line in _text(path).splitlines() if line.strip()]
+    elif path.is_file() and path.suffix == ".jsonl" and _holds_prompts(path):
+        found = [
+            parse_prompt(_prompt_of(line, f"{path}:{n}"), f"{path}:{n}")
+            for n, line in enumerate(_text(path).splitlines(), start=1)
+            if line.strip()
+        ]
+    elif path.exists() and (path.is_file() or find_files(path, split)):
+        found = [pair.prompt for pair in read_pairs(source, split).pairs]
+    else:
+        raise BadInputError(f"{source}: no such file or folder (a .txt, a .jsonl of prompts, or pairs: {', '.join(SUFFIXES)})")
+    result = PromptSet([])
+    seen: set[Prompt] = set()
+    for prompt in found:
+        if not prompt or prompt[-1].role != "user" or not prompt[-1].content.strip():
+            result.skipped["no user turn at the end"] += 1
+        elif prompt in seen:
+            result.skipped["repetition"] += 1
+        elif count_tokens(prompt) > most_tokens:
+            result.skipped[f"longer than {most_tokens} tokens"] += 1
+        else:
+            seen.add(prompt)
+            result.prompts.append(prompt)
+    if not result.prompts:
+        why = "; ".join(f"{n} x {reason}" for reason, n in result.skipped.items()) or "it is empty"
+        raise BadInputError(f"{source}: no usable prompt in it ({why})")
+    return result
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInputError(f"{path}: cannot be read: {error}") from error
+
+
+def _holds_prompts(path: Path) -> bool:
+    first = next((line for line in _text(path).splitlines() if line.strip()), "")
+    if not first:
+        raise BadInputError(f"{path}: no usable prompt in it (it is empty)")
+    return '"chosen"' not in first
+
+
+def _prompt_of(line: str, where: str) -> object:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise BadInputError(f"{where}: not JSON: {error.msg}, column {error.colno}") from error
+    if not isinstance(record, dict) or "prompt" not in record:
+        raise BadInputError(f'{where}: needs "prompt"')
+    return record["prompt"]

@@ -1,0 +1,207 @@
+"""``fedvpa align``, ``generate`` and ``chat``: train a policy that z steers, and use it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedvpa.alignment.policy import PolicyCard, Sampling, load_policy
+from fedvpa.alignment.prompts import read_prompts
+from fedvpa.checkpoint import write_atomically
+from fedvpa.cli.console import Reporter, add_common, emit_json
+from fedvpa.cli.options import add_flat_settings, flat_settings_given
+from fedvpa.config import AlignConfig
+from fedvpa.data.reading import read_pairs
+from fedvpa.errors import BadInputError
+from fedvpa.experiment.use import PreferenceModel
+from fedvpa.types import Message
+
+
+def register(commands: Any) -> None:
+    """Add the commands."""
+    one = commands.add_parser("align", help="train a policy that a selector's preferences steer", allow_abbrev=False)
+    one.add_argument("directory", metavar="RUN", help="a trained run with prototypes (fedvpa-gp)")
+    one.add_argument("--prompts", required=True, metavar="SOURCE", help="public prompts: .txt, .jsonl, or preference pairs")
+    one.add_argument("--split", help="only files called SPLIT.*")
+    one.add_argument("--out", required=True, metavar="DIR", help="where the policy goes")
+    one.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    add_flat_settings(one, AlignConfig)
+    one.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write the summary as JSON")
+    add_common(one)
+    one.set_defaults(run=run_align)
+
+    many = commands.add_parser("generate", help="responses of a policy under a preference", allow_abbrev=False)
+    many.add_argument("directory", metavar="DIR", help="what `fedvpa align` made")
+    many.add_argument("--prompts", required=True, metavar="SOURCE")
+    many.add_argument("--split", help="only files called SPLIT.*")
+    many.add_argument("--limit", type=int, default=0, help="at most this many prompts (default: all)")
+    many.add_argument("--responses", required=True, metavar="FILE", help="jsonl to write: prompt and response")
+    _sampling_flags(many)
+    add_common(many)
+    many.set_defaults(run=run_generate)
+
+    talk = commands.add_parser("chat", help="talk to a policy under a preference", allow_abbrev=False)
+    talk.add_argument("directory", metavar="DIR", help="what `fedvpa align` made")
+    _sampling_flags(talk)
+    add_common(talk)
+    talk.set_defaults(run=run_chat)
+
+
+def _sampling_flags(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--prefer", metavar="NAME", help="a named preference, or neutral")
+    which.add_argument("--mix", metavar="A=0.3,B=0.7", help="a weighted mean of named preferences")
+    which.add_argument("--user", metavar="FILE", help="comparisons of a user, whose z the selector infers")
+    which.add_argument("--z", metavar="FILE", help="z as `fedvpa personalize --json` writes it")
+    which.add_argument("--off", action="store_true", help="the base model itself")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.7, help="0: greedy (default: 0.7)")
+    parser.add_argument("--top-p", type=float, default=0.95)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+
+
+def run_align(arguments: argparse.Namespace, reporter: Reporter) -> int:
+    """Sample, choose, train; print the counts."""
+    from fedvpa.alignment.align import align  # with TRL, which is slow to import
+
+    config = flat_settings_given(arguments, AlignConfig)
+    with ExitStack() as bars:
+        shown: dict[str, Any] = {}
+
+        def on_stage(stage: str, done: int, total: int, note: str) -> None:
+            if stage not in shown:
+                bars.close()
+                shown[stage] = bars.enter_context(reporter.progress(stage))
+            shown[stage].update(done, total, note)
+
+        result = align(
+            arguments.directory, arguments.prompts, arguments.out, config, split=arguments.split, resume=arguments.resume,
+            on_stage=on_stage,
+        )  # fmt: skip
+    summary = result.summary
+    reporter.say(f"{summary['prompts_used']} prompts; left out: {summary['prompts_skipped'] or 'none'}")
+    for number, row in enumerate(summary["iterations"]):
+        reporter.say(
+            f"iteration {number}: pairs {row['pairs']}, {row['dropped_under_margin']} dropped under the margin; "
+            f"loss {row['loss']:.3f}, preference accuracy {row['preference_accuracy']:.2f}"
+        )
+    names = ", ".join(summary["preferences"])
+    reporter.say(
+        f"{result.root}: preferences {names}; {summary['seconds']:.0f} s; next: fedvpa chat {result.root} --prefer ..."
+    )
+    emit_json(arguments.json, summary)
+    return 0
+
+
+def run_generate(arguments: argparse.Namespace, reporter: Reporter) -> int:
+    """Write a response to every prompt."""
+    policy, card = load_policy(arguments.directory, arguments.device)
+    z = _chosen_z(arguments, card)
+    sampling = _sampling(arguments)
+    found = read_prompts(arguments.prompts, arguments.split, 1 << 20, lambda p: len(policy.prompt_ids(p)))
+    prompts = found.prompts[: arguments.limit or None]
+    texts = [""] * len(prompts)
+    rows = None if z is None else z.expand(len(prompts), -1)
+    done = 0
+    with reporter.progress("responses") as bar:
+        for index, answers, _ in policy.sample(prompts, rows, sampling, arguments.seed):
+            for i, answer in zip(index, answers):
+                texts[i] = answer
+            done += len(index)
+            bar.update(done, len(prompts))
+    lines = [
+        json.dumps({"prompt": [m._asdict() for m in prompt], "response": text}, ensure_ascii=False)
+        for prompt, text in zip(prompts, texts)
+    ]
+    write_atomically(Path(arguments.responses), ("\n".join(lines) + "\n").encode())
+    reporter.say(f"{arguments.responses}: {len(prompts)} responses")
+    return 0
+
+
+def run_chat(arguments: argparse.Namespace, reporter: Reporter) -> int:
+    """Read turns from standard input until it ends; answers go to standard output."""
+    policy, card = load_policy(arguments.directory, arguments.device)
+    z, sampling = _chosen_z(arguments, card), _sampling(arguments)
+    reporter.say(f"preferences: {', '.join(card.preferences)}; /prefer NAME, /mix A=0.3,B=0.7, /off, /reset, /quit")
+    history: list[Message] = []
+    while True:
+        if sys.stdin.isatty():
+            reporter.console.print("> ", end="")
+        line = sys.stdin.readline()
+        if not line or line.strip() == "/quit":
+            return 0
+        text = line.strip()
+        if text.startswith("/"):
+            try:
+                z, history = _switch(text, card, z, history)
+            except BadInputError as error:
+                reporter.say(str(error))
+            continue
+        if not text:
+            continue
+        history.append(Message("user", text))
+        answer = policy.respond(history, z, sampling, arguments.seed + len(history))
+        history.append(Message("assistant", answer))
+        sys.stdout.write(answer + "\n")
+        sys.stdout.flush()
+
+
+def _switch(
+    text: str, card: PolicyCard, z: torch.Tensor | None, history: list[Message]
+) -> tuple[torch.Tensor | None, list[Message]]:
+    """What a command within a conversation changes."""
+    command, _, value = text.partition(" ")
+    if command == "/prefer":
+        return card.z(value.strip()), history
+    if command == "/mix":
+        return card.mix(_weights(value)), history
+    if command == "/off":
+        return None, history
+    if command == "/reset":
+        return z, []
+    raise BadInputError(f"unknown command {command} (known: /prefer NAME, /mix A=0.3,B=0.7, /off, /reset, /quit)")
+
+
+def _chosen_z(arguments: argparse.Namespace, card: PolicyCard) -> torch.Tensor | None:
+    if arguments.off:
+        return None
+    if arguments.mix:
+        return card.mix(_weights(arguments.mix))
+    if arguments.user:
+        return _checked(PreferenceModel(card.selector).personalize(read_pairs(arguments.user).pairs).mean, card)
+    if arguments.z:
+        return _checked(PreferenceModel(card.selector).read_z(arguments.z), card)
+    return card.z(arguments.prefer or "neutral")
+
+
+def _checked(z: torch.Tensor, card: PolicyCard) -> torch.Tensor:
+    if z.shape != (card.latent,):
+        raise BadInputError(f"z has {z.numel()} dimensions, but the policy was trained with {card.latent}")
+    return z
+
+
+def _weights(text: str) -> dict[str, float]:
+    weights = {}
+    for part in text.split(","):
+        name, _, value = part.strip().partition("=")
+        try:
+            weights[name.strip()] = float(value)
+        except ValueError as error:
+            raise BadInputError(f"'{part.strip()}' is not NAME=WEIGHT, as in helpful=0.3,harmless=0.7") from error
+    return weights
+
+
+def _sampling(arguments: argparse.Namespace) -> Sampling:
+    for name, least in (("max_new_tokens", 1), ("temperature", 0)):
+        if getattr(arguments, name) < least:
+            raise BadInputError(f"--{name.replace('_', '-')}: at least {least}")
+    if not 0 < arguments.top_p <= 1:
+        raise BadInputError("--top-p: above 0, at most 1")
+    return Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p)

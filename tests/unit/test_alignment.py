@@ -1,0 +1,206 @@
+"""The policy: z off is the base model, a zero shift is TRL's DPO step for step, padding changes nothing, files come back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
+
+from fedvpa.alignment.conditioning import PreferenceConditioner, attach
+from fedvpa.alignment.dpo import ConditionalDPOTrainer, PreferenceCollator, last_checkpoint
+from fedvpa.alignment.policy import Policy, PolicyCard, Sampling, load_card, load_policy, new_conditioner, save_card
+from fedvpa.alignment.prompts import read_prompts
+from fedvpa.errors import BadInputError
+from fedvpa.types import Message
+
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+PROMPTS = [(Message("user", "is tea good"),), (Message("user", "please help a friend ask"),), (Message("user", "stop"),)]
+
+
+def card_of(form: str = "prefix", tokens: int = 3, base: str = "") -> PolicyCard:
+    return PolicyCard(base, "", form, tokens, {"a": [1.0, 0.0], "b": [-1.0, 1.0]}, [0.0, 0.5], [0.0, 0.5], 2.0, "run")  # type: ignore[arg-type]
+
+
+def policy_of(folder: Path, form: str = "prefix", loud: float = 0.0) -> Policy:
+    """A policy on the tiny model; `loud` makes adapter and conditioner far from what they start as."""
+    torch.manual_seed(0)
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    conditioner = new_conditioner(card_of(form), base, tokenizer)
+    model = get_peft_model(base, LORA)
+    attach(model, conditioner)
+    if loud:
+        with torch.no_grad():
+            for name, value in model.named_parameters():
+                if value.requires_grad or "conditioner" in name:
+                    value.add_(torch.randn(value.shape) * loud)
+    return Policy(model.eval(), tokenizer)
+
+
+@pytest.mark.parametrize("form", ["prefix", "shift"])
+def test_without_z_the_policy_is_the_base_model(form: str, tiny_model: Path) -> None:
+    policy = policy_of(tiny_model, form, loud=0.5)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    ids = torch.tensor([policy.prompt_ids(PROMPTS[1])])
+    with torch.no_grad(), policy.model.disable_adapter():
+        assert torch.equal(policy.model(input_ids=ids).logits, base(input_ids=ids).logits)
+    greedy = Sampling(8, 0.0)
+    expected = base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+    text = policy.tokenizer.decode(expected, skip_special_tokens=True).strip()
+    assert policy.respond(PROMPTS[1], None, greedy) == text
+
+
+@pytest.mark.parametrize("form", ["prefix", "shift"])
+def test_generation_under_z_follows_the_trained_forward_and_ignores_padding(form: str, tiny_model: Path) -> None:
+    policy = policy_of(tiny_model, form, loud=0.5)
+    z = torch.tensor([[1.0, 0.0], [-1.0, 1.0], [0.3, 0.3]])
+    greedy = Sampling(6, 0.0, batch=3)
+    together = {i: t for index, texts, _ in policy.sample(PROMPTS, z, greedy, 0) for i, t in zip(index, texts)}
+    for i, prompt in enumerate(PROMPTS):
+        assert policy.respond(prompt, z[i], greedy) == together[i]
+        ids = policy.prompt_ids(prompt)
+        start = len(ids)
+        for _ in range(6):  # the forward pass that is trained, one token at a time
+            with torch.no_grad():
+                logits = policy.model(input_ids=torch.tensor([ids]), preference=z[i : i + 1]).logits
+            ids.append(int(logits[0, -1].argmax()))
+            if ids[-1] in policy._stops:
+                break
+        assert policy.tokenizer.decode(ids[start:], skip_special_tokens=True).strip() == together[i]
+    assert len(set(together.values())) > 1
+
+
+def test_soft_tokens_are_attended_to_and_never_predicted() -> None:
+    conditioner = PreferenceConditioner(torch.zeros(2), 1.0, torch.ones(5), 0.1, "prefix", 3)
+    out = conditioner.embed(
+        torch.ones(2, 2), torch.zeros(2, 4, 5), torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]), torch.arange(8).view(2, 4)
+    )
+    assert out["inputs_embeds"].shape == (2, 7, 5)
+    assert out["attention_mask"].tolist() == [[1, 1, 1, 0, 1, 1, 1], [1] * 7]
+    assert out["labels"][:, :3].eq(-100).all()
+    assert out["labels"][:, 3:].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def pairs() -> list[dict[str, Any]]:
+    words = ["yes tea is good", "no stop bad", "ask a friend .", "very very good help"]
+    return [
+        {
+            "prompt": [{"role": "user", "content": PROMPTS[i % 3][0].content}],
+            "chosen": [{"role": "assistant", "content": words[i % 4]}],
+            "rejected": [{"role": "assistant", "content": words[(i + 1) % 4]}],
+            "preference": [1.0, 0.0] if i % 2 else [-1.0, 1.0],
+        }
+        for i in range(12)
+    ]
+
+
+def arguments(out: Path, **more: Any) -> DPOConfig:
+    return DPOConfig(
+        output_dir=str(out), per_device_train_batch_size=4, num_train_epochs=2, learning_rate=1e-2, logging_steps=1, seed=3,
+        precompute_ref_log_probs=True, report_to=[], disable_tqdm=True, use_cpu=True, bf16=False, save_strategy="no",
+        gradient_checkpointing=False, max_length=None, **more,
+    )  # fmt: skip
+
+
+def trained(tiny_model: Path, out: Path, conditioner: PreferenceConditioner | None, **more: Any) -> Any:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    data = Dataset.from_list(pairs())
+    if conditioner is None:
+        data = data.remove_columns("preference")
+        trainer: Any = DPOTrainer(
+            model=model, args=arguments(out), processing_class=tokenizer, train_dataset=data, peft_config=LORA
+        )
+    else:
+        trainer = ConditionalDPOTrainer(
+            model=model, args=arguments(out, **more), processing_class=tokenizer, train_dataset=data, peft_config=LORA,
+            data_collator=PreferenceCollator(pad_token_id=tokenizer.pad_token_id), conditioner=conditioner,
+        )  # fmt: skip
+    trainer.train()
+    return trainer
+
+
+def test_a_frozen_zero_shift_is_trl_dpo_step_for_step(tiny_model: Path, tmp_path: Path) -> None:
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    conditioner = new_conditioner(card_of("shift"), base, tokenizer).requires_grad_(False)
+    ours, theirs = trained(tiny_model, tmp_path / "a", conditioner), trained(tiny_model, tmp_path / "b", None)
+    losses = [[row["loss"] for row in t.state.log_history if "loss" in row] for t in (ours, theirs)]
+    assert len(losses[0]) == 6
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    for (name, a), (_, b) in zip(
+        ((n, p) for n, p in ours.model.named_parameters() if "lora" in n),
+        ((n, p) for n, p in theirs.model.named_parameters() if "lora" in n),
+    ):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_conditional_dpo_learns_opposite_preferences_and_the_reference_is_the_base(tiny_model: Path, tmp_path: Path) -> None:
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    conditioner = new_conditioner(card_of(), base, tokenizer)
+    before = conditioner.weight.detach().clone()
+    trainer = trained(tiny_model, tmp_path / "run", conditioner)
+    log = [row for row in trainer.state.log_history if "loss" in row]
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert not torch.equal(conditioner.weight, before)
+    row = trainer.train_dataset[0]
+    ids = torch.tensor([row["prompt_ids"] + row["chosen_ids"]])
+    with torch.no_grad():
+        logits = base.eval()(input_ids=ids).logits.log_softmax(-1)
+    picked = logits[0, :-1].gather(-1, ids[0, 1:, None]).squeeze(-1)[len(row["prompt_ids"]) - 1 :]
+    assert row["ref_chosen_logps"] == pytest.approx(float(picked.sum()), abs=1e-4)
+
+
+def test_the_reference_must_be_computed_beforehand(tiny_model: Path, tmp_path: Path) -> None:
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    given = arguments(tmp_path)
+    given.precompute_ref_log_probs = False
+    with pytest.raises(ValueError, match="precompute_ref_log_probs"):
+        ConditionalDPOTrainer(
+            model=base, args=given, processing_class=tokenizer, train_dataset=Dataset.from_list(pairs()), peft_config=LORA,
+            data_collator=PreferenceCollator(pad_token_id=0), conditioner=new_conditioner(card_of(), base, tokenizer),
+        )  # fmt: skip
+
+
+def test_checkpoints_without_a_conditioner_do_not_count(tmp_path: Path) -> None:
+    for step in (5, 10, 20):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert last_checkpoint(tmp_path) is None
+    for step in (5, 10):
+        (tmp_path / f"checkpoint-{step}/conditioner.safetensors").touch()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_preferences_have_names_and_can_be_mixed(tmp_path: Path) -> None:
+    card = card_of()
+    save_card(card, tmp_path)
+    assert load_card(tmp_path) == card
+    assert card.mix({"a": 1.0, "b": 3.0}).tolist() == [-0.5, 0.75]
+    assert card.z("neutral").tolist() == [0.0, 0.5]
+    with pytest.raises(BadInputError, match="no preference 'c' \\(known: a, b, neutral\\)"):
+        card.z("c")
+    with pytest.raises(BadInputError, match="not negative"):
+        card.mix({"a": -1.0, "b": 2.0})
+    with pytest.raises(BadInputError, match="no policy there"):
+        load_policy(tmp_path / "nowhere")
+
+
+def test_prompts_are_read_checked_and_counted(tmp_path: Path) -> None:
+    text = tmp_path / "p.txt"
+    text.write_text("one\n\ntwo words\none\n" + "long " * 50 + "\n")
+    found = read_prompts(str(text), None, 10, lambda p: len(p[-1].content.split()))
+    assert [p[0].content for p in found.prompts] == ["one", "two words"]
+    assert found.skipped == {"repetition": 1, "longer than 10 tokens": 1}
+    rows = tmp_path / "p.jsonl"
+    rows.write_text(
+        '{"prompt": "hello"}\n{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    )
+    with pytest.raises(BadInputError):
+        read_prompts(str(tmp_path / "none.txt"), None, 10, lambda _: 1)
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(BadInputError, match="it is empty"):
+        read_prompts(str(tmp_path / "empty.jsonl"), None, 10, lambda _: 1)
