@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 
-from fedvpa.config import build_config, merged
+from fedvpa.config import VARIATIONAL, build_config, merged
 from fedvpa.experiment.train import train
 
 METHODS = (
@@ -25,24 +25,34 @@ METHODS = (
     "fedavg-btl+finetune", "fedbiscuit", "oracle-group", "oracle-bayes",
 )  # fmt: skip
 """`local` shares nothing; its only setting of these, the number of local steps, follows from `fedavg-btl+finetune`'s trials."""
-TRIALS: list[dict[str, Any]] = [
-    *({"learning_rate": rate, "local_steps": steps} for rate in (0.001, 0.003, 0.01) for steps in (10, 30)),
-    {"learning_rate": 0.003, "local_steps": 30, "weight_decay": 0.01},
-    {"learning_rate": 0.003, "local_steps": 10, "weight_decay": 0.01},
+SHARED: list[dict[str, Any]] = [
+    {"federation": {"learning_rate": rate, "local_steps": steps}} for rate in (0.001, 0.003, 0.01) for steps in (10, 30)
 ]
-"""The same for all: step size, local steps, weight decay."""
+"""Six trials of step size and local steps, the same for all methods."""
+DECAY: list[dict[str, Any]] = [
+    {"federation": {"learning_rate": 0.003, "local_steps": steps, "weight_decay": 0.01}} for steps in (30, 10)
+]
+REWARD_DECAY: list[dict[str, Any]] = [
+    {"federation": {"learning_rate": 0.003, "local_steps": 30}, "objective": {"reward_decay": decay}} for decay in (0.01, 0.03)
+]
+"""Two of regularisation: L2 on all weights, or, where a latent picks the reward, on the reward that it picks."""
 CLIENTS = (30, 90)
 """With 30 % of the pairs held out, clients are about as large as the benchmark's 40 and 120."""
 SEEDS = (100, 101, 102)
 
 
+def trials(method: str) -> list[dict[str, Any]]:
+    """The eight trials of a method."""
+    return [*SHARED, *(REWARD_DECAY if method in VARIATIONAL else DECAY)]
+
+
 def trial(job: tuple[str, dict[str, Any], int, int, str]) -> float:
     """Validation accuracy after the last round: z from a client's training pairs, targets its validation pairs."""
-    method, federation, clients, seed, source = job
+    method, settings, clients, seed, source = job
     with tempfile.TemporaryDirectory() as place:
         data = {"source": source, "split": "train", "clients": clients, "validation_share": 0.3}
-        given = {"method": method, "seed": seed, "out": f"{place}/run", "data": data, "federation": federation}
-        result = train(build_config(merged({"federation": {"validate_every": 50}}, given)))
+        given = {"method": method, "seed": seed, "out": f"{place}/run", "data": data}
+        result = train(build_config(merged(merged({"federation": {"validate_every": 50}}, settings), given)))
     return float(result.history[-1]["validation_accuracy"])
 
 
@@ -55,7 +65,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
     source = str(arguments.data_root / "hh_rlhf/human")
-    jobs = [(m, t, k, s, source) for m in METHODS for t in TRIALS for k in CLIENTS for s in SEEDS]
+    jobs = [(m, t, k, s, source) for m in METHODS for t in trials(m) for k in CLIENTS for s in SEEDS]
     with ProcessPoolExecutor(
         arguments.jobs, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
@@ -72,7 +82,7 @@ def main() -> None:
             score = sum(means) / len(means)
             writer.writerow([method, settings, *(f"{m:.4f}" for m in means), f"{score:.4f}"])
             if method not in best or score > best[method][0]:
-                best[method] = (score, {"federation": json.loads(settings)})
+                best[method] = (score, json.loads(settings))
     text = yaml.safe_dump({method: settings for method, (_, settings) in best.items()}, sort_keys=False)
     arguments.out.write_text("# Made by python -m benchmarks.tuning; validation data only.\n" + text)
 

@@ -131,6 +131,7 @@ class ObjectiveConfig(Section):
     free_bits: NonNegative = Field(0.0, description="nats per latent dimension that cost nothing")
     pull_weight: NonNegative = Field(1.0, description="lambda")
     orthonormal_weight: NonNegative = Field(0.1, description="gamma")
+    reward_decay: NonNegative = Field(0.0, description="L2 penalty on the bilinear reward's direction under z")
     samples: Positive = Field(1, description="latent samples a step")
 
 
@@ -235,7 +236,8 @@ class AlignConfig(Section):
 
 _MIX: dict[str, Any] = {"inference": {"kind": "population"}}
 _ORTHO: dict[str, Any] = {"prototypes": {"kind": "anchored"}, "objective": {"pull_weight": 0.01}}
-METHOD_SETTINGS: dict[str, dict[str, Any]] = {"fedvpl+mix": _MIX, "fedvpl+ortho": _ORTHO, "fedvpa-gp": _MIX | _ORTHO}
+_GP: dict[str, Any] = _MIX | {"prototypes": {"kind": "anchored"}, "objective": {"pull_weight": 0.01, "reward_decay": 0.03}}
+METHOD_SETTINGS: dict[str, dict[str, Any]] = {"fedvpl+mix": _MIX, "fedvpl+ortho": _ORTHO, "fedvpa-gp": _GP}
 
 _PAPER: dict[str, Any] = {
     "model": {"latent": 32, "encoder_hidden": (512, 256, 128), "odd_mean": False, "shrinkage": 0.0, "conditioning": "additive"},
@@ -377,6 +379,8 @@ def _refuse_unused(config: Config, explicit: set[str]) -> None:
         ("objective.pull_weight", config.prototypes.kind != "none", "prototypes.kind is none"),
         ("objective.kl_warmup_rounds", config.objective.kl_schedule != "constant", "kl_schedule is constant"),
         ("model.shrinkage", config.model.pooling == "mean", "it belongs to pooling=mean"),
+        ("objective.reward_decay", config.model.conditioning == "bilinear" or config.objective.reward_decay == 0,
+         "only the bilinear reward has a direction"),
         ("model.rank", config.model.conditioning == "bilinear", "only the bilinear reward has one"),
         ("federation.momentum", f.optimiser == "sgd", "optimiser is adam"),
         ("federation.selectors", config.method == "fedbiscuit", "it belongs to fedbiscuit"),

@@ -55,6 +55,7 @@ def build_algorithm(config: Config, store: ClientStore) -> Algorithm:
     objective = VariationalObjective(
         selector, config.prior.weights, config.prior.temperature, config.prior.estimator, config.prior.exclude_self,
         o.free_bits, o.orthonormal_weight, config.prototypes.radius, f.protocol == "single-pair",
+        o.reward_decay if m.conditioning == "bilinear" else 0.0,
     )  # fmt: skip
     schedule = Schedule(
         o.kl_weight, o.kl_schedule, o.kl_warmup_rounds, config.prior.kind, config.prior.start_round, config.prior.members,

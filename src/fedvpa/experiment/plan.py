@@ -2,7 +2,7 @@
 
 ```yaml
 seeds: [0, 1, 2]
-tuned: tuned.yaml                 # optional: settings of each method, {method: {section: {name: value}}}
+tuned: tuned.yaml                 # optional: settings of each method (not of a preset), {method: {section: {name: value}}}
 rows:
   fedvpa-gp: {}                   # the method is the row's name unless `method` says otherwise
   no anchors: {method: fedvpl+mix}
@@ -127,7 +127,7 @@ def _planned(
     rows = {}
     for label in labels:
         own = plan.rows[label]
-        rows[label] = merged(tuned.get(own.get("method", label), {}), own)
+        rows[label] = own if "preset" in own else merged(tuned.get(own.get("method", label), {}), own)
     given = merged(setting.train, plan.quick.train) if quick else setting.train
     source = given.get("data", {}).get("source", "personas")
     if data_root is not None and source != "personas":

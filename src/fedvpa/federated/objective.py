@@ -70,6 +70,7 @@ class VariationalObjective:
     orthonormal_weight: float = 0.0
     radius: float = 5.0
     single_pair: bool = False
+    reward_decay: float = 0.0
 
     def __call__(
         self,
@@ -90,9 +91,11 @@ class VariationalObjective:
             z = share @ context.anchors.mean
             recon = mean_choice_loss(self.selector.margin(params, z, episode.pairs), target)
             pull = (posterior.mean - z).square().sum(-1)
-            return self._total(params, recon, None, pull, context)
+            return self._total(params, recon + self._decay(params, z), None, pull, context)
         z = posterior.mean + (0.5 * posterior.log_var).exp() * noise
         recon = mean_choice_loss(self.selector.margin(params, z, episode.pairs), target).mean(0)
+        if self.reward_decay:
+            recon = recon + self._decay(params, z).mean(0)
         kl = self._kl(posterior, params, noise, uniform, context)
         return self._total(params, recon, kl, self._pull(params, z, context.label), context)
 
@@ -139,6 +142,12 @@ class VariationalObjective:
         pull = self._pull(one, z, per_pair.label)
         mean_pull = None if pull is None else (pull * weight).sum(-1) / count
         return self._total(params, recon, (kl * weight).sum(-1) / count, mean_pull, context)
+
+    def _decay(self, params: Params, z: Float[Tensor, "*s c d"]) -> Float[Tensor, "*s c"]:
+        """Gaussian prior on the reward that z picks: decay x |w + W^T z|^2, in whitened units; 0 where it is off."""
+        if not self.reward_decay:
+            return torch.zeros(z.shape[:-1])
+        return self.reward_decay * self.selector.reward.direction(params, z).square().sum(-1)
 
     def _pull(self, params: Params, z: Float[Tensor, "s *c d"], label: Int[Tensor, "*c"]) -> Float[Tensor, "*c"] | None:
         if PROTOTYPES not in params:
