@@ -16,7 +16,7 @@ from torch.nn.functional import logsigmoid
 
 from fedvpa.federated.algorithm import Predictor
 from fedvpa.federated.draws import stream
-from fedvpa.federated.store import ClientStore, select
+from fedvpa.federated.store import ClientStore, first_pairs, select
 from fedvpa.functional.preference import expected_calibration_error
 from fedvpa.types import PairBatch
 
@@ -95,12 +95,6 @@ def given_trial(context: ClientStore, target: ClientStore) -> Trial:
     """Contexts and targets from two stores of the same clients (seen clients: their training pairs, held-out pairs)."""
     everyone = torch.arange(len(context))
     return Trial(context.batch(everyone), target.batch(everyone))
-
-
-def first_pairs(context: PairBatch, size: int) -> PairBatch:
-    """The first `size` pairs of every context."""
-    common = None if context.common is None else context.common[:, :size]
-    return PairBatch(context.difference[:, :size], common, context.order[:, :size], context.mask[:, :size])
 
 
 def reversed_labels(context: PairBatch) -> PairBatch:

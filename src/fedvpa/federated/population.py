@@ -15,18 +15,16 @@ MAX_MODES = 10
 SMALLEST_VARIANCE = 1e-4
 
 
-def fit_population(mean: Float[Tensor, "k d"], modes: int | None, seed: int) -> Population:
+def fit_population(mean: Float[Tensor, "k d"], modes: int, seed: int) -> Population:
     """Components of the clients' posterior means by k-means: centres, spherical variances, shares of clients.
 
-    Never more components than distinct clients. `modes` None chooses their number by the silhouette (Rousseeuw, 1987), from
-    2 to `MAX_MODES`. (BIC of a Gaussian mixture takes every direction in which users of one group differ for a component:
-    it chose 8 to 10 where there were 2 groups; and EM merged groups that k-means keeps apart.)
+    Never more components than distinct clients. (EM of a spherical mixture merged groups that k-means keeps apart.)
     """
     from sklearn.cluster import KMeans
 
     points = mean.double().numpy()
     distinct = len(np.unique(points, axis=0))
-    count = max(1, min(choose_modes(points, seed) if modes is None else modes, distinct))
+    count = max(1, min(modes, distinct))
     fit = KMeans(count, n_init=20, random_state=seed).fit(points)
     labels = torch.from_numpy(fit.labels_.astype(np.int64))
     centre = torch.from_numpy(fit.cluster_centers_).to(mean.dtype)
@@ -37,7 +35,9 @@ def fit_population(mean: Float[Tensor, "k d"], modes: int | None, seed: int) -> 
 
 
 def choose_modes(points: NDArray[np.float64], seed: int) -> int:
-    """Number of clusters with the best silhouette; 1 where there are too few distinct points to tell (under 4)."""
+    """Number of clusters with the best silhouette (Rousseeuw, 1987), from 2 to `MAX_MODES`; 1 where there are too few distinct
+    points to tell (under 4). (BIC of a Gaussian mixture takes every direction in which users of one group differ for a
+    component: it chose 8 to 10 where there were 2 groups.)"""
     from sklearn.cluster import KMeans
     from sklearn.metrics import silhouette_score
 
@@ -47,6 +47,21 @@ def choose_modes(points: NDArray[np.float64], seed: int) -> int:
         labels = KMeans(count, n_init=5, random_state=seed).fit_predict(points)
         scores[count] = silhouette_score(points, labels, sample_size=min(2000, len(points)), random_state=seed)
     return max(scores, key=lambda count: scores[count]) if distinct >= 4 else 1
+
+
+def candidate_modes(mean: Float[Tensor, "k d"]) -> list[int]:
+    """Numbers of components worth trying: from 2 to `MAX_MODES` while there are at least three distinct clients for each."""
+    distinct = len(np.unique(mean.double().numpy(), axis=0))
+    return list(range(2, min(MAX_MODES, distinct // 3) + 1)) or [1]
+
+
+def fewest_within_error(scores: Float[Tensor, "k t"]) -> int:
+    """Index of the first candidate that is not clearly worse than the best: their mean difference, paired by client, is within
+    two standard errors (after the one-standard-error rule of Breiman et al., 1984; with one, too many were chosen)."""
+    best = int(scores.mean(0).argmax())
+    gap = scores[:, best : best + 1] - scores
+    error = gap.std(0) / scores.shape[0] ** 0.5 if scores.shape[0] > 1 else torch.zeros(scores.shape[1])
+    return int((gap.mean(0) <= 2 * error).nonzero()[0])
 
 
 def balanced_labels(mean: Float[Tensor, "k d"], prototype: Float[Tensor, "m d"], seed: int) -> Int[Tensor, "k"]:

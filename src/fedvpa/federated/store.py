@@ -87,3 +87,9 @@ def select(batch: PairBatch, index: Int[Tensor, "*b m"], keep: Tensor) -> PairBa
         batch.order.gather(-1, index),
         batch.mask.gather(-1, index) & keep,
     )
+
+
+def first_pairs(batch: PairBatch, size: int) -> PairBatch:
+    """The first `size` pairs of every batch."""
+    common = None if batch.common is None else batch.common[:, :size]
+    return PairBatch(batch.difference[:, :size], common, batch.order[:, :size], batch.mask[:, :size])

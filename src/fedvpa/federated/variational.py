@@ -7,21 +7,33 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from fedvpa.federated.aggregation import ServerOptimiser, WeightedMean
 from fedvpa.federated.algorithm import Payload, tensor_payload
 from fedvpa.federated.client import LocalSettings, require_finite, stack, train_locally
-from fedvpa.federated.draws import stream
+from fedvpa.federated.draws import local_draws, stream
 from fedvpa.federated.objective import PRIOR_LOGIT, PROTOTYPES, RoundContext, VariationalObjective, WithFixed
-from fedvpa.federated.population import balanced_labels, fit_population
+from fedvpa.federated.population import (
+    balanced_labels,
+    candidate_modes,
+    choose_modes,
+    fewest_within_error,
+    fit_population,
+)
 from fedvpa.federated.simulation import Simulation
-from fedvpa.federated.store import ClientStore
-from fedvpa.functional.preference import predictive_margin
+from fedvpa.federated.store import ClientStore, first_pairs, select
+from fedvpa.functional.preference import mean_choice_loss, predictive_margin
 from fedvpa.functional.prototypes import orthogonal_prototypes
 from fedvpa.models.selector import Selector, refined_posterior
 from fedvpa.types import MixturePrior, PairBatch, Params, Population, Posterior, ServerState
+
+WITHHELD = 0.2
+"""Share of a client's pairs by which the number of components is chosen."""
+SMALLEST_DIVIDED = 4
+"""Clients with fewer pairs withhold none."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +164,10 @@ class FederatedVariational:
         """Train these clients side by side from the state's parameters."""
         clients = torch.tensor(chunk)
         names = [self.store.names[c] for c in chunk]
-        pairs = self.store.batch(clients)
+        pairs, held = self._withheld(clients, state.round + 1)
+        if held.any():
+            kept = pairs.mask & ~held
+            pairs = first_pairs(pairs._replace(mask=kept), int(kept.sum(-1).max()))
         context = self.context(state, clients, pairs)
         params = stack(state.params, 1 if self.centralised else len(chunk))
         fixed = {name: value for name, value in params.items() if name not in self._shared(params)}
@@ -205,15 +220,48 @@ class FederatedVariational:
         seen = (state.clients["seen"] >= 0).nonzero().squeeze(-1)
         if kind == "anchored" and not state.population and state.round >= self.schedule.prototypes_start and seen.numel():
             # one exchange of fresh posteriors: those of earlier rounds come from other encoders
-            return replace(state, population=self._fit(self.posteriors(state).mean[seen])._asdict())
+            modes = self._modes_by_prediction(state, seen) if self.modes is None else self.modes
+            return replace(
+                state, population=fit_population(self.posteriors(state).mean[seen], modes, self.local.seed)._asdict()
+            )
         if kind in ("learned", "fixed") and state.round >= self.schedule.prototypes_start:
             label = torch.full_like(state.clients["label"], -1)
             label[seen] = balanced_labels(state.clients["mean"][seen], state.params[PROTOTYPES], self.local.seed)
             return replace(state, clients=state.clients | {"label": label})
         return state
 
-    def _fit(self, mean: Float[Tensor, "c d"]) -> Population:
-        return fit_population(mean, self.modes, self.local.seed)
+    def _withheld(self, clients: Int[Tensor, "c"], round_number: int) -> tuple[PairBatch, Bool[Tensor, "c n"]]:
+        """The clients' pairs, and which of them are kept out of training until the anchors are fitted: a fifth, drawn once,
+        where the number of anchors has yet to be found. Withheld pairs come last."""
+        pairs = self.store.batch(clients)
+        none = torch.zeros_like(pairs.mask)
+        anchored = self.schedule.prototypes == "anchored" and round_number <= self.schedule.prototypes_start
+        if self.modes is not None or not anchored or self.centralised:
+            return pairs, none
+        sizes = pairs.mask.sum(-1)
+        names = [self.store.names[c] for c in clients.tolist()]
+        order = local_draws(self.local.seed, -1, names, sizes, 1, 0, 0, 0).order[:, 0]
+        kept = sizes - torch.where(sizes < SMALLEST_DIVIDED, 0, (WITHHELD * sizes).round().long().clamp_min(1))
+        column = torch.arange(order.shape[-1])
+        held = (column >= kept.unsqueeze(-1)) & (column < sizes.unsqueeze(-1))
+        return select(pairs, order, column < sizes.unsqueeze(-1)), held
+
+    @torch.no_grad()
+    def _modes_by_prediction(self, state: ServerState, clients: Int[Tensor, "c"]) -> int:
+        """Number of components whose posterior predictive gives the clients' withheld choices the most probability: the
+        fewest within two standard errors of it. A client sends one number for each number that is tried."""
+        pairs, held = self._withheld(clients, state.round)
+        mean = self.selector.posterior(state.params, pairs, pairs.mask & ~held).mean
+        counted = held.any(-1)
+        if not counted.any():
+            return choose_modes(mean.double().numpy(), self.local.seed)
+        scores = []
+        for count in candidate_modes(mean):
+            population = fit_population(mean, count, self.local.seed)
+            margin = self.selector.component_margins(state.params, population, pairs)
+            share = self.selector.combine(population, logsigmoid(margin), mean, pairs.mask & ~held)
+            scores.append(-mean_choice_loss(predictive_margin(share, margin), held.float())[counted])
+        return candidate_modes(mean)[fewest_within_error(torch.stack(scores, -1))]
 
     def posteriors(self, state: ServerState) -> Posterior:
         """Every client's posterior from all of its pairs, under the state's model [K, d]."""
@@ -232,7 +280,8 @@ class FederatedVariational:
         state = replace(state, clients=clients | {"seen": torch.full_like(state.clients["seen"], state.round)})
         if self.schedule.prototypes == "anchored" and state.population:
             return state
-        return replace(state, population=self._fit(posterior.mean)._asdict())
+        modes = choose_modes(posterior.mean.double().numpy(), self.local.seed) if self.modes is None else self.modes
+        return replace(state, population=fit_population(posterior.mean, modes, self.local.seed)._asdict())
 
     def predictor(self, state: ServerState) -> VariationalPredictor:
         """The selector under the state's parameters."""
