@@ -183,3 +183,36 @@ def test_anchors_are_fitted_once_and_then_stay(start: int) -> None:
     assert "pull" in diagnostics
     with pytest.raises(BadInputError, match="leaves none in which the anchors act"):
         build_config(SMALL, {"method": "fedvpa-gp", "prototypes": {"start_round": 4}})
+
+
+def test_withheld_choices_are_not_trained_on_until_the_anchors_are_fitted_and_then_they_are() -> None:
+    config = build_config(SMALL, {"method": "fedvpa-gp", "prototypes": {"start_round": 2}})
+    store = synthetic_store(clients=12, pairs=15)
+    algorithm = build_algorithm(config, store)
+    everyone = torch.arange(len(store))
+    pairs, held = algorithm._withheld(everyone, 1)
+    assert held.sum(-1).tolist() == [round(0.2 * int(n)) for n in store.sizes]
+    assert not (held & ~pairs.mask).any()
+    other = store.difference.clone()
+    for c in range(len(store)):
+        mine = slice(int(store.offset[c]), int(store.offset[c + 1]))
+        spoilt = pairs.difference[c][held[c]]
+        hit = (store.difference[mine].unsqueeze(1) == spoilt).all(-1).any(-1)
+        other[mine] = torch.where(hit.unsqueeze(-1), -store.difference[mine], store.difference[mine])
+    changed = type(store)(store.names, store.groups, other, store.common, store.order, store.offset)
+    states = [train(config, s, rounds=1) for s in (store, changed)]
+    assert_states_close(*states, tolerance=0.0)
+    states = [train(config, s, rounds=3) for s in (store, changed)]
+    assert not torch.equal(states[0].params["reward.bilinear"], states[1].params["reward.bilinear"])
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_the_number_of_anchors_is_found_from_the_clients_choices(groups: int) -> None:
+    store = synthetic_store(clients=24, pairs=30, inputs=8, groups=groups)
+    more = {
+        "method": "fedvpa-gp",
+        "prototypes": {"start_round": 8},
+        "federation": {"rounds": 9, "cohort": 0, "local_steps": 15},
+    }
+    config = build_config(SMALL, {"model": {"latent": 8, "encoder_hidden": ()}}, more)
+    assert groups <= train(config, store).population["weight"].numel() <= groups + 1  # too few would merge opposed tastes

@@ -19,7 +19,13 @@ from fedvpa.evaluation.diagnostics import (
 )
 from fedvpa.evaluation.protocol import derangement, evaluate_controls, evaluate_few_shot, leaking_accuracy, split_trials
 from fedvpa.evaluation.statistics import interval, ratio_interval
-from fedvpa.federated.population import balanced_labels, choose_modes, fit_population
+from fedvpa.federated.population import (
+    balanced_labels,
+    candidate_modes,
+    choose_modes,
+    fewest_within_error,
+    fit_population,
+)
 from fedvpa.types import PairBatch, Posterior
 from tests.conftest import synthetic_store
 
@@ -124,11 +130,22 @@ def test_the_number_of_modes_is_found_and_components_lie_on_the_groups(modes: in
     group = torch.arange(40) % modes
     mean = centre[group] + 0.4 * torch.randn(40, 8, generator=g())
     assert choose_modes(mean.double().numpy(), 0) == modes
-    population = fit_population(mean, None, 0)
+    population = fit_population(mean, modes, 0)
     assert torch.cdist(centre, population.mean).min(-1).values.max() < 0.5
     assert population.weight.sum() == pytest.approx(1.0, abs=1e-3)
-    collapsed = fit_population(torch.zeros(9, 3), None, 0)
-    assert collapsed.weight.tolist() == [1.0]
+    nobody_differs = fit_population(torch.zeros(9, 3), 4, 0)
+    assert nobody_differs.weight.tolist() == [1.0]
+
+
+def test_the_fewest_components_within_two_standard_errors_are_taken() -> None:
+    noise = torch.randn(100, 3, generator=g(5))
+    scores = torch.tensor([-0.60, -0.50, -0.49]) + 0.1 * noise
+    assert fewest_within_error(scores) == 1
+    assert fewest_within_error(scores - torch.tensor([0.0, 0.3, 0.0])) == 2
+    assert fewest_within_error(scores + torch.tensor([0.2, 0.0, 0.0])) == 0
+    assert fewest_within_error(torch.tensor([[0.1, 0.3, 0.2]])) == 1
+    assert candidate_modes(torch.randn(12, 3, generator=g(6))) == [2, 3, 4]
+    assert candidate_modes(torch.zeros(12, 3)) == [1]
 
 
 def test_balanced_labels_match_clusters_to_the_nearest_prototypes_whatever_their_order() -> None:
