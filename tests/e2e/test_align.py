@@ -91,6 +91,9 @@ def test_generate_and_chat_under_every_kind_of_preference(
         assert [row["prompt"][-1]["content"] for row in rows] == ["is tea good", "stop"]
         texts[name] = [row["response"] for row in rows]
     assert texts["kind"] == texts["mix"]
+    assert main(["export", str(out), "--prefer", "kind", "--out", str(tmp_path / "plain")]) == 0
+    assert (tmp_path / "plain/model.safetensors").is_file()
+    assert main(["export", str(out), "--prefer", "kind", "--out", str(tmp_path / "plain")]) == 2
     assert main(["generate", str(out), "--prompts", str(prompts), "--responses", str(target), "--prefer", "rude"]) == 2
     assert "no preference 'rude' (known: " in capsys.readouterr().err
     monkeypatch.setattr(

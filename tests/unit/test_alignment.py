@@ -15,6 +15,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 
 from fedvpa.alignment.conditioning import PreferenceConditioner, attach
 from fedvpa.alignment.dpo import ConditionalDPOTrainer, PreferenceCollator, last_checkpoint
+from fedvpa.alignment.export import export_merged
 from fedvpa.alignment.policy import Policy, PolicyCard, Sampling, load_card, load_policy, new_conditioner, save_card
 from fedvpa.alignment.prompts import read_prompts
 from fedvpa.errors import BadInputError
@@ -204,3 +205,23 @@ def test_prompts_are_read_checked_and_counted(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(BadInputError, match="it is empty"):
         read_prompts(str(tmp_path / "empty.jsonl"), None, 10, lambda _: 1)
+
+
+@pytest.mark.parametrize("form", ["prefix", "shift"])
+def test_an_exported_policy_gives_the_same_tokens_in_plain_transformers(form: str, tiny_model: Path, tmp_path: Path) -> None:
+    z, greedy = torch.tensor([1.0, -0.5]), Sampling(8, 0.0)
+    policy = policy_of(tiny_model, form, loud=0.5)
+    expected = [policy.respond(prompt, z, greedy) for prompt in PROMPTS]
+    out = tmp_path / "plain"
+    export_merged(policy_of(tiny_model, form, loud=0.5), z, out)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    found = []
+    for prompt in PROMPTS:
+        turns = [{"role": m.role, "content": m.content} for m in prompt]
+        inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+        tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        found.append(tokenizer.decode(tokens, skip_special_tokens=True).strip())
+    assert found == expected
+    assert any(found)
+    with pytest.raises(BadInputError, match="not empty"):
+        export_merged(policy, z, out)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fedvpa.alignment.export import export_merged
 from fedvpa.alignment.policy import PolicyCard, Sampling, load_policy
 from fedvpa.alignment.prompts import read_prompts
 from fedvpa.checkpoint import write_atomically
@@ -46,6 +47,15 @@ def register(commands: Any) -> None:
     add_common(many)
     many.set_defaults(run=run_generate)
 
+    export = commands.add_parser(
+        "export", help="write a policy with one preference built in, for plain transformers", allow_abbrev=False
+    )
+    export.add_argument("directory", metavar="DIR", help="what `fedvpa align` made")
+    export.add_argument("--out", required=True, metavar="FOLDER")
+    _preference_flags(export)
+    add_common(export)
+    export.set_defaults(run=run_export)
+
     talk = commands.add_parser("chat", help="talk to a policy under a preference", allow_abbrev=False)
     talk.add_argument("directory", metavar="DIR", help="what `fedvpa align` made")
     _sampling_flags(talk)
@@ -54,17 +64,22 @@ def register(commands: Any) -> None:
 
 
 def _sampling_flags(parser: argparse.ArgumentParser) -> None:
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--prefer", metavar="NAME", help="a named preference, or neutral")
-    which.add_argument("--mix", metavar="A=0.3,B=0.7", help="a weighted mean of named preferences")
-    which.add_argument("--user", metavar="FILE", help="comparisons of a user, whose z the selector infers")
-    which.add_argument("--z", metavar="FILE", help="z as `fedvpa personalize --json` writes it")
+    which = _preference_flags(parser)
     which.add_argument("--off", action="store_true", help="the base model itself")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.7, help="0: greedy (default: 0.7)")
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
+
+
+def _preference_flags(parser: argparse.ArgumentParser) -> Any:
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--prefer", metavar="NAME", help="a named preference, or neutral")
+    which.add_argument("--mix", metavar="A=0.3,B=0.7", help="a weighted mean of named preferences")
+    which.add_argument("--user", metavar="FILE", help="comparisons of a user, whose z the selector infers")
+    which.add_argument("--z", metavar="FILE", help="z as `fedvpa personalize --json` writes it")
+    return which
 
 
 def run_align(arguments: argparse.Namespace, reporter: Reporter) -> int:
@@ -103,7 +118,7 @@ def run_align(arguments: argparse.Namespace, reporter: Reporter) -> int:
 def run_generate(arguments: argparse.Namespace, reporter: Reporter) -> int:
     """Write a response to every prompt."""
     policy, card = load_policy(arguments.directory, arguments.device)
-    z = _chosen_z(arguments, card)
+    z = _wanted_z(arguments, card)
     sampling = _sampling(arguments)
     found = read_prompts(arguments.prompts, arguments.split, 1 << 20, lambda p: len(policy.prompt_ids(p)))
     prompts = found.prompts[: arguments.limit or None]
@@ -125,10 +140,19 @@ def run_generate(arguments: argparse.Namespace, reporter: Reporter) -> int:
     return 0
 
 
+def run_export(arguments: argparse.Namespace, reporter: Reporter) -> int:
+    """Merge adapter and preference into a plain model."""
+    policy, card = load_policy(arguments.directory)
+    z = _chosen_z(arguments, card)
+    export_merged(policy, z, Path(arguments.out))
+    reporter.say(f"{arguments.out}: load it with transformers' AutoModelForCausalLM and AutoTokenizer")
+    return 0
+
+
 def run_chat(arguments: argparse.Namespace, reporter: Reporter) -> int:
     """Read turns from standard input until it ends; answers go to standard output."""
     policy, card = load_policy(arguments.directory, arguments.device)
-    z, sampling = _chosen_z(arguments, card), _sampling(arguments)
+    z, sampling = _wanted_z(arguments, card), _sampling(arguments)
     reporter.say(f"preferences: {', '.join(card.preferences)}; /prefer NAME, /mix A=0.3,B=0.7, /off, /reset, /quit")
     history: list[Message] = []
     while True:
@@ -169,9 +193,11 @@ def _switch(
     raise BadInputError(f"unknown command {command} (known: /prefer NAME, /mix A=0.3,B=0.7, /off, /reset, /quit)")
 
 
-def _chosen_z(arguments: argparse.Namespace, card: PolicyCard) -> torch.Tensor | None:
-    if arguments.off:
-        return None
+def _wanted_z(arguments: argparse.Namespace, card: PolicyCard) -> torch.Tensor | None:
+    return None if arguments.off else _chosen_z(arguments, card)
+
+
+def _chosen_z(arguments: argparse.Namespace, card: PolicyCard) -> torch.Tensor:
     if arguments.mix:
         return card.mix(_weights(arguments.mix))
     if arguments.user:

@@ -17,6 +17,7 @@ from fedvpa.federated.client import LocalSettings, require_finite, stack, train_
 from fedvpa.federated.draws import local_draws, stream
 from fedvpa.federated.objective import PRIOR_LOGIT, PROTOTYPES, RoundContext, VariationalObjective, WithFixed
 from fedvpa.federated.population import (
+    MAX_MODES,
     balanced_labels,
     candidate_modes,
     choose_modes,
@@ -302,6 +303,12 @@ class FederatedVariational:
         if self.schedule.prototypes == "anchored" and state.population:
             rows += tensor_payload(state.population, "down", "anchors.")
             rows.append(Payload("posterior under the model that is anchored", (2, latent), 8 * latent, "up", "once"))
+            if self.modes is None:
+                tried = sum(range(2, MAX_MODES + 1))  # components of all populations
+                size = (tried, latent + 2)
+                rows.append(Payload("populations to choose from, at most", size, 4 * tried * (latent + 2), "down", "once"))
+                answers = (MAX_MODES - 1,)
+                rows.append(Payload("log-probability of withheld choices", answers, 4 * (MAX_MODES - 1), "up", "once"))
         rows += tensor_payload(self._shared(state.params), "up", "delta.")
         rows.append(Payload("posterior: mean, log-variance", (2, latent), 8 * latent, "up"))
         rows.append(Payload("posterior under the final model", (2, latent), 8 * latent, "up", "once"))
