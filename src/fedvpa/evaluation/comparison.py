@@ -275,6 +275,7 @@ def _collapse(results: Sequence[Result]) -> Figure:
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.axvline(0, color=plots.GREY, lw=0.8, ls=":")
         axes.set_xlabel(name)
+        axes.tick_params(labeltop=True)
     left.set_yticks(range(len(labels)), [" · ".join(part for part in label if part) for label in labels], fontsize=7)
-    left.invert_yaxis()
+    left.set_ylim(len(labels) - 0.4, -0.6)
     return fig
