@@ -206,11 +206,12 @@ def _train(
     place: Path, report: OnStage,
 ) -> dict[str, Any]:  # fmt: skip
     """One iteration of DPO, from the previous iteration's weights, against the base model."""
-    from datasets import Dataset, load_from_disk
+    from datasets import Dataset, disable_progress_bars, load_from_disk
     from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
-    from transformers import TrainerCallback
+    from transformers import PrinterCallback, TrainerCallback
     from trl.trainer.dpo_config import DPOConfig
 
+    disable_progress_bars()  # progress is reported by stage
     saved = place / "pairs"
     if not (saved / "dataset_info.json").is_file():
         Dataset.from_list(pairs).save_to_disk(str(saved))
@@ -243,6 +244,7 @@ def _train(
                 note = f"loss {float(logs['loss']):.3f}, accuracy {float(logs.get('rewards/accuracies', 0)):.2f}"
                 report(f"training, iteration {iteration}", state.global_step, state.max_steps, note)
 
+    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Tell())
     found = last_checkpoint(place / "checkpoints")
     if found is not None:
