@@ -207,33 +207,6 @@ class Config(Section):
         return self.method in VARIATIONAL
 
 
-class AlignConfig(Section):
-    """Every setting of ``fedvpa align``."""
-
-    base: str = Field("smollm2", description="language model: smollm2, a Hugging Face name, or a folder")
-    form: Literal["prefix", "shift"] = Field("prefix", description="z as soft prefix tokens, or added to input embeddings")
-    tokens: Annotated[int, Field(ge=1)] = Field(8, description="soft tokens, with form=prefix")
-    limit: Annotated[int, Field(ge=0)] = Field(0, description="at most this many prompts (0: all)")
-    max_prompt_tokens: Annotated[int, Field(ge=8)] = Field(256, description="longer prompts are left out")
-    candidates: Annotated[int, Field(ge=2)] = Field(6, description="responses sampled for a prompt and preference")
-    max_new_tokens: Annotated[int, Field(ge=4)] = Field(128, description="tokens of a response at most")
-    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="of the candidates")
-    top_p: Annotated[float, Field(gt=0, le=1)] = Field(0.95, description="of the candidates")
-    sample_batch: Annotated[int, Field(ge=1)] = Field(32, description="responses drawn side by side")
-    margin: Annotated[float, Field(ge=0)] = Field(0.2, description="pairs whose rewards differ by less are dropped")
-    iterations: Annotated[int, Field(ge=1)] = Field(1, description="rounds of sampling from the policy and training it")
-    epochs: Annotated[int, Field(ge=1)] = Field(2, description="passes over an iteration's pairs")
-    batch: Annotated[int, Field(ge=1)] = Field(8, description="pairs a step")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(5e-4, description="of adapter and conditioner")
-    beta: Annotated[float, Field(gt=0)] = Field(0.1, description="DPO's beta")
-    rank: Annotated[int, Field(ge=1)] = Field(16, description="LoRA rank (alpha is twice that)")
-    gradient_checkpointing: bool = Field(False, description="less memory, more time")
-    device: str = Field("cpu", description="torch device")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where it is native")
-    save_every: Annotated[int, Field(ge=1)] = Field(25, description="steps between checkpoints")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="all randomness follows from it")
-
-
 _MIX: dict[str, Any] = {"inference": {"kind": "population"}}
 _ORTHO: dict[str, Any] = {"prototypes": {"kind": "anchored"}, "objective": {"pull_weight": 0.01}}
 _GP: dict[str, Any] = _MIX | {"prototypes": {"kind": "anchored"}, "objective": {"pull_weight": 0.01, "reward_decay": 0.03}}

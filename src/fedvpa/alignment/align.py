@@ -24,8 +24,8 @@ from fedvpa.alignment.conditioning import load_conditioner, save_conditioner
 from fedvpa.alignment.dpo import ConditionalDPOTrainer, PreferenceCollator, last_checkpoint
 from fedvpa.alignment.policy import Policy, PolicyCard, Sampling, new_conditioner, save_card
 from fedvpa.alignment.prompts import Prompt, read_prompts
+from fedvpa.alignment.settings import AlignConfig
 from fedvpa.checkpoint import plain_json, write_atomically
-from fedvpa.config import AlignConfig
 from fedvpa.errors import BadInputError, RunError
 from fedvpa.experiment.use import PreferenceModel
 from fedvpa.models.backbone import Item

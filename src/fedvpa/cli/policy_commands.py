@@ -14,10 +14,10 @@ import torch
 from fedvpa.alignment.export import export_merged
 from fedvpa.alignment.policy import PolicyCard, Sampling, load_policy
 from fedvpa.alignment.prompts import read_prompts
+from fedvpa.alignment.settings import AlignConfig
 from fedvpa.checkpoint import write_atomically
 from fedvpa.cli.console import Reporter, add_common, emit_json
 from fedvpa.cli.options import add_flat_settings, flat_settings_given
-from fedvpa.config import AlignConfig
 from fedvpa.data.reading import read_pairs
 from fedvpa.errors import BadInputError
 from fedvpa.experiment.use import PreferenceModel
