@@ -24,7 +24,7 @@ METHODS = (
     "fedvpa-gp", "fedvpl", "fedvpl+mix", "fedvpl+ortho", "centralised-vpl", "fedavg-btl", "fedavg-btl-mlp",
     "fedavg-btl+finetune", "fedbiscuit", "oracle-group", "oracle-bayes",
 )  # fmt: skip
-"""`local` shares nothing; its only setting of these, the number of local steps, follows from `fedavg-btl+finetune`'s trials."""
+"""All but `local`, which runs at its defaults."""
 SHARED: list[dict[str, Any]] = [
     {"federation": {"learning_rate": rate, "local_steps": steps}} for rate in (0.001, 0.003, 0.01) for steps in (10, 30)
 ]

@@ -111,7 +111,7 @@ class PriorConfig(Section):
 class PrototypesConfig(Section):
     """Prototypes of the preference modes (M6)."""
 
-    modes: int | Literal["auto"] = Field("auto", description="number of modes M; auto: by silhouette")
+    modes: int | Literal["auto"] = Field("auto", description="modes M; auto: by withheld choices (anchored), else silhouette")
     kind: Literal["none", "learned", "fixed", "anchored"] = Field(
         "none",
         description="learned/fixed: orthogonal, at the radius; anchored: fitted to the clients once, then frozen",
