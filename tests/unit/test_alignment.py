@@ -16,7 +16,16 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from fedvpa.alignment.conditioning import PreferenceConditioner, attach
 from fedvpa.alignment.dpo import ConditionalDPOTrainer, PreferenceCollator, last_checkpoint
 from fedvpa.alignment.export import export_merged
-from fedvpa.alignment.policy import Policy, PolicyCard, Sampling, load_card, load_policy, new_conditioner, save_card
+from fedvpa.alignment.policy import (
+    Policy,
+    PolicyCard,
+    Sampling,
+    load_card,
+    load_policy,
+    new_conditioner,
+    save_card,
+    whole_sentences,
+)
 from fedvpa.alignment.prompts import read_prompts
 from fedvpa.errors import BadInputError
 from fedvpa.types import Message
@@ -225,3 +234,9 @@ def test_an_exported_policy_gives_the_same_tokens_in_plain_transformers(form: st
     assert any(found)
     with pytest.raises(BadInputError, match="not empty"):
         export_merged(policy, z, out)
+
+
+def test_a_response_that_was_cut_off_ends_with_a_whole_sentence() -> None:
+    assert whole_sentences('One. "Two!" And thr') == 'One. "Two!"'
+    assert whole_sentences("- a\n- b") == "- a"
+    assert whole_sentences("no end at 3.5 of it") == "no end at 3.5 of it"

@@ -161,7 +161,7 @@ def _candidates(
     report: OnStage,
 ) -> dict[str, list[list[str]]]:  # fmt: skip
     """Responses by preference and prompt. The first iteration draws from the base model, for all preferences alike."""
-    sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.sample_batch)
+    sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.sample_batch, whole=True)
     conditions: dict[str, Tensor | None] = {"": None} if iteration == 0 else dict(preferences)
     drawn: dict[str, list[list[str]]] = {}
     jobs = [p for p in range(len(prompts)) for _ in range(config.candidates)]

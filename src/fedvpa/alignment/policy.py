@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -78,6 +79,8 @@ class Sampling:
     temperature: float = 0.8
     top_p: float = 0.95
     batch: int = 32
+    whole: bool = False
+    """Cut a response that the limit ended back to its last whole sentence or line."""
 
 
 class Policy:
@@ -120,8 +123,12 @@ class Policy:
                 drawn = self._draw([ids[i] for i in index], None if z is None else z[index], sampling)
             texts = self.tokenizer.batch_decode(drawn, skip_special_tokens=True)
             stop = torch.isin(drawn, torch.tensor(self._stops, device=drawn.device))
-            length = int((stop.cumsum(-1) == 0).sum()) + int(stop.any(-1).sum())
-            yield index, [text.strip() for text in texts], length
+            ended = stop.any(-1)
+            length = int((stop.cumsum(-1) == 0).sum()) + int(ended.sum())
+            texts = [text.strip() for text in texts]
+            if sampling.whole:
+                texts = [text if done else whole_sentences(text) for text, done in zip(texts, ended.tolist())]
+            yield index, texts, length
 
     def respond(self, prompt: Sequence[Message], z: Float[Tensor, "d"] | None, sampling: Sampling, seed: int = 0) -> str:
         """One response."""
@@ -161,6 +168,12 @@ def _every_step_shifted(model: Any, z: Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def whole_sentences(text: str) -> str:
+    """A text that was cut off, up to the end of its last whole sentence or line; all of it where it has none."""
+    ends = [match.end() for match in re.finditer(r"[.!?][\"')\]]*(?=\s|$)|\n", text)]
+    return text[: ends[-1]].rstrip() if ends else text
 
 
 def _turn_ends(tokenizer: Any) -> list[int]:
