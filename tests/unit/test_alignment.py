@@ -240,3 +240,15 @@ def test_a_response_that_was_cut_off_ends_with_a_whole_sentence() -> None:
     assert whole_sentences('One. "Two!" And thr') == 'One. "Two!"'
     assert whole_sentences("- a\n- b") == "- a"
     assert whole_sentences("no end at 3.5 of it") == "no end at 3.5 of it"
+
+
+def test_only_responses_that_the_limit_ended_are_cut(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = policy_of(tiny_model)
+    stop = policy._stops[0]
+    plain = next(i for i in range(50) if i not in policy._stops)
+    monkeypatch.setattr(policy, "_draw", lambda *_: torch.tensor([[plain, stop], [plain, plain]]))
+    monkeypatch.setattr(policy.tokenizer, "batch_decode", lambda *_, **__: ["One. Two", "One. Two"])
+    [(_, texts, tokens)] = policy.sample(PROMPTS[:2], None, Sampling(2, whole=True), 0)
+    assert (texts, tokens) == (["One. Two", "One."], 4)
+    [(_, texts, _)] = policy.sample(PROMPTS[:2], None, Sampling(2), 0)
+    assert texts == ["One. Two", "One. Two"]
