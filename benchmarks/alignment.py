@@ -50,16 +50,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     policy, card = load_policy(arguments.policy)
-    prompts = read_prompts(arguments.prompts, None, 1 << 20, lambda p: len(policy.prompt_ids(p))).prompts[: arguments.limit]
+    prompts = read_prompts(arguments.prompts, None, 1 << 20, lambda p: len(policy.prompt_ids(p))).some(arguments.limit, 0)
     sampling = Sampling(arguments.max_new_tokens, 0.7, 0.95, 32)
     texts: dict[str, list[str]] = {}
     tokens, began = 0, time.perf_counter()
     for name in ("base", *card.preferences):
         z = None if name == "base" else card.z(name).expand(len(prompts), -1)
         found = [""] * len(prompts)
-        for index, answers, count in policy.sample(prompts, z, sampling, arguments.seed):
-            tokens += count
-            for i, answer in zip(index, answers):
+        for batch in policy.sample(prompts, z, sampling, arguments.seed):
+            tokens += batch.tokens
+            for i, answer in zip(batch.rows, batch.texts):
                 found[i] = answer
         texts[name] = found
     seconds = time.perf_counter() - began

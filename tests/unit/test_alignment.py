@@ -27,6 +27,7 @@ from fedvpa.alignment.policy import (
     whole_sentences,
 )
 from fedvpa.alignment.prompts import read_prompts
+from fedvpa.alignment.sampling import draw_from_nucleus
 from fedvpa.errors import BadInputError
 from fedvpa.types import Message
 
@@ -71,7 +72,7 @@ def test_generation_under_z_follows_the_trained_forward_and_ignores_padding(form
     policy = policy_of(tiny_model, form, loud=0.5)
     z = torch.tensor([[1.0, 0.0], [-1.0, 1.0], [0.3, 0.3]])
     greedy = Sampling(6, 0.0, batch=3)
-    together = {i: t for index, texts, _ in policy.sample(PROMPTS, z, greedy, 0) for i, t in zip(index, texts)}
+    together = {i: t for batch in policy.sample(PROMPTS, z, greedy, 0) for i, t in zip(batch.rows, batch.texts)}
     for i, prompt in enumerate(PROMPTS):
         assert policy.respond(prompt, z[i], greedy) == together[i]
         ids = policy.prompt_ids(prompt)
@@ -80,10 +81,47 @@ def test_generation_under_z_follows_the_trained_forward_and_ignores_padding(form
             with torch.no_grad():
                 logits = policy.model(input_ids=torch.tensor([ids]), preference=z[i : i + 1]).logits
             ids.append(int(logits[0, -1].argmax()))
-            if ids[-1] in policy._stops:
+            if ids[-1] in policy.stops:
                 break
         assert policy.tokenizer.decode(ids[start:], skip_special_tokens=True).strip() == together[i]
     assert len(set(together.values())) > 1
+
+
+def test_a_draw_is_one_of_the_nucleus_with_its_probability() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(400) * 2
+    narrow, wide = logits.clone(), logits * 0.05  # the nucleus of the second lies beyond the tokens that are looked at first
+    for scores, temperature, top_p in ((narrow, 0.7, 0.9), (wide, 1.0, 0.9), (narrow, 1.5, 1.0)):
+        drawn = draw_from_nucleus(scores.expand(40_000, -1), temperature, top_p)
+        probability, order = (scores / temperature).softmax(-1).sort(descending=True)
+        kept = probability.cumsum(-1) - probability < top_p
+        expected = torch.zeros(400).scatter(0, order, probability * kept / (probability * kept).sum())
+        found = torch.bincount(drawn, minlength=400) / len(drawn)
+        assert found[expected == 0].sum() == 0
+        assert float(((found - expected).square() / expected.clamp_min(1e-12))[expected > 0].sum()) * 40_000 < 520  # chi-square
+    assert int((wide.softmax(-1).sort(descending=True).values.cumsum(-1) < 0.9).sum()) > 256
+    assert draw_from_nucleus(logits[None], 0.0, 0.9) == logits.argmax()
+
+
+@pytest.mark.parametrize("form", ["prefix", "shift"])
+def test_rows_that_end_early_change_nothing_for_the_others(form: str, tiny_model: Path) -> None:
+    policy = policy_of(tiny_model, form, loud=0.5)
+    prompts, z = PROMPTS * 4, torch.randn(12, 2, generator=torch.Generator().manual_seed(1))
+    policy.stops = list(range(0, len(policy.tokenizer), 7))
+    alone = [policy.respond(p, row, Sampling(12, 0.0)) for p, row in zip(prompts, z)]
+    [batch] = policy.sample(prompts, z, Sampling(12, 0.0, batch=12), 0)
+    assert [alone[i] for i in batch.rows] == batch.texts
+    assert len({len(text.split()) for text in alone}) > 2
+
+
+def test_a_response_that_the_limit_ended_is_trained_without_an_end() -> None:
+    collator = PreferenceCollator(pad_token_id=0, stops=(9,))
+    rows = {"prompt_ids": [1, 2], "chosen_ids": [3, 4, 9, 5], "rejected_ids": [6, 9, 5], "preference": [0.5]}
+    whole = collator([rows])
+    assert whole["input_ids"].tolist() == [[1, 2, 3, 4, 9, 5], [1, 2, 6, 9, 5, 0]]
+    cut = collator([rows | {"chosen_ended": False, "rejected_ended": True}])
+    assert cut["input_ids"].tolist() == [[1, 2, 3, 4, 0], [1, 2, 6, 9, 5]]
+    assert cut["completion_mask"].tolist() == [[0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
 
 
 def test_soft_tokens_are_attended_to_and_never_predicted() -> None:
@@ -244,11 +282,11 @@ def test_a_response_that_was_cut_off_ends_with_a_whole_sentence() -> None:
 
 def test_only_responses_that_the_limit_ended_are_cut(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = policy_of(tiny_model)
-    stop = policy._stops[0]
-    plain = next(i for i in range(50) if i not in policy._stops)
+    stop = policy.stops[0]
+    plain = next(i for i in range(50) if i not in policy.stops)
     monkeypatch.setattr(policy, "_draw", lambda *_: torch.tensor([[plain, stop], [plain, plain]]))
     monkeypatch.setattr(policy.tokenizer, "batch_decode", lambda *_, **__: ["One. Two", "One. Two"])
-    [(_, texts, tokens)] = policy.sample(PROMPTS[:2], None, Sampling(2, whole=True), 0)
-    assert (texts, tokens) == (["One. Two", "One."], 4)
-    [(_, texts, _)] = policy.sample(PROMPTS[:2], None, Sampling(2), 0)
-    assert texts == ["One. Two", "One. Two"]
+    [batch] = policy.sample(PROMPTS[:2], None, Sampling(2, whole=True), 0)
+    assert (batch.texts, batch.ended, batch.tokens) == (["One. Two", "One."], [True, False], 4)
+    [batch] = policy.sample(PROMPTS[:2], None, Sampling(2), 0)
+    assert batch.texts == ["One. Two", "One. Two"]

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -35,6 +35,13 @@ logger = logging.getLogger("fedvpa")
 
 OnStage = Callable[[str, int, int, str], None]
 """Called with (stage, done, in all, a note)."""
+
+
+class Candidate(NamedTuple):
+    """A sampled response, and whether it ended by itself rather than at the limit."""
+
+    text: str
+    ended: bool
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ def align(
     loaded = load_causal_model(config.base, dtype, config.device)
     base = Policy(loaded.module, loaded.tokenizer)
     chosen = read_prompts(prompts, split, config.max_prompt_tokens, lambda p: len(base.prompt_ids(p)))
-    used = chosen.prompts[: config.limit or None]
+    used = chosen.some(config.limit, config.seed)
     centre, scale = _centre_and_scale(torch.stack(list(preferences.values())), selector.neutral)
     card = PolicyCard(
         config.base, loaded.revision, config.form, config.tokens if config.form == "prefix" else 1,
@@ -117,7 +124,7 @@ def named_preferences(selector: PreferenceModel) -> dict[str, Float[Tensor, "d"]
 
 
 def choose(
-    selector: PreferenceModel, prompts: Sequence[Prompt], candidates: dict[str, list[list[str]]],
+    selector: PreferenceModel, prompts: Sequence[Prompt], candidates: dict[str, list[list[Candidate]]],
     preferences: dict[str, Float[Tensor, "d"]], margin: float,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:  # fmt: skip
     """Best and worst of each prompt's candidates under each preference; returns TRL rows with their z, and counts.
@@ -128,23 +135,25 @@ def choose(
     close = same = 0
     by_preference: dict[str, int] = {}
     for name, z in preferences.items():
-        lists = [list(dict.fromkeys(text for text in texts if text)) for texts in candidates[name]]
-        items = [Item(prompt, text) for prompt, texts in zip(prompts, lists) for text in texts]
-        rewards = selector.score(items, z).split([len(texts) for texts in lists]) if items else []
-        for prompt, texts, reward in zip(prompts, lists, rewards):
-            if len(texts) < 2:
+        lists = [list({one.text: one for one in drawn if one.text}.values()) for drawn in candidates[name]]
+        items = [Item(prompt, one.text) for prompt, different in zip(prompts, lists) for one in different]
+        rewards = selector.score(items, z).split([len(different) for different in lists]) if items else []
+        for prompt, different, reward in zip(prompts, lists, rewards):
+            if len(different) < 2:
                 same += 1
                 continue
-            best, worst = int(reward.argmax()), int(reward.argmin())
-            if float(reward[best] - reward[worst]) < max(margin, 1e-9):
+            if float(reward.max() - reward.min()) < max(margin, 1e-9):
                 close += 1
                 continue
+            best, worst = different[int(reward.argmax())], different[int(reward.argmin())]
             by_preference[name] = by_preference.get(name, 0) + 1
             rows.append(
                 {
                     "prompt": [{"role": m.role, "content": m.content} for m in prompt],
-                    "chosen": [{"role": "assistant", "content": texts[best]}],
-                    "rejected": [{"role": "assistant", "content": texts[worst]}],
+                    "chosen": [{"role": "assistant", "content": best.text}],
+                    "rejected": [{"role": "assistant", "content": worst.text}],
+                    "chosen_ended": best.ended,
+                    "rejected_ended": worst.ended,
                     "preference": z.tolist(),
                 }
             )
@@ -159,46 +168,46 @@ def _centre_and_scale(z: Float[Tensor, "m d"], neutral: Float[Tensor, "d"]) -> t
 def _candidates(
     policy: Policy, prompts: Sequence[Prompt], preferences: dict[str, Tensor], config: AlignConfig, iteration: int, place: Path,
     report: OnStage,
-) -> dict[str, list[list[str]]]:  # fmt: skip
+) -> dict[str, list[list[Candidate]]]:  # fmt: skip
     """Responses by preference and prompt. The first iteration draws from the base model, for all preferences alike."""
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.sample_batch, whole=True)
     conditions: dict[str, Tensor | None] = {"": None} if iteration == 0 else dict(preferences)
-    drawn: dict[str, list[list[str]]] = {}
+    drawn: dict[str, list[list[Candidate]]] = {}
     jobs = [p for p in range(len(prompts)) for _ in range(config.candidates)]
     block = max(1, config.sample_batch * 4 // config.candidates) * config.candidates  # whole prompts
     for c, (name, z) in enumerate(conditions.items()):
         file = place / f"candidates{'-' + str(c) if name else ''}.jsonl"
-        texts = _read_lines(file)
+        found = _read_lines(file)
         tokens, began = 0, time.perf_counter()
         with file.open("a", encoding="utf-8") as stream:
-            for at in range(len(texts), len(jobs), block):
+            for at in range(len(found), len(jobs), block):
                 part = jobs[at : at + block]
                 rows = None if z is None else z.expand(len(part), -1)
-                fresh = [""] * len(part)
+                fresh = [Candidate("", True)] * len(part)
                 seed = (config.seed * 1009 + iteration) * 1009 + c * 101 + at
-                for index, answers, count in policy.sample([prompts[p] for p in part], rows, sampling, seed):
-                    tokens += count
-                    for i, answer in zip(index, answers):
-                        fresh[i] = answer
-                stream.write("".join(json.dumps(text) + "\n" for text in fresh))
+                for batch in policy.sample([prompts[p] for p in part], rows, sampling, seed):
+                    tokens += batch.tokens
+                    for i, text, ended in zip(batch.rows, batch.texts, batch.ended):
+                        fresh[i] = Candidate(text, ended)
+                stream.write("".join(json.dumps(one._asdict()) + "\n" for one in fresh))
                 stream.flush()
-                texts += fresh
+                found += fresh
                 speed = tokens / (time.perf_counter() - began)
-                report(f"candidates{' ' + name if name else ''}", len(texts), len(jobs), f"{speed:.0f} tokens/s")
+                report(f"candidates{' ' + name if name else ''}", len(found), len(jobs), f"{speed:.0f} tokens/s")
         n = config.candidates
-        drawn[name] = [texts[i * n : (i + 1) * n] for i in range(len(prompts))]
+        drawn[name] = [found[i * n : (i + 1) * n] for i in range(len(prompts))]
     return {name: drawn.get(name, drawn.get("", [])) for name in preferences}
 
 
-def _read_lines(file: Path) -> list[str]:
-    """Texts that were drawn before; a last line that was cut off is dropped, from the file too."""
+def _read_lines(file: Path) -> list[Candidate]:
+    """Candidates that were drawn before; a last line that was cut off is dropped, from the file too."""
     if not file.is_file():
         return []
     whole = file.read_bytes()
     kept = whole[: whole.rfind(b"\n") + 1]
     if kept != whole:
         write_atomically(file, kept)
-    return [json.loads(line) for line in kept.decode("utf-8").splitlines()]
+    return [Candidate(**json.loads(line)) for line in kept.decode("utf-8").splitlines()]
 
 
 def _train(
@@ -225,9 +234,10 @@ def _train(
         save_strategy="steps", save_steps=config.save_every, save_total_limit=2, logging_steps=1, report_to=[],
         disable_tqdm=True, use_cpu=config.device == "cpu", bf16=False,
     )  # fmt: skip
+    stops = tuple(Policy(loaded.module, loaded.tokenizer).stops)
     trainer = ConditionalDPOTrainer(
         model=loaded.module, args=arguments, processing_class=loaded.tokenizer, train_dataset=load_from_disk(str(saved)),
-        data_collator=PreferenceCollator(pad_token_id=loaded.tokenizer.pad_token_id),
+        data_collator=PreferenceCollator(pad_token_id=loaded.tokenizer.pad_token_id, stops=stops),
         peft_config=LoraConfig(r=config.rank, lora_alpha=2 * config.rank, lora_dropout=0.0, target_modules="all-linear",
                                task_type="CAUSAL_LM"),
         conditioner=conditioner,

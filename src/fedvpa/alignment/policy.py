@@ -12,16 +12,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fedvpa.alignment.conditioning import Form, PreferenceConditioner, attach, load_conditioner
+from fedvpa.alignment.sampling import ShrinkingSampler
 from fedvpa.checkpoint import plain_json, write_atomically
 from fedvpa.errors import BadInputError
 from fedvpa.models.loading import load_causal_model
@@ -83,6 +84,15 @@ class Sampling:
     """Cut a response that the limit ended back to its last whole sentence or line."""
 
 
+class Drawn(NamedTuple):
+    """A batch of responses: which prompts, the texts, which of them ended by themselves, and how many tokens were drawn."""
+
+    rows: list[int]
+    texts: list[str]
+    ended: list[bool]
+    tokens: int
+
+
 class Policy:
     """A language model that a latent preference steers. `model` is the PEFT model with a conditioner attached, or the bare
     base model, which knows no z."""
@@ -91,7 +101,7 @@ class Policy:
         self.model, self.tokenizer = model, tokenizer
         generation = model.generation_config
         stops = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
-        self._stops = sorted({*(stops if isinstance(stops, list) else [stops]), *_turn_ends(tokenizer)})
+        self.stops = sorted({*(stops if isinstance(stops, list) else [stops]), *_turn_ends(tokenizer)})
 
     @property
     def device(self) -> torch.device:
@@ -107,8 +117,8 @@ class Policy:
     @torch.inference_mode()
     def sample(
         self, prompts: Sequence[Sequence[Message]], z: Float[Tensor, "n d"] | None, sampling: Sampling, seed: int
-    ) -> Iterator[tuple[list[int], list[str], int]]:
-        """Yield batches of responses: which prompts, their texts, and how many tokens were drawn.
+    ) -> Iterator[Drawn]:
+        """Yield batches of responses.
 
         z None is the base model itself, the adapter being switched off. A batch's randomness depends on the seed and on its
         first prompt's index alone, so that work can be taken up again.
@@ -122,36 +132,35 @@ class Policy:
                 torch.manual_seed(seed * 1_000_003 + index[0])
                 drawn = self._draw([ids[i] for i in index], None if z is None else z[index], sampling)
             texts = self.tokenizer.batch_decode(drawn, skip_special_tokens=True)
-            stop = torch.isin(drawn, torch.tensor(self._stops, device=drawn.device))
+            stop = torch.isin(drawn, torch.tensor(self.stops, device=drawn.device))
             ended = stop.any(-1)
             length = int((stop.cumsum(-1) == 0).sum()) + int(ended.sum())
             texts = [text.strip() for text in texts]
             if sampling.whole:
                 texts = [text if done else whole_sentences(text) for text, done in zip(texts, ended.tolist())]
-            yield index, texts, length
+            yield Drawn(index, texts, ended.tolist(), length)
 
     def respond(self, prompt: Sequence[Message], z: Float[Tensor, "d"] | None, sampling: Sampling, seed: int = 0) -> str:
         """One response."""
         row = None if z is None else z.unsqueeze(0)
-        return next(self.sample([prompt], row, sampling, seed))[1][0]
+        return next(self.sample([prompt], row, sampling, seed)).texts[0]
 
     def _draw(self, ids: list[list[int]], z: Tensor | None, sampling: Sampling) -> Tensor:
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self._stops[0]
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.stops[0]
         width = max(map(len, ids))
         tokens = torch.tensor([[pad] * (width - len(row)) + row for row in ids], device=self.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=self.device)
-        chosen: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        if sampling.temperature > 0:
-            chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-        chosen |= {"max_new_tokens": sampling.max_new_tokens, "pad_token_id": pad, "eos_token_id": self._stops}
-        if z is not None and self.model.conditioner.form == "prefix":
-            embedded = self.model.get_input_embeddings()(tokens)
-            inputs = self.model.conditioner.embed(z.to(self.device), embedded, mask)
-            out: Tensor = self.model.generate(**inputs, **chosen)
-            return out
-        with nullcontext() if z is None else _every_step_shifted(self.model, z.to(self.device)):
-            whole: Tensor = self.model.generate(input_ids=tokens, attention_mask=mask, **chosen)
-        return whole[:, width:]
+        shift = None if z is None or self.model.conditioner.form == "prefix" else _Shift(self.model, z.to(self.device))
+        given: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask}
+        if z is not None and shift is None:
+            given = self.model.conditioner.embed(z.to(self.device), self.model.get_input_embeddings()(tokens), mask)
+        sampler = ShrinkingSampler(sampling.temperature, sampling.top_p, None if shift is None else shift.keep)
+        with nullcontext() if shift is None else shift:
+            drawn: Tensor = self.model.generate(
+                **given, custom_generate=sampler, do_sample=False, temperature=None, top_p=None, top_k=None,
+                max_new_tokens=sampling.max_new_tokens, pad_token_id=pad, eos_token_id=self.stops,
+            )  # fmt: skip
+        return drawn
 
     def _adapter(self, on: bool) -> Any:
         if on or not hasattr(self.model, "disable_adapter"):
@@ -159,15 +168,22 @@ class Policy:
         return self.model.disable_adapter()
 
 
-@contextmanager
-def _every_step_shifted(model: Any, z: Tensor) -> Iterator[None]:
-    """Add the conditioner's shift to whatever the input embedding gives, at every step of a generation."""
-    shift = model.conditioner(z)
-    handle = model.get_input_embeddings().register_forward_hook(lambda _, __, out: out + shift.to(out.dtype))
-    try:
-        yield
-    finally:
-        handle.remove()
+class _Shift:
+    """While it is entered, the input embedding gives what it gives plus the conditioner's shift for the row."""
+
+    def __init__(self, model: Any, z: Float[Tensor, "b d"]) -> None:
+        self._table = model.get_input_embeddings()
+        self._shift = model.conditioner(z)
+
+    def keep(self, rows: Int[Tensor, "k"]) -> None:
+        """Only these rows go on."""
+        self._shift = self._shift[rows]
+
+    def __enter__(self) -> None:
+        self._handle = self._table.register_forward_hook(lambda _, __, out: out + self._shift.to(out.dtype))
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
 
 
 def whole_sentences(text: str) -> str:

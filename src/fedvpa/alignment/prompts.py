@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fedvpa.data import personas
 from fedvpa.data.preferences import parse_prompt
 from fedvpa.data.reading import SUFFIXES, find_files, read_pairs
 from fedvpa.errors import BadInputError
@@ -23,17 +25,26 @@ class PromptSet:
     prompts: list[Prompt]
     skipped: Counter[str] = field(default_factory=Counter)
 
+    def some(self, limit: int, seed: int) -> list[Prompt]:
+        """A random choice of `limit` prompts, in their order; all of them with 0."""
+        if not 0 < limit < len(self.prompts):
+            return self.prompts
+        return [self.prompts[i] for i in sorted(random.Random(seed).sample(range(len(self.prompts)), limit))]
+
 
 def read_prompts(source: str, split: str | None, most_tokens: int, count_tokens: Callable[[Prompt], int]) -> PromptSet:
-    """Prompts of a text file (one a line), of a jsonl file of `{"prompt": ...}`, or of a folder or file of preference pairs
-    (their answers are not read). Prompts without a user turn at their end, too long ones and repetitions are left out.
+    """Prompts of the persona generator (``personas``; no user is trained on split ``test``), of a text file (one a line), of a
+    jsonl file of `{"prompt": ...}`, or of a folder or file of preference pairs (their answers are not read). Prompts without a
+    user turn at their end, too long ones and repetitions are left out.
 
     Raises:
         BadInputError: nothing to read, a broken record, or no usable prompt; the message counts what was left out.
     """
     path = Path(source).expanduser()
     found: list[Prompt]
-    if path.is_file() and path.suffix == ".txt":
+    if source == "personas":
+        found = [(Message("user", text),) for text in personas.prompts(split or "train")]
+    elif path.is_file() and path.suffix == ".txt":
         found = [(Message("user", line.strip()),) for line in _text(path).splitlines() if line.strip()]
     elif path.is_file() and path.suffix == ".jsonl" and _holds_prompts(path):
         found = [
@@ -44,7 +55,8 @@ def read_prompts(source: str, split: str | None, most_tokens: int, count_tokens:
     elif path.exists() and (path.is_file() or find_files(path, split)):
         found = [pair.prompt for pair in read_pairs(source, split).pairs]
     else:
-        raise BadInputError(f"{source}: no such file or folder (a .txt, a .jsonl of prompts, or pairs: {', '.join(SUFFIXES)})")
+        kinds = f"personas, a .txt, a .jsonl of prompts, or pairs: {', '.join(SUFFIXES)}"
+        raise BadInputError(f"{source}: no such file or folder ({kinds})")
     result = PromptSet([])
     seen: set[Prompt] = set()
     for prompt in found:

@@ -15,7 +15,7 @@ class AlignConfig(Section):
     base: str = Field("smollm2", description="language model: smollm2, a Hugging Face name, or a folder")
     form: Literal["prefix", "shift"] = Field("prefix", description="z as soft prefix tokens, or added to input embeddings")
     tokens: Annotated[int, Field(ge=1)] = Field(8, description="soft tokens, with form=prefix")
-    limit: Annotated[int, Field(ge=0)] = Field(0, description="at most this many prompts (0: all)")
+    limit: Annotated[int, Field(ge=0)] = Field(0, description="at most this many prompts, picked at random (0: all)")
     max_prompt_tokens: Annotated[int, Field(ge=8)] = Field(256, description="longer prompts are left out")
     candidates: Annotated[int, Field(ge=2)] = Field(6, description="responses sampled for a prompt and preference")
     max_new_tokens: Annotated[int, Field(ge=4)] = Field(128, description="tokens of a response at most")

@@ -28,7 +28,7 @@ def register(commands: Any) -> None:
     """Add the commands."""
     one = commands.add_parser("align", help="train a policy that a selector's preferences steer", allow_abbrev=False)
     one.add_argument("directory", metavar="RUN", help="a trained run with prototypes (fedvpa-gp)")
-    one.add_argument("--prompts", required=True, metavar="SOURCE", help="public prompts: .txt, .jsonl, or preference pairs")
+    one.add_argument("--prompts", required=True, metavar="SOURCE", help="public: personas, .txt, .jsonl, or preference pairs")
     one.add_argument("--split", help="only files called SPLIT.*")
     one.add_argument("--out", required=True, metavar="DIR", help="where the policy goes")
     one.add_argument("--resume", action="store_true", help="continue an interrupted run")
@@ -41,7 +41,7 @@ def register(commands: Any) -> None:
     many.add_argument("directory", metavar="DIR", help="what `fedvpa align` made")
     many.add_argument("--prompts", required=True, metavar="SOURCE")
     many.add_argument("--split", help="only files called SPLIT.*")
-    many.add_argument("--limit", type=int, default=0, help="at most this many prompts (default: all)")
+    many.add_argument("--limit", type=int, default=0, help="at most this many prompts, picked at random (default: all)")
     many.add_argument("--responses", required=True, metavar="FILE", help="jsonl to write: prompt and response")
     _sampling_flags(many)
     add_common(many)
@@ -121,15 +121,15 @@ def run_generate(arguments: argparse.Namespace, reporter: Reporter) -> int:
     z = _wanted_z(arguments, card)
     sampling = _sampling(arguments)
     found = read_prompts(arguments.prompts, arguments.split, 1 << 20, lambda p: len(policy.prompt_ids(p)))
-    prompts = found.prompts[: arguments.limit or None]
+    prompts = found.some(arguments.limit, arguments.seed)
     texts = [""] * len(prompts)
     rows = None if z is None else z.expand(len(prompts), -1)
     done = 0
     with reporter.progress("responses") as bar:
-        for index, answers, _ in policy.sample(prompts, rows, sampling, arguments.seed):
-            for i, answer in zip(index, answers):
+        for batch in policy.sample(prompts, rows, sampling, arguments.seed):
+            for i, answer in zip(batch.rows, batch.texts):
                 texts[i] = answer
-            done += len(index)
+            done += len(batch.rows)
             bar.update(done, len(prompts))
     lines = [
         json.dumps({"prompt": [m._asdict() for m in prompt], "response": text}, ensure_ascii=False)

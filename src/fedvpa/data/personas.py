@@ -56,10 +56,11 @@ def _phrases() -> _Phrases:
     return _Phrases(**yaml.safe_load(text))
 
 
-def prompts() -> list[str]:
-    """All prompts, in a fixed order."""
+def prompts(split: str | None = None) -> list[str]:
+    """All prompts, in a fixed order; or those of ``test``, or of any other split: no prompt is in both."""
     phrases = _phrases()
-    return [framing.format(topic=topic) for topic in phrases.topics for framing in phrases.framings]
+    every = [framing.format(topic=topic) for topic in phrases.topics for framing in phrases.framings]
+    return [prompt for i, prompt in enumerate(every) if split is None or (i % 4 == 3) == (split == "test")]
 
 
 def group_names(groups: int) -> list[str]:
@@ -99,7 +100,7 @@ def personas(
         BadInputError: more comparisons a user than half of all that there are, or more groups than poles.
     """
     names = group_names(settings.groups)
-    bank = [prompt for i, prompt in enumerate(prompts()) if (i % 4 == 3) == (split == "test")]
+    bank = prompts(split)
     wanted, most = pairs or settings.pairs, len(bank) * CANDIDATES * (CANDIDATES - 1) // 4
     if wanted > most:
         raise BadInputError(f"personas: at most {most} comparisons a user in '{split}', not {wanted}")
