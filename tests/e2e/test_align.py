@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedvpa.cli.main import main
-from tests.conftest import write_groups
+from tests.conftest import endpoint, write_groups
 from tests.e2e.test_cli import flags
 
 SMALL = [
@@ -115,16 +117,110 @@ def test_what_cannot_be_aligned_is_refused(
     out = tmp_path / "out"
     assert main(["align", str(run), "--prompts", str(empty), "--base", str(tiny_model), "--out", str(out)]) == 2
     assert "no usable prompt" in capsys.readouterr().err
-    shared = tmp_path / "shared"
-    values = {"backbone": tiny_model, "layer": 2, "dtype": "float32", "clients": 6, "rounds": 2, "inputs": 16, "out": shared}
+    local = tmp_path / "local"
+    values = {"backbone": tiny_model, "layer": 2, "dtype": "float32", "clients": 6, "rounds": 2, "inputs": 16, "out": local}
     settings = [part for name, value in values.items() for part in (f"--{name}", str(value))]
-    assert main(["train", "--data", str(data), "--split", "train", "--method", "fedavg-btl", *settings]) == 0
+    assert main(["train", "--data", str(data), "--split", "train", "--method", "local", *settings]) == 0
     prompts = tmp_path / "p.txt"
     prompts.write_text("stop\n")
-    assert main(["align", str(shared), "--prompts", str(prompts), "--base", str(tiny_model), "--out", str(out)]) == 2
+    assert main(["align", str(local), "--prompts", str(prompts), "--base", str(tiny_model), "--out", str(out)]) == 2
     assert "has no latent preference" in capsys.readouterr().err
     assert main(["align", str(run), "--prompts", str(prompts), "--out", str(out), "--candidates", "1"]) == 2
     assert "candidates: Input should be greater than or equal to 2" in capsys.readouterr().err
     assert main(["chat", str(run)]) == 2
     assert "no policy there" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_win_rates_are_judged_without_the_selector(
+    aligned: tuple[Path, Path, Path], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, _, out = aligned
+    other = tmp_path / "other-model"  # the judge's backbone: not the selector's
+    shutil.copytree(tiny_model, other)
+    target = tmp_path / "wins"
+    steering = tmp_path / "steering.yaml"
+    steering.write_text("kind: please help a friend\nblunt: stop\n")
+    command = [
+        "winrate", str(out), "--prompts", str(data), "--split", "test", "--limit", "9", "--out", str(target),
+        "--judge-pairs", str(data), "--judge-backbone", str(other), "--steering", str(steering), "--versus", f"twin={out}",
+        "--mix", "kind=0.5,blunt=0.5", "--user", f"me:kind={data / 'kind/test.jsonl'}", "--max-new-tokens", "8",
+        "--temperature", "1", "--top-p", "1",
+    ]  # fmt: skip
+    assert main([*command, "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    arms = ["base", "kind", "blunt", "kind=0.5,blunt=0.5", "user me"]
+    arms += [f"{kind} {name}" for kind in ("prompted", "twin") for name in ("kind", "blunt")]
+    assert sorted(a["name"] for a in results["arms"]) == sorted(arms)
+    assert results["prompt_groups"] == {"blunt & kind": 9}
+    judge = results["judges"]["reward"]
+    assert set(judge["accuracy"]) == {"kind", "blunt"}
+    assert sum(judge["pairs"].values()) < 168  # what the selector saw is left out
+    for criterion in ("kind", "blunt"):
+        assert set(judge["against_base"][criterion]) == set(arms) - {"base"}
+        for row in judge["against_base"][criterion].values():
+            assert 0 <= row["win_rate"]["low"] <= row["win_rate"]["mean"] <= row["win_rate"]["high"] <= 1
+            assert row["win_rate"]["n"] == 9
+    twin, one = judge["against_base"]["kind"]["twin kind"], judge["against_base"]["kind"]["kind"]
+    assert twin["win_rate"] == one["win_rate"]  # the same policy on the same seed
+    assert judge["own_against"]["kind"]["twin kind"] == {**judge["own_against"]["kind"]["twin kind"], "ties": 9}
+    assert results["texts"]["base"]["kl_per_token"]["mean"] == 0 < results["texts"]["kind"]["kl_per_token"]["mean"]
+    page = (target / "winrate.html").read_text()
+    assert "Accuracy on prompts it was not trained on" in page
+    assert len((target / "responses/00.jsonl").read_text().splitlines()) == 10
+    assert main(command) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert main([*command, "--resume", "--judge-backbone", str(tiny_model)]) == 2
+    assert "needs another" in capsys.readouterr().err
+    (target / "responses/01.jsonl").unlink()
+    assert main([*command, "--resume"]) == 0
+    assert json.loads((target / "winrate.json").read_text())["judges"] == results["judges"]
+    assert main([*command, "--resume", "--seed", "5"]) == 2
+    assert main([*command[:8], str(tmp_path / "none")]) == 2
+    assert "no judge" in capsys.readouterr().err
+    assert main([*command[:8], str(tmp_path / "none"), "--exact"]) == 2
+    assert "none of kind, blunt" in capsys.readouterr().err.replace("blunt, kind", "kind, blunt")
+
+
+def test_a_judge_that_fails_is_missing_and_the_command_says_so(
+    aligned: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, _, out = aligned
+    prompts, target = tmp_path / "p.txt", tmp_path / "wins"
+    prompts.write_text("is tea good\nstop\nask a friend\n")
+    command = [
+        "winrate", str(out), "--prompts", str(prompts), "--out", str(target), "--max-new-tokens", "6", "--temperature", "1",
+        "--judge-model", "wise", "--judge-price", "1,2", "--judge-url",
+    ]  # fmt: skip
+    with endpoint(lambda _: (403, {"error": "no"})) as (url, asked):
+        assert main([*command, url]) == 1
+        assert len(asked) <= 8  # a refusal is not asked again
+    said = capsys.readouterr().err
+    assert "judge 'endpoint' failed and its figures are missing" in said
+    results = json.loads((target / "winrate.json").read_text())
+    assert "against_base" not in results["judges"]["endpoint"]
+    assert "failed; its figures are missing" in (target / "winrate.html").read_text()
+    with endpoint(_says_longer) as (url, asked):
+        assert main([*command, url, "--resume"]) == 0
+    found = json.loads((target / "winrate.json").read_text())["judges"]["endpoint"]
+    assert found["disagreements"] == 0
+    assert found["requests"] == len(asked) == 2 * found["comparisons"]
+    assert found["cost"] == pytest.approx(len(asked) * (7 + 2 * 1) / 1e6)
+
+
+def _says_longer(request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """An honest endpoint: the longer reply is better, whatever the order."""
+    text = request["messages"][-1]["content"]
+    a, b = (text.split(f"<{x}>\n")[1].split(f"\n</{x}>")[0] for x in "AB")
+    said = "A" if (len(a), a) > (len(b), b) else "B"
+    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": f" {said}."}}
+    usage = {"prompt_tokens": 7, "completion_tokens": 1, "total_tokens": 8}
+    return 200, {
+        "id": "1",
+        "object": "x",
+        "created": 1,
+        "model": "wise",
+        "system_fingerprint": "",
+        "choices": [choice],
+        "usage": usage,
+    }

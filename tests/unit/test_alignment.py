@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 
 from fedvpa.alignment.conditioning import PreferenceConditioner, attach
 from fedvpa.alignment.dpo import ConditionalDPOTrainer, PreferenceCollator, last_checkpoint
-from fedvpa.alignment.export import export_merged
+from fedvpa.alignment.export import export_adapter, export_merged
 from fedvpa.alignment.policy import (
     Policy,
     PolicyCard,
@@ -243,6 +246,16 @@ def test_prompts_are_read_checked_and_counted(tmp_path: Path) -> None:
     found = read_prompts(str(text), None, 10, lambda p: len(p[-1].content.split()))
     assert [p[0].content for p in found.prompts] == ["one", "two words"]
     assert found.skipped == {"repetition": 1, "longer than 10 tokens": 1}
+    for group, names in {"a": "pqrst", "b": "tuv"}.items():
+        (tmp_path / "groups" / group).mkdir(parents=True)
+        lines = [json.dumps({"prompt": name, "chosen": "x", "rejected": "y"}) for name in names]
+        (tmp_path / "groups" / group / "test.jsonl").write_text("\n".join(lines))
+    grouped = read_prompts(str(tmp_path / "groups"), "test", 10, lambda _: 1)
+    assert grouped.groups == ["a"] * 4 + ["a & b"] + ["b"] * 2
+    chosen, counts = grouped.balanced(0, 0)
+    assert (counts, len(chosen)) == ({"a": 1, "a & b": 1, "b": 1}, 3)
+    with pytest.raises(BadInputError, match="every one needs a prompt"):
+        grouped.balanced(2, 0)
     rows = tmp_path / "p.jsonl"
     rows.write_text(
         '{"prompt": "hello"}\n{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
@@ -272,6 +285,29 @@ def test_an_exported_policy_gives_the_same_tokens_in_plain_transformers(form: st
     assert any(found)
     with pytest.raises(BadInputError, match="not empty"):
         export_merged(policy, z, out)
+
+
+@pytest.mark.parametrize("form", ["prefix", "shift"])
+def test_an_exported_adapter_gives_the_same_tokens_in_plain_peft(form: str, tiny_model: Path, tmp_path: Path) -> None:
+    z, greedy = torch.tensor([1.0, -0.5]), Sampling(8, 0.0)
+    policy = policy_of(tiny_model, form, loud=0.5)
+    expected = [policy.respond(prompt, z, greedy) for prompt in PROMPTS]
+    out = tmp_path / "adapter"
+    export_adapter(policy, z, out)
+    code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    found = []
+    for prompt in PROMPTS:
+        given = code.replace('"."', repr(str(out))).replace("How do I plan a week's meals?", prompt[0].content)
+        given = given.replace("max_new_tokens=256", "max_new_tokens=8, do_sample=False")
+        said = io.StringIO()
+        with redirect_stdout(said):
+            exec(given, {})
+        found.append(said.getvalue().strip())
+    assert found == expected
+    assert any(found)
+    assert sum(f.stat().st_size for f in out.glob("*.safetensors")) < 60_000
+    with pytest.raises(BadInputError, match="not empty"):
+        export_adapter(policy_of(tiny_model, form), z, out)
 
 
 def test_a_response_that_was_cut_off_ends_with_a_whole_sentence() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -23,11 +24,11 @@ from torch import Tensor
 from fedvpa.alignment.conditioning import load_conditioner, save_conditioner
 from fedvpa.alignment.dpo import ConditionalDPOTrainer, PreferenceCollator, last_checkpoint
 from fedvpa.alignment.policy import Policy, PolicyCard, Sampling, new_conditioner, save_card
-from fedvpa.alignment.prompts import Prompt, read_prompts
+from fedvpa.alignment.prompts import Prompt, in_style, read_prompts, read_styles
 from fedvpa.alignment.settings import AlignConfig
 from fedvpa.checkpoint import plain_json, write_atomically
 from fedvpa.errors import BadInputError, RunError
-from fedvpa.experiment.use import PreferenceModel
+from fedvpa.experiment.use import Selector, open_selector
 from fedvpa.models.backbone import Item
 from fedvpa.models.loading import load_causal_model
 
@@ -65,9 +66,10 @@ def align(
     start = time.perf_counter()
     report = on_stage or (lambda *_: None)
     root, work = Path(out), Path(out) / "work"
-    selector = PreferenceModel(run)
+    selector = open_selector(run)
     preferences = named_preferences(selector)
-    wanted = {"run": str(run), "prompts": prompts, "split": split, "config": config.model_dump(mode="json")}
+    styles = read_styles(config.styles) if config.styles else []
+    wanted = {"run": str(run), "prompts": prompts, "split": split, "config": config.model_dump(mode="json"), "styles": styles}
     _check_directory(root, wanted, resume)
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
     loaded = load_causal_model(config.base, dtype, config.device)
@@ -89,7 +91,7 @@ def align(
     for iteration in range(config.iterations):
         place = work / f"iteration-{iteration}"
         place.mkdir(exist_ok=True)
-        candidates = _candidates(policy, used, preferences, config, iteration, place, report)
+        candidates = _candidates(policy, used, preferences, config, styles, iteration, place, report)
         pairs, counts = choose(selector, used, candidates, preferences, config.margin)
         if not pairs:
             raise RunError(f"the selector told no two responses apart by {config.margin}; lower --margin, or train it longer")
@@ -107,7 +109,7 @@ def align(
     return AlignResult(root, summary)
 
 
-def named_preferences(selector: PreferenceModel) -> dict[str, Float[Tensor, "d"]]:
+def named_preferences(selector: Selector) -> dict[str, Float[Tensor, "d"]]:
     """z of each prototype, called by the group of most training clients near it, or prototype-K where that is unknown.
 
     Raises:
@@ -124,7 +126,7 @@ def named_preferences(selector: PreferenceModel) -> dict[str, Float[Tensor, "d"]
 
 
 def choose(
-    selector: PreferenceModel, prompts: Sequence[Prompt], candidates: dict[str, list[list[Candidate]]],
+    selector: Selector, prompts: Sequence[Prompt], candidates: dict[str, list[list[Candidate]]],
     preferences: dict[str, Float[Tensor, "d"]], margin: float,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:  # fmt: skip
     """Best and worst of each prompt's candidates under each preference; returns TRL rows with their z, and counts.
@@ -166,15 +168,17 @@ def _centre_and_scale(z: Float[Tensor, "m d"], neutral: Float[Tensor, "d"]) -> t
 
 
 def _candidates(
-    policy: Policy, prompts: Sequence[Prompt], preferences: dict[str, Tensor], config: AlignConfig, iteration: int, place: Path,
-    report: OnStage,
+    policy: Policy, prompts: Sequence[Prompt], preferences: dict[str, Tensor], config: AlignConfig, styles: Sequence[str],
+    iteration: int, place: Path, report: OnStage,
 ) -> dict[str, list[list[Candidate]]]:  # fmt: skip
-    """Responses by preference and prompt. The first iteration draws from the base model, for all preferences alike."""
+    """Responses by preference and prompt. The first iteration draws from the base model, for all preferences alike: without a
+    system prompt of ours, and under each style in turn."""
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.sample_batch, whole=True)
     conditions: dict[str, Tensor | None] = {"": None} if iteration == 0 else dict(preferences)
     drawn: dict[str, list[list[Candidate]]] = {}
-    jobs = [p for p in range(len(prompts)) for _ in range(config.candidates)]
-    block = max(1, config.sample_batch * 4 // config.candidates) * config.candidates  # whole prompts
+    turns: list[str | None] = [None, *(styles if iteration == 0 else [])]
+    jobs = [in_style(prompt, turns[c % len(turns)]) for prompt in prompts for c in range(config.candidates)]
+    block = max(1, config.sample_batch // config.candidates) * config.candidates  # whole prompts
     for c, (name, z) in enumerate(conditions.items()):
         file = place / f"candidates{'-' + str(c) if name else ''}.jsonl"
         found = _read_lines(file)
@@ -185,7 +189,7 @@ def _candidates(
                 rows = None if z is None else z.expand(len(part), -1)
                 fresh = [Candidate("", True)] * len(part)
                 seed = (config.seed * 1009 + iteration) * 1009 + c * 101 + at
-                for batch in policy.sample([prompts[p] for p in part], rows, sampling, seed):
+                for batch in policy.sample(part, rows, sampling, seed):
                     tokens += batch.tokens
                     for i, text, ended in zip(batch.rows, batch.texts, batch.ended):
                         fresh[i] = Candidate(text, ended)
@@ -210,6 +214,17 @@ def _read_lines(file: Path) -> list[Candidate]:
     return [Candidate(**json.loads(line)) for line in kept.decode("utf-8").splitlines()]
 
 
+def _by_prompt(pairs: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    """Pairs of a prompt side by side, prompts at random: in a batch that holds a prompt's opposite preferences, what they have
+    in common cancels, and what z has to decide is left."""
+    by_prompt: dict[str, list[dict[str, Any]]] = {}
+    for pair in pairs:
+        by_prompt.setdefault(json.dumps(pair["prompt"]), []).append(pair)
+    order = list(by_prompt.values())
+    random.Random(seed).shuffle(order)
+    return [pair for own in order for pair in own]
+
+
 def _train(
     loaded: Any, card: PolicyCard, pairs: list[dict[str, Any]], config: AlignConfig, iteration: int, previous: Path | None,
     place: Path, report: OnStage,
@@ -223,7 +238,7 @@ def _train(
     disable_progress_bars()  # progress is reported by stage
     saved = place / "pairs"
     if not (saved / "dataset_info.json").is_file():
-        Dataset.from_list(pairs).save_to_disk(str(saved))
+        Dataset.from_list(_by_prompt(pairs, config.seed)).save_to_disk(str(saved))
     conditioner = new_conditioner(card, loaded.module, loaded.tokenizer, config.seed)
     if loaded.tokenizer.pad_token_id is None:
         loaded.tokenizer.pad_token = loaded.tokenizer.eos_token
@@ -232,7 +247,7 @@ def _train(
         learning_rate=config.learning_rate, lr_scheduler_type="cosine", warmup_steps=5, beta=config.beta, seed=config.seed,
         precompute_ref_log_probs=True, gradient_checkpointing=config.gradient_checkpointing, max_length=None,
         save_strategy="steps", save_steps=config.save_every, save_total_limit=2, logging_steps=1, report_to=[],
-        disable_tqdm=True, use_cpu=config.device == "cpu", bf16=False,
+        disable_tqdm=True, use_cpu=config.device == "cpu", bf16=False, train_sampling_strategy="sequential",
     )  # fmt: skip
     stops = tuple(Policy(loaded.module, loaded.tokenizer).stops)
     trainer = ConditionalDPOTrainer(

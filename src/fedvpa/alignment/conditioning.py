@@ -16,6 +16,8 @@ Form = Literal["prefix", "shift"]
 CONDITIONER = "conditioner.safetensors"
 """File that holds a conditioner's weights."""
 
+GAIN = 50.0
+
 PREFERENCE = "preference"
 """Name under which z travels in a batch, [rows, d]."""
 
@@ -25,7 +27,8 @@ class PreferenceConditioner(nn.Module):
 
     z enters as u = (z - centre) / scale, so that learning does not depend on the selector's units. Soft tokens start as the
     embedding of `anchor` (the begin- or end-of-text token, which a model has learned to look past) plus a small random map of
-    u; a shift starts at zero. Weights are in units of the embeddings' standard deviation.
+    u; a shift starts at zero. Weights are in units of `GAIN` standard deviations of the embeddings, so that a step of Adam that
+    suits the adapter moves the few numbers that z has to work through far enough.
     """
 
     centre: Tensor
@@ -45,7 +48,7 @@ class PreferenceConditioner(nn.Module):
         start = anchor.float().expand(self.tokens, -1) if form == "prefix" else torch.zeros(1, anchor.shape[-1])
         self.register_buffer("bias", start.clone())
         generator = torch.Generator().manual_seed(seed)
-        std = 0.3 if form == "prefix" else 0.0
+        std = 0.3 / GAIN if form == "prefix" else 0.0
         shape = (self.tokens, anchor.shape[-1], centre.shape[-1])
         self.weight = nn.Parameter(torch.randn(shape, generator=generator) * std)
         self.offset = nn.Parameter(torch.zeros(self.tokens, anchor.shape[-1]))
@@ -54,7 +57,7 @@ class PreferenceConditioner(nn.Module):
         """Soft tokens, or the shift."""
         u = (z.float() - self.centre) / self.scale
         steered = torch.einsum("khd,bd->bkh", self.weight, u) + self.offset
-        return self.bias + self.unit * steered
+        return self.bias + self.unit * GAIN * steered
 
     def embed(
         self,

@@ -1,14 +1,22 @@
-"""A policy with one preference built in: a directory that plain transformers loads and generates from, without fedvpa."""
+"""A policy with one preference built in: a directory that plain transformers (and PEFT) loads and generates from, without
+fedvpa.
+
+Soft tokens become new special tokens, which the chat template puts in front of every conversation and which are never
+generated.
+"""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
 from fedvpa.alignment.policy import Policy
@@ -18,14 +26,12 @@ from fedvpa.errors import BadInputError
 def export_merged(policy: Policy, z: Float[Tensor, "d"], folder: Path) -> None:
     """Write the base model with the adapter merged and z's effect made part of the embeddings. The policy is used up by it.
 
-    Soft tokens become new special tokens which the chat template puts in front of every conversation and which are never
-    generated; a shift is added to the embedding table (and the output layer, if it shared that table, keeps the old one).
+    A shift is added to the embedding table (and the output layer, if it shared that table, keeps the old one).
 
     Raises:
         BadInputError: the directory is in use.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BadInputError(f"{folder}: not empty; choose another --out")
+    check_free(folder)
     conditioner, tokenizer = policy.model.conditioner, policy.tokenizer
     with torch.no_grad():
         extra = conditioner(z.unsqueeze(0).to(policy.device))[0]
@@ -34,11 +40,87 @@ def export_merged(policy: Policy, z: Float[Tensor, "d"], folder: Path) -> None:
             _shift_embeddings(model, extra)
         else:
             _add_soft_tokens(model, tokenizer, extra)
+    with _aside(folder) as place:
+        model.save_pretrained(place)
+        tokenizer.save_pretrained(place)
+
+
+def export_adapter(policy: Policy, z: Float[Tensor, "d"], folder: Path) -> None:
+    """Write a PEFT adapter that `AutoPeftModelForCausalLM` loads onto the base model. The policy is used up by it.
+
+    Soft tokens are PEFT's trainable tokens; a shift is a LoRA of rank one on the embedding. `generation_config.json` keeps the
+    soft tokens from being generated; PEFT does not read it, so it is to be handed to `generate` (see the README there).
+
+    Raises:
+        BadInputError: the directory is in use.
+    """
+    check_free(folder)
+    conditioner, tokenizer = policy.model.conditioner, policy.tokenizer
+    with torch.no_grad():
+        extra = conditioner(z.unsqueeze(0).to(policy.device))[0]
+    weights = get_peft_model_state_dict(policy.model)
+    config: Any = policy.model.peft_config["default"]
+    base: Any = policy.model.unload()
+    path = next(name for name, module in base.named_modules() if module is base.get_input_embeddings())
+    table = path.rpartition(".")[2]
+    if conditioner.form == "shift":
+        kind = LoraConfig(
+            r=config.r, lora_alpha=config.lora_alpha, target_modules=[*config.target_modules, table], task_type="CAUSAL_LM",
+            rank_pattern={table: 1}, alpha_pattern={table: 1},
+        )  # fmt: skip
+        weights[f"base_model.model.{path}.lora_embedding_A"] = torch.ones(1, base.get_input_embeddings().num_embeddings)
+        weights[f"base_model.model.{path}.lora_embedding_B"] = extra.T.contiguous()
+    else:
+        ids = _add_token_names(tokenizer, extra.shape[0])
+        if len(tokenizer) > base.get_input_embeddings().num_embeddings:
+            base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        base.generation_config.suppress_tokens = ids
+        kind = LoraConfig(
+            r=config.r, lora_alpha=config.lora_alpha, target_modules=config.target_modules, task_type="CAUSAL_LM",
+            trainable_token_indices={table: ids},
+        )  # fmt: skip
+        weights[f"base_model.model.{path}.token_adapter.trainable_tokens_delta"] = extra
+    kind.base_model_name_or_path = config.base_model_name_or_path
+    model: Any = get_peft_model(base, kind)
+    set_peft_model_state_dict(model, weights)
+    with _aside(folder) as place:
+        model.save_pretrained(place, save_embedding_layers=False)
+        tokenizer.save_pretrained(place)
+        base.generation_config.save_pretrained(place)
+        (place / "README.md").write_text(_README)
+
+
+_README = """# A LoRA adapter with one preference built in
+
+```python
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer, GenerationConfig
+
+folder = "."  # this directory
+model, tokenizer = AutoPeftModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+chat = [{"role": "user", "content": "How do I plan a week's meals?"}]
+inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+tokens = model.generate(**inputs, generation_config=GenerationConfig.from_pretrained(folder), max_new_tokens=256)
+print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+"""
+
+
+def check_free(folder: Path) -> None:
+    """Raises:
+    BadInputError: the directory is in use.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInputError(f"{folder}: not empty; choose another --out")
+
+
+@contextmanager
+def _aside(folder: Path) -> Iterator[Path]:
+    """A directory that becomes `folder` when what is written into it is whole."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
+        yield aside
         aside.chmod(0o755)
         if folder.is_dir():
             folder.rmdir()
@@ -47,16 +129,21 @@ def export_merged(policy: Policy, z: Float[Tensor, "d"], folder: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _add_soft_tokens(model: Any, tokenizer: Any, extra: Float[Tensor, "k h"]) -> None:
-    names = [f"<|preference_{i}|>" for i in range(extra.shape[0])]
+def _add_token_names(tokenizer: Any, count: int) -> list[int]:
+    """New special tokens, in front of every conversation; their ids."""
+    names = [f"<|preference_{i}|>" for i in range(count)]
     tokenizer.add_special_tokens({"additional_special_tokens": names}, replace_extra_special_tokens=False)
-    ids = tokenizer.convert_tokens_to_ids(names)
+    tokenizer.chat_template = "{{- '" + "".join(names) + "' -}}" + tokenizer.chat_template
+    return list(tokenizer.convert_tokens_to_ids(names))
+
+
+def _add_soft_tokens(model: Any, tokenizer: Any, extra: Float[Tensor, "k h"]) -> None:
+    ids = _add_token_names(tokenizer, extra.shape[0])
     table = model.get_input_embeddings()
     if max(ids) >= table.num_embeddings:
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
     table = model.get_input_embeddings().weight
     table[ids] = extra.to(table.dtype)
-    tokenizer.chat_template = "{{- '" + "".join(names) + "' -}}" + tokenizer.chat_template
     model.generation_config.suppress_tokens = ids
 
 

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -21,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fedvpa.alignment.conditioning import Form, PreferenceConditioner, attach, load_conditioner
+from fedvpa.alignment.conditioning import PREFERENCE, Form, PreferenceConditioner, attach, load_conditioner
 from fedvpa.alignment.sampling import ShrinkingSampler
 from fedvpa.checkpoint import plain_json, write_atomically
 from fedvpa.errors import BadInputError
@@ -144,6 +145,29 @@ class Policy:
         """One response."""
         row = None if z is None else z.unsqueeze(0)
         return next(self.sample([prompt], row, sampling, seed)).texts[0]
+
+    @torch.inference_mode()
+    def divergence(self, prompt: Sequence[Message], text: str, z: Float[Tensor, "d"] | None) -> tuple[float, float]:
+        """How far the policy is from the base model along a response, and what the base model thinks of it.
+
+        Returns the mean over the response's tokens of KL(pi(. | y<t, x, z) || pi_ref(. | y<t, x)), and of -log pi_ref(y_t),
+        both in nats; NaN for an empty response.
+        """
+        start = self.prompt_ids(prompt)
+        answer = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not answer:
+            return math.nan, math.nan
+        ids = torch.tensor([start + answer], device=self.device)
+        target = ids[0, len(start) :]
+        self.model.eval()
+        with self._adapter(False):
+            plain = self.model(input_ids=ids, logits_to_keep=len(answer) + 1).logits[0, :-1].float().log_softmax(-1)
+        surprise = -float(plain.gather(-1, target[:, None]).mean())
+        if z is None:
+            return 0.0, surprise
+        given = {"input_ids": ids, PREFERENCE: z.unsqueeze(0).to(self.device)}
+        steered = self.model(**given, logits_to_keep=len(answer) + 1).logits[0, :-1].float().log_softmax(-1)
+        return float((steered.exp() * (steered - plain)).sum(-1).mean()), surprise
 
     def _draw(self, ids: list[list[int]], z: Tensor | None, sampling: Sampling) -> Tensor:
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.stops[0]

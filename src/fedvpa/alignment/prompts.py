@@ -20,9 +20,10 @@ Prompt = tuple[Message, ...]
 
 @dataclass
 class PromptSet:
-    """Usable prompts in their order, and what was left out (reason -> count)."""
+    """Usable prompts in their order, the group that each comes from (or ``A & B``), and what was left out (reason -> count)."""
 
     prompts: list[Prompt]
+    groups: list[str | None] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
 
     def some(self, limit: int, seed: int) -> list[Prompt]:
@@ -30,6 +31,20 @@ class PromptSet:
         if not 0 < limit < len(self.prompts):
             return self.prompts
         return [self.prompts[i] for i in sorted(random.Random(seed).sample(range(len(self.prompts)), limit))]
+
+    def balanced(self, limit: int, seed: int) -> tuple[list[Prompt], dict[str, int]]:
+        """About `limit` prompts (0: all), as many of each group as of any other, at random; and how many of each group.
+
+        Raises:
+            BadInputError: fewer than one prompt a group was asked for.
+        """
+        names = sorted(set(self.groups), key=str)
+        places = {name: [i for i, g in enumerate(self.groups) if g == name] for name in names}
+        each = min(min(map(len, places.values())), limit // len(names) if limit else len(self.prompts))
+        if each < 1:
+            raise BadInputError(f"--limit {limit}: there are {len(names)} groups of prompts, and every one needs a prompt")
+        chosen = sorted(i for name in names for i in random.Random(seed).sample(places[name], each))
+        return [self.prompts[i] for i in chosen], {str(name): each for name in names}
 
 
 def read_prompts(source: str, split: str | None, most_tokens: int, count_tokens: Callable[[Prompt], int]) -> PromptSet:
@@ -42,6 +57,7 @@ def read_prompts(source: str, split: str | None, most_tokens: int, count_tokens:
     """
     path = Path(source).expanduser()
     found: list[Prompt]
+    groups: list[str | None] = []
     if source == "personas":
         found = [(Message("user", text),) for text in personas.prompts(split or "train")]
     elif path.is_file() and path.suffix == ".txt":
@@ -53,11 +69,16 @@ def read_prompts(source: str, split: str | None, most_tokens: int, count_tokens:
             if line.strip()
         ]
     elif path.exists() and (path.is_file() or find_files(path, split)):
-        found = [pair.prompt for pair in read_pairs(source, split).pairs]
+        pairs = read_pairs(source, split).pairs
+        found, groups = [pair.prompt for pair in pairs], [pair.group for pair in pairs]
     else:
         kinds = f"personas, a .txt, a .jsonl of prompts, or pairs: {', '.join(SUFFIXES)}"
         raise BadInputError(f"{source}: no such file or folder ({kinds})")
     result = PromptSet([])
+    holders: dict[Prompt, list[str]] = {}
+    for prompt, group in zip(found, groups):
+        if group is not None and group not in holders.setdefault(prompt, []):
+            holders[prompt].append(group)
     seen: set[Prompt] = set()
     for prompt in found:
         if not prompt or prompt[-1].role != "user" or not prompt[-1].content.strip():
@@ -69,10 +90,35 @@ def read_prompts(source: str, split: str | None, most_tokens: int, count_tokens:
         else:
             seen.add(prompt)
             result.prompts.append(prompt)
+            result.groups.append(" & ".join(sorted(holders[prompt])) if holders.get(prompt) else None)
     if not result.prompts:
         why = "; ".join(f"{n} x {reason}" for reason, n in result.skipped.items()) or "it is empty"
         raise BadInputError(f"{source}: no usable prompt in it ({why})")
     return result
+
+
+def read_styles(file: str) -> list[str]:
+    """System prompts, one a line.
+
+    Raises:
+        BadInputError: unreadable or empty.
+    """
+    try:
+        found = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInputError(f"--styles {file}: cannot be read: {error}") from error
+    if not found:
+        raise BadInputError(f"--styles {file}: is empty; give a system prompt a line")
+    return found
+
+
+def in_style(prompt: Prompt, style: str | None) -> Prompt:
+    """The conversation under a system prompt, behind its own one if it has that."""
+    if style is None:
+        return prompt
+    if prompt[0].role == "system":
+        return (Message("system", f"{prompt[0].content}\n{style}"), *prompt[1:])
+    return (Message("system", style), *prompt)
 
 
 def _text(path: Path) -> str:

@@ -18,6 +18,7 @@ class AlignConfig(Section):
     limit: Annotated[int, Field(ge=0)] = Field(0, description="at most this many prompts, picked at random (0: all)")
     max_prompt_tokens: Annotated[int, Field(ge=8)] = Field(256, description="longer prompts are left out")
     candidates: Annotated[int, Field(ge=2)] = Field(6, description="responses sampled for a prompt and preference")
+    styles: str = Field("", description="text file, a system prompt a line: the first candidates are drawn under each in turn")
     max_new_tokens: Annotated[int, Field(ge=4)] = Field(128, description="tokens of a response at most")
     temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="of the candidates")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(0.95, description="of the candidates")

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from fedvpa.alignment.export import export_merged
-from fedvpa.alignment.policy import PolicyCard, Sampling, load_policy
+from fedvpa.alignment.export import check_free, export_adapter, export_merged
+from fedvpa.alignment.policy import PolicyCard, Sampling, load_card, load_policy
 from fedvpa.alignment.prompts import read_prompts
 from fedvpa.alignment.settings import AlignConfig
 from fedvpa.checkpoint import write_atomically
@@ -52,6 +52,10 @@ def register(commands: Any) -> None:
     )
     export.add_argument("directory", metavar="DIR", help="what `fedvpa align` made")
     export.add_argument("--out", required=True, metavar="FOLDER")
+    export.add_argument(
+        "--format", choices=["merged", "peft", "all"], default="merged",
+        help="a whole model, a PEFT adapter, or both for every named preference (default: merged)",
+    )  # fmt: skip
     _preference_flags(export)
     add_common(export)
     export.set_defaults(run=run_export)
@@ -141,11 +145,20 @@ def run_generate(arguments: argparse.Namespace, reporter: Reporter) -> int:
 
 
 def run_export(arguments: argparse.Namespace, reporter: Reporter) -> int:
-    """Merge adapter and preference into a plain model."""
-    policy, card = load_policy(arguments.directory)
-    z = _chosen_z(arguments, card)
-    export_merged(policy, z, Path(arguments.out))
-    reporter.say(f"{arguments.out}: load it with transformers' AutoModelForCausalLM and AutoTokenizer")
+    """Write plain models, PEFT adapters, or both."""
+    card, out = load_card(Path(arguments.directory)), Path(arguments.out)
+    check_free(out)
+    if arguments.format == "all":
+        if arguments.prefer or arguments.mix or arguments.user or arguments.z:
+            raise BadInputError("--format all writes every named preference; leave --prefer, --mix, --user and --z out")
+        jobs = [(kind, card.z(name), out / f"{name}-{kind}") for name in card.preferences for kind in ("merged", "peft")]
+    else:
+        jobs = [(arguments.format, _chosen_z(arguments, card), out)]
+    for kind, z, folder in jobs:
+        policy, _ = load_policy(arguments.directory)
+        (export_merged if kind == "merged" else export_adapter)(policy, z, folder)
+        loader = "transformers' AutoModelForCausalLM" if kind == "merged" else "peft's AutoPeftModelForCausalLM (see README.md)"
+        reporter.say(f"{folder}: load it with {loader}")
     return 0
 
 
@@ -185,7 +198,7 @@ def _switch(
     if command == "/prefer":
         return card.z(value.strip()), history
     if command == "/mix":
-        return card.mix(_weights(value)), history
+        return card.mix(parse_weights(value)), history
     if command == "/off":
         return None, history
     if command == "/reset":
@@ -199,12 +212,21 @@ def _wanted_z(arguments: argparse.Namespace, card: PolicyCard) -> torch.Tensor |
 
 def _chosen_z(arguments: argparse.Namespace, card: PolicyCard) -> torch.Tensor:
     if arguments.mix:
-        return card.mix(_weights(arguments.mix))
+        return card.mix(parse_weights(arguments.mix))
     if arguments.user:
-        return _checked(PreferenceModel(card.selector).personalize(read_pairs(arguments.user).pairs).mean, card)
+        return posterior_mean(arguments.user, card)
     if arguments.z:
         return _checked(PreferenceModel(card.selector).read_z(arguments.z), card)
     return card.z(arguments.prefer or "neutral")
+
+
+def posterior_mean(file: str, card: PolicyCard) -> torch.Tensor:
+    """z that the policy's selector infers from a file of comparisons.
+
+    Raises:
+        BadInputError: unreadable, or the selector is gone or of another latent.
+    """
+    return _checked(PreferenceModel(card.selector).personalize(read_pairs(file).pairs).mean, card)
 
 
 def _checked(z: torch.Tensor, card: PolicyCard) -> torch.Tensor:
@@ -213,7 +235,12 @@ def _checked(z: torch.Tensor, card: PolicyCard) -> torch.Tensor:
     return z
 
 
-def _weights(text: str) -> dict[str, float]:
+def parse_weights(text: str) -> dict[str, float]:
+    """``helpful=0.3,harmless=0.7``.
+
+    Raises:
+        BadInputError: anything else.
+    """
     weights = {}
     for part in text.split(","):
         name, _, value = part.strip().partition("=")

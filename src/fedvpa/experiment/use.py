@@ -15,9 +15,10 @@ from torch import Tensor
 
 from fedvpa.data.features import FeatureCache
 from fedvpa.data.partition import ClientPairs, without_duplicates
+from fedvpa.data.reading import read_pairs
 from fedvpa.errors import BadInputError
-from fedvpa.experiment.dataset import presentation_order
-from fedvpa.experiment.run import Run, open_run, pairs_to_batch
+from fedvpa.experiment.dataset import presentation_order, training_data
+from fedvpa.experiment.run import Run, RunPaths, load_config, open_run, pairs_to_batch
 from fedvpa.federated.objective import PROTOTYPES
 from fedvpa.federated.variational import VariationalPredictor
 from fedvpa.models.backbone import Item
@@ -147,15 +148,7 @@ class PreferenceModel:
             raise BadInputError(f"z has shape {tuple(z.shape)}, but this run's latent has {self.latent} dimensions")
         if not z.isfinite().all():
             raise BadInputError("z holds NaN or Inf")
-        features, _, _, _ = self._cache.items(items)
-        centred = (features - self.run.whitener.centre) @ self.run.whitener.projection
-        batch = PairBatch(  # against a response at the centre, whose whitened features are zero
-            centred.unsqueeze(0),
-            centred.unsqueeze(0) / 2,
-            torch.zeros(1, len(items)),
-            torch.ones(1, len(items), dtype=torch.bool),
-        )
-        return self._predictor.margin_under(z.unsqueeze(0), batch)[0]
+        return self._predictor.margin_under(z.unsqueeze(0), _against_average(self.run, self._cache, items))[0]
 
     def read_z(self, source: str) -> Float[Tensor, "d"]:
         """z from a JSON file that `personalize` wrote (or a list of numbers), or from ``prototype:K``, ``mean``.
@@ -181,6 +174,69 @@ class PreferenceModel:
         if z.shape != (self.latent,):
             raise BadInputError(f"--z {source}: shape {tuple(z.shape)}, but this run's latent has {self.latent} dimensions")
         return z
+
+
+class SharedRewardModel:
+    """A finished run of `fedavg-btl`: one reward for everybody, under a latent preference of one dimension that it does not
+    read. It stands where a `PreferenceModel` does, as the monolithic baseline."""
+
+    latent = 1
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._cache = FeatureCache(run.config.features)
+        self.prototypes: Float[Tensor, "1 1"] | None = torch.zeros(1, 1)
+        self.neutral: Float[Tensor, "1"] = torch.zeros(1)
+        self.component_groups: list[str | None] = ["shared"]
+
+    def score(self, items: Sequence[Item], z: Float[Tensor, "d"]) -> Float[Tensor, "n"]:
+        """Reward of each response, relative to the average training response; z is not read."""
+        predictor = self.run.predictor
+        return predictor.margin(predictor.neutral(1), _against_average(self.run, self._cache, items))[0]
+
+
+Selector = PreferenceModel | SharedRewardModel
+"""What chooses between responses on the server."""
+
+
+def open_selector(directory: str | Path) -> Selector:
+    """A finished run of a variational method, or of `fedavg-btl`.
+
+    Raises:
+        BadInputError: no run there, or one of another method.
+    """
+    run = open_run(directory)
+    return SharedRewardModel(run) if run.config.method in ("fedavg-btl", "fedavg-btl-mlp") else PreferenceModel(directory)
+
+
+def _against_average(run: Run, cache: FeatureCache, items: Sequence[Item]) -> PairBatch:
+    """Pairs [1, n] of each response and one at the centre of the training responses, whose whitened features are zero."""
+    features, _, _, _ = cache.items(items)
+    centred = (features - run.whitener.centre) @ run.whitener.projection
+    mask = torch.ones(1, len(items), dtype=torch.bool)
+    return PairBatch(centred.unsqueeze(0), centred.unsqueeze(0) / 2, torch.zeros(1, len(items)), mask)
+
+
+def untrained_pairs(directory: str | Path, source: str, split: str | None, backbone: str) -> tuple[list[PreferencePair], int]:
+    """Pairs of `source` for a judge of what a run has led to, without those that the run saw in training or validation; and
+    how many these were.
+
+    Raises:
+        BadInputError: the run reads features of that very backbone, its training data are gone, or no pair is left.
+    """
+    config = load_config(RunPaths(Path(directory)))
+    if config.features.backbone == backbone:
+        raise BadInputError(
+            f"{directory}: was trained on features of '{backbone}'; an independent judge needs another backbone"
+        )
+    data = training_data(config)
+    seen = {pair.content_key() for client in (*data.train, *data.validation) for pair in client.pairs}
+    every = read_pairs(source, split).pairs  # opposed groups may have judged the same pairs
+    found = list({(pair.group, pair.content_key()): pair for pair in every}.values())
+    left = [pair for pair in found if pair.content_key() not in seen]
+    if not left:
+        raise BadInputError(f"{source}: the selector in {directory} has seen every pair of it")
+    return left, len(found) - len(left)
 
 
 def _component_groups(run: Run, prototypes: Tensor | None) -> list[str | None]:
