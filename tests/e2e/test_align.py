@@ -108,6 +108,44 @@ def test_generate_and_chat_under_every_kind_of_preference(
     assert "unknown command /what" in said.err
 
 
+def test_the_monolithic_and_the_federated_baseline_are_policies_with_one_preference(
+    aligned: tuple[Path, Path, Path], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, run, _ = aligned
+    shared, prompts = tmp_path / "shared", tmp_path / "p.txt"
+    prompts.write_text("is tea good\nstop\nask a friend\n")
+    more = {"method": "fedavg-btl", "rounds": 3}
+    names = ("backbone", "layer", "dtype", "clients", "inputs", "out")
+    settings = zip(names, (tiny_model, 2, "float32", 6, 16, shared))
+    given = [text for name, value in [*settings, *more.items()] for text in (f"--{name}", str(value))]
+    assert main(["train", "--data", str(data), "--split", "train", *given]) == 0
+    small = [*SMALL[:-2], "--form", "shift"]
+    assert (
+        main(
+            ["align", str(shared), "--prompts", str(prompts), "--base", str(tiny_model), "--out", str(tmp_path / "dpo"), *small]
+        )
+        == 0
+    )
+    command = [
+        "feddpo", str(run), "--base", str(tiny_model), "--out", str(tmp_path / "fed"), "--rounds", "2", "--cohort", "2",
+        "--pairs", "3", "--rank", "2", "--dtype", "float32",
+    ]  # fmt: skip
+    assert main(command) == 0
+    for name in ("dpo", "fed"):
+        assert list(json.loads((tmp_path / name / "policy.json").read_text())["preferences"]) == ["shared"]
+        assert (
+            main(["generate", str(tmp_path / name), "--prompts", str(prompts), "--responses", str(tmp_path / "r.jsonl")]) == 0
+        )
+    weights = (tmp_path / "fed/adapter/adapter_model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "fed/work/round-1")  # as if killed in the second round
+    (tmp_path / "fed/policy.json").unlink()
+    assert main([*command, "--resume"]) == 0
+    assert (tmp_path / "fed/adapter/adapter_model.safetensors").read_bytes() == weights
+    assert not list((tmp_path / "fed/work").rglob("pairs"))  # no client's pairs are left on the disk
+    assert main(["chat", str(tmp_path / "fed"), "--user", str(data / "kind/test.jsonl")]) == 2
+    assert "the policy was trained with 1" in capsys.readouterr().err
+
+
 def test_what_cannot_be_aligned_is_refused(
     aligned: tuple[Path, Path, Path], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
@@ -19,6 +20,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from fedvpa.alignment.conditioning import PreferenceConditioner, attach
 from fedvpa.alignment.dpo import ConditionalDPOTrainer, PreferenceCollator, last_checkpoint
 from fedvpa.alignment.export import export_adapter, export_merged
+from fedvpa.alignment.federated_dpo import _average
 from fedvpa.alignment.policy import (
     Policy,
     PolicyCard,
@@ -29,8 +31,9 @@ from fedvpa.alignment.policy import (
     save_card,
     whole_sentences,
 )
-from fedvpa.alignment.prompts import read_prompts
+from fedvpa.alignment.prompts import in_style, read_prompts, read_styles
 from fedvpa.alignment.sampling import draw_from_nucleus
+from fedvpa.alignment.training import by_prompt
 from fedvpa.errors import BadInputError
 from fedvpa.types import Message
 
@@ -110,11 +113,14 @@ def test_a_draw_is_one_of_the_nucleus_with_its_probability() -> None:
 def test_rows_that_end_early_change_nothing_for_the_others(form: str, tiny_model: Path) -> None:
     policy = policy_of(tiny_model, form, loud=0.5)
     prompts, z = PROMPTS * 4, torch.randn(12, 2, generator=torch.Generator().manual_seed(1))
-    policy.stops = list(range(0, len(policy.tokenizer), 7))
+    said = [policy.respond(p, row, Sampling(12, 0.0)).split() for p, row in zip(prompts, z)]
+    ends = {word: {text.index(word) if word in text else 12 for text in said} for text in said for word in text}
+    varied = max(ends, key=lambda word: len(ends[word]))  # the word that rows come to after different times
+    policy.stops = [policy.tokenizer.convert_tokens_to_ids(varied)]
     alone = [policy.respond(p, row, Sampling(12, 0.0)) for p, row in zip(prompts, z)]
     [batch] = policy.sample(prompts, z, Sampling(12, 0.0, batch=12), 0)
     assert [alone[i] for i in batch.rows] == batch.texts
-    assert len({len(text.split()) for text in alone}) > 2
+    assert len({len(text.split()) for text in alone}) > 1
 
 
 def test_a_response_that_the_limit_ended_is_trained_without_an_end() -> None:
@@ -153,7 +159,7 @@ def pairs() -> list[dict[str, Any]]:
 
 def arguments(out: Path, **more: Any) -> DPOConfig:
     return DPOConfig(
-        output_dir=str(out), per_device_train_batch_size=4, num_train_epochs=2, learning_rate=1e-2, logging_steps=1, seed=3,
+        output_dir=str(out), per_device_train_batch_size=4, num_train_epochs=2, learning_rate=2e-3, logging_steps=1, seed=3,
         precompute_ref_log_probs=True, report_to=[], disable_tqdm=True, use_cpu=True, bf16=False, save_strategy="no",
         gradient_checkpointing=False, max_length=None, **more,
     )  # fmt: skip
@@ -326,3 +332,37 @@ def test_only_responses_that_the_limit_ended_are_cut(tiny_model: Path, monkeypat
     assert (batch.texts, batch.ended, batch.tokens) == (["One. Two", "One."], [True, False], 4)
     [batch] = policy.sample(PROMPTS[:2], None, Sampling(2), 0)
     assert batch.texts == ["One. Two", "One. Two"]
+
+
+def test_federated_averaging_weighs_clients_by_their_pairs(tmp_path: Path) -> None:
+    for name, value in {"a": 1.0, "b": 5.0}.items():
+        (tmp_path / name / "adapter").mkdir(parents=True)
+        (tmp_path / name / "adapter/adapter_config.json").write_text("{}")
+        for file in ("adapter/adapter_model.safetensors", "conditioner.safetensors"):
+            save_file({"w": torch.full((2,), value)}, tmp_path / name / file)
+    _average([tmp_path / "a", tmp_path / "b"], [3, 1], tmp_path / "mean")
+    assert load_file(tmp_path / "mean/conditioner.safetensors")["w"].tolist() == [2.0, 2.0]
+    assert load_file(tmp_path / "mean/adapter/adapter_model.safetensors")["w"].tolist() == [2.0, 2.0]
+
+
+def test_styles_are_system_prompts_and_stand_behind_a_prompts_own(tmp_path: Path) -> None:
+    file = tmp_path / "styles.txt"
+    file.write_text("short\n\nlong\n")
+    assert read_styles(str(file)) == ["short", "long"]
+    own = (Message("system", "be kind"), Message("user", "hi"))
+    assert in_style(own, "short") == (Message("system", "be kind\nshort"), Message("user", "hi"))
+    assert in_style(own[1:], "short") == (Message("system", "short"), Message("user", "hi"))
+    assert in_style(own, None) == own
+    file.write_text("\n")
+    with pytest.raises(BadInputError, match="is empty"):
+        read_styles(str(file))
+    with pytest.raises(BadInputError, match="cannot be read"):
+        read_styles(str(tmp_path / "none"))
+
+
+def test_opposite_preferences_on_a_prompt_are_trained_on_side_by_side() -> None:
+    rows = [{"prompt": [{"role": "user", "content": p}], "preference": [z]} for z in (1.0, -1.0) for p in "abcd"]
+    ordered = by_prompt(rows, 0)
+    assert [ordered[i]["prompt"] for i in range(0, 8, 2)] == [ordered[i]["prompt"] for i in range(1, 8, 2)]
+    assert sorted(str(r) for r in ordered) == sorted(str(r) for r in rows)
+    assert by_prompt(rows, 0) == ordered != by_prompt(rows, 1)

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-import random
-import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,21 +19,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedvpa.alignment.conditioning import load_conditioner, save_conditioner
-from fedvpa.alignment.dpo import ConditionalDPOTrainer, PreferenceCollator, last_checkpoint
-from fedvpa.alignment.policy import Policy, PolicyCard, Sampling, new_conditioner, save_card
+from fedvpa.alignment.policy import Policy, PolicyCard, Sampling
 from fedvpa.alignment.prompts import Prompt, in_style, read_prompts, read_styles
 from fedvpa.alignment.settings import AlignConfig
+from fedvpa.alignment.training import OnStage, by_prompt, load_base, publish, train_dpo
 from fedvpa.checkpoint import plain_json, write_atomically
 from fedvpa.errors import BadInputError, RunError
 from fedvpa.experiment.use import Selector, open_selector
 from fedvpa.models.backbone import Item
-from fedvpa.models.loading import load_causal_model
 
 logger = logging.getLogger("fedvpa")
-
-OnStage = Callable[[str, int, int, str], None]
-"""Called with (stage, done, in all, a note)."""
 
 
 class Candidate(NamedTuple):
@@ -70,9 +63,8 @@ def align(
     preferences = named_preferences(selector)
     styles = read_styles(config.styles) if config.styles else []
     wanted = {"run": str(run), "prompts": prompts, "split": split, "config": config.model_dump(mode="json"), "styles": styles}
-    _check_directory(root, wanted, resume)
-    dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
-    loaded = load_causal_model(config.base, dtype, config.device)
+    claim(root, wanted, resume)
+    loaded = load_base(config)
     base = Policy(loaded.module, loaded.tokenizer)
     chosen = read_prompts(prompts, split, config.max_prompt_tokens, lambda p: len(base.prompt_ids(p)))
     used = chosen.some(config.limit, config.seed)
@@ -92,20 +84,19 @@ def align(
         place = work / f"iteration-{iteration}"
         place.mkdir(exist_ok=True)
         candidates = _candidates(policy, used, preferences, config, styles, iteration, place, report)
-        pairs, counts = choose(selector, used, candidates, preferences, config.margin)
+        pairs, counts = choose(selector, used, candidates, preferences, config.margin, config.pairs_per_prompt)
         if not pairs:
             raise RunError(f"the selector told no two responses apart by {config.margin}; lower --margin, or train it longer")
-        done = _train(loaded, card, pairs, config, iteration, previous, place, report)
-        summary["iterations"].append(counts | done.pop("figures"))
-        policy, previous = Policy(done["model"], loaded.tokenizer), place / "trained"
+        stage, rows = f"training, iteration {iteration}", by_prompt(pairs, config.seed)
+        model, figures = train_dpo(loaded, card, rows, config, previous, place, stage, report)
+        summary["iterations"].append(counts | figures)
+        policy, previous = Policy(model, loaded.tokenizer), place / "trained"
         if iteration + 1 < config.iterations:  # TRL wraps a bare model; the adapter comes back with its weights
-            loaded = load_causal_model(config.base, dtype, config.device)
+            loaded = load_base(config)
     assert previous is not None
-    shutil.copytree(previous / "adapter", root / "adapter", dirs_exist_ok=True)
-    shutil.copy(previous / "conditioner.safetensors", root / "conditioner.safetensors")
     summary["seconds"] = time.perf_counter() - start
     write_atomically(root / "align.json", plain_json(summary))
-    save_card(card, root)  # last: it marks the policy as finished
+    publish(previous, card, root)
     return AlignResult(root, summary)
 
 
@@ -127,9 +118,10 @@ def named_preferences(selector: Selector) -> dict[str, Float[Tensor, "d"]]:
 
 def choose(
     selector: Selector, prompts: Sequence[Prompt], candidates: dict[str, list[list[Candidate]]],
-    preferences: dict[str, Float[Tensor, "d"]], margin: float,
+    preferences: dict[str, Float[Tensor, "d"]], margin: float, per_prompt: int = 1,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:  # fmt: skip
-    """Best and worst of each prompt's candidates under each preference; returns TRL rows with their z, and counts.
+    """Best and worst of each prompt's candidates under each preference, second best and second worst, and so on up to
+    `per_prompt` pairs; returns TRL rows with their z, and counts.
 
     Pairs whose rewards differ by less than `margin`, and prompts with fewer than two different candidates, are dropped.
     """
@@ -144,21 +136,23 @@ def choose(
             if len(different) < 2:
                 same += 1
                 continue
-            if float(reward.max() - reward.min()) < max(margin, 1e-9):
-                close += 1
-                continue
-            best, worst = different[int(reward.argmax())], different[int(reward.argmin())]
-            by_preference[name] = by_preference.get(name, 0) + 1
-            rows.append(
-                {
-                    "prompt": [{"role": m.role, "content": m.content} for m in prompt],
-                    "chosen": [{"role": "assistant", "content": best.text}],
-                    "rejected": [{"role": "assistant", "content": worst.text}],
-                    "chosen_ended": best.ended,
-                    "rejected_ended": worst.ended,
-                    "preference": z.tolist(),
-                }
-            )
+            order = reward.argsort(descending=True).tolist()
+            for high, low in list(zip(order, reversed(order)))[: min(per_prompt, len(order) // 2)]:
+                if float(reward[high] - reward[low]) < max(margin, 1e-9):
+                    close += 1
+                    continue
+                best, worst = different[high], different[low]
+                by_preference[name] = by_preference.get(name, 0) + 1
+                rows.append(
+                    {
+                        "prompt": [{"role": m.role, "content": m.content} for m in prompt],
+                        "chosen": [{"role": "assistant", "content": best.text}],
+                        "rejected": [{"role": "assistant", "content": worst.text}],
+                        "chosen_ended": best.ended,
+                        "rejected_ended": worst.ended,
+                        "preference": z.tolist(),
+                    }
+                )
     return rows, {"pairs": by_preference, "dropped_under_margin": close, "dropped_without_two_responses": same}
 
 
@@ -214,83 +208,12 @@ def _read_lines(file: Path) -> list[Candidate]:
     return [Candidate(**json.loads(line)) for line in kept.decode("utf-8").splitlines()]
 
 
-def _by_prompt(pairs: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
-    """Pairs of a prompt side by side, prompts at random: in a batch that holds a prompt's opposite preferences, what they have
-    in common cancels, and what z has to decide is left."""
-    by_prompt: dict[str, list[dict[str, Any]]] = {}
-    for pair in pairs:
-        by_prompt.setdefault(json.dumps(pair["prompt"]), []).append(pair)
-    order = list(by_prompt.values())
-    random.Random(seed).shuffle(order)
-    return [pair for own in order for pair in own]
+def claim(root: Path, wanted: dict[str, Any], resume: bool) -> None:
+    """Refuse a directory that is in use, or one that was begun otherwise.
 
-
-def _train(
-    loaded: Any, card: PolicyCard, pairs: list[dict[str, Any]], config: AlignConfig, iteration: int, previous: Path | None,
-    place: Path, report: OnStage,
-) -> dict[str, Any]:  # fmt: skip
-    """One iteration of DPO, from the previous iteration's weights, against the base model."""
-    from datasets import Dataset, disable_progress_bars, load_from_disk
-    from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
-    from transformers import PrinterCallback, TrainerCallback
-    from trl.trainer.dpo_config import DPOConfig
-
-    disable_progress_bars()  # progress is reported by stage
-    saved = place / "pairs"
-    if not (saved / "dataset_info.json").is_file():
-        Dataset.from_list(_by_prompt(pairs, config.seed)).save_to_disk(str(saved))
-    conditioner = new_conditioner(card, loaded.module, loaded.tokenizer, config.seed)
-    if loaded.tokenizer.pad_token_id is None:
-        loaded.tokenizer.pad_token = loaded.tokenizer.eos_token
-    arguments = DPOConfig(
-        output_dir=str(place / "checkpoints"), num_train_epochs=config.epochs, per_device_train_batch_size=config.batch,
-        learning_rate=config.learning_rate, lr_scheduler_type="cosine", warmup_steps=5, beta=config.beta, seed=config.seed,
-        precompute_ref_log_probs=True, gradient_checkpointing=config.gradient_checkpointing, max_length=None,
-        save_strategy="steps", save_steps=config.save_every, save_total_limit=2, logging_steps=1, report_to=[],
-        disable_tqdm=True, use_cpu=config.device == "cpu", bf16=False, train_sampling_strategy="sequential",
-    )  # fmt: skip
-    stops = tuple(Policy(loaded.module, loaded.tokenizer).stops)
-    trainer = ConditionalDPOTrainer(
-        model=loaded.module, args=arguments, processing_class=loaded.tokenizer, train_dataset=load_from_disk(str(saved)),
-        data_collator=PreferenceCollator(pad_token_id=loaded.tokenizer.pad_token_id, stops=stops),
-        peft_config=LoraConfig(r=config.rank, lora_alpha=2 * config.rank, lora_dropout=0.0, target_modules="all-linear",
-                               task_type="CAUSAL_LM"),
-        conditioner=conditioner,
-    )  # fmt: skip
-    if previous is not None:
-        set_peft_model_state_dict(trainer.model, load_peft_weights(str(previous / "adapter")))
-        load_conditioner(conditioner, previous)
-
-    class Tell(TrainerCallback):
-        """Passes TRL's log on."""
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-            if logs and "loss" in logs:
-                note = f"loss {float(logs['loss']):.3f}, accuracy {float(logs.get('rewards/accuracies', 0)):.2f}"
-                report(f"training, iteration {iteration}", state.global_step, state.max_steps, note)
-
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Tell())
-    found = last_checkpoint(place / "checkpoints")
-    if found is not None:
-        load_conditioner(conditioner, found)
-    began = time.perf_counter()
-    trainer.train(resume_from_checkpoint=None if found is None else str(found))
-    trained = place / "trained"
-    trained.mkdir(exist_ok=True)
-    trainer.model.save_pretrained(str(trained / "adapter"), selected_adapters=["default"])
-    save_conditioner(conditioner, trained)
-    log = [row for row in trainer.state.log_history if "loss" in row]
-    last = log[-max(1, len(log) // 5) :]
-    figures = {
-        "steps": trainer.state.global_step, "training_seconds": time.perf_counter() - began,
-        "loss": sum(float(r["loss"]) for r in last) / len(last),
-        "preference_accuracy": sum(float(r["rewards/accuracies"]) for r in last) / len(last),
-    }  # fmt: skip
-    return {"model": trainer.model, "figures": figures}
-
-
-def _check_directory(root: Path, wanted: dict[str, Any], resume: bool) -> None:
+    Raises:
+        BadInputError: see there.
+    """
     asked = root / "work" / "asked.json"
     if resume:
         if not asked.is_file():

@@ -3,10 +3,12 @@ its backbone, and any OpenAI-compatible endpoint. A judge that fails says so; no
 
 from __future__ import annotations
 
-import logging
+import json
 import os
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,8 +28,6 @@ from fedvpa.evaluation.statistics import Interval
 from fedvpa.evaluation.winrates import bootstrap
 from fedvpa.models.backbone import Item, Progress
 from fedvpa.types import PreferencePair
-
-logger = logging.getLogger("fedvpa")
 
 POLES = {pole: (name, sign) for name, low, high in ATTRIBUTES for pole, sign in ((low, -1), (high, 1))}
 """Pole of a persona attribute to (attribute, sign)."""
@@ -212,10 +212,12 @@ class EndpointJudge:
 
     def _ask(self, criterion: str, prompt: Prompt, a: str, b: str) -> float:
         """1 if A is said to be better, 0 if B is, 1/2 for a tie."""
-        from huggingface_hub import InferenceClient
-
-        client = InferenceClient(base_url=self.url, api_key=os.environ.get(self.key_variable) or "none", timeout=self.timeout)
-        messages = _question(self.descriptions[criterion], prompt, a, b)
+        body = {"model": self.model, "messages": _question(self.descriptions[criterion], prompt, a, b), "max_tokens": 8,
+                "temperature": 0.0}  # fmt: skip
+        headers = {"Content-Type": "application/json"}
+        if os.environ.get(self.key_variable):
+            headers["Authorization"] = f"Bearer {os.environ[self.key_variable]}"
+        address = self.url.rstrip("/") + "/chat/completions"
         problem = ""
         for attempt in range(self.attempts):
             if attempt:
@@ -224,18 +226,22 @@ class EndpointJudge:
                 self.usage.requests += 1
                 self.usage.retries += attempt > 0
             try:
-                reply = client.chat_completion(messages, model=self.model, max_tokens=8, temperature=0.0)
-                said = str(reply.choices[0].message.content or "").strip().strip(".*\"'() ").upper()
-            except Exception as error:  # the client raises its own, the transport's and the parser's errors
-                status = getattr(getattr(error, "response", None), "status_code", None)
-                problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-                if status in (400, 401, 403, 404, 422):  # asking again will not help
+                request = urllib.request.Request(address, json.dumps(body).encode(), headers)
+                with urllib.request.urlopen(request, timeout=self.timeout) as reply:
+                    content = json.load(reply)
+                said = str(content["choices"][0]["message"]["content"]).strip().strip(".*\"'() ").upper()
+            except urllib.error.HTTPError as error:
+                problem = f"HTTP {error.code} {error.reason}: {error.read(300).decode(errors='replace')}"
+                if error.code in (400, 401, 403, 404, 422):  # asking again will not help
                     break
                 continue
+            except (OSError, ValueError, KeyError, IndexError, TypeError) as error:  # no connection, or not such an endpoint
+                problem = f"{type(error).__name__}: {error}"
+                continue
+            used = content.get("usage") or {}
             with self._lock:
-                if reply.usage is not None:
-                    self.usage.prompt_tokens += reply.usage.prompt_tokens
-                    self.usage.completion_tokens += reply.usage.completion_tokens
+                self.usage.prompt_tokens += int(used.get("prompt_tokens", 0))
+                self.usage.completion_tokens += int(used.get("completion_tokens", 0))
             if said in _ANSWERS:
                 return _ANSWERS[said]
             problem = f"answered {said[:40]!r} instead of A, B or TIE"

@@ -81,10 +81,11 @@ class Setting:
 
 
 def winrate(
-    directory: str, out: str, setting: Setting, judges: Sequence[Judge], *, resume: bool = False,
-    on_progress: OnProgress | None = None,
+    directory: str, out: str, setting: Setting, judges_of: Callable[[Sequence[Prompt]], Sequence[Judge]], *,
+    resume: bool = False, on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Generate, judge, and return what `winrate.json` holds; a judge that failed has an ``error`` in place of figures.
+    `judges_of` is told the prompts, so that a judge that is trained can leave them out.
 
     Raises:
         BadInputError: no policy there, names that are not known, no usable prompts, or a directory in use.
@@ -96,6 +97,7 @@ def winrate(
     arms = arms_of(card, setting)
     chosen = read_prompts(setting.prompts, setting.split, 1 << 20, lambda p: len(policy.prompt_ids(p)))
     prompts, groups = chosen.balanced(setting.limit, setting.seed)
+    judges = judges_of(prompts)
     asked = _asked(directory, setting, arms)
     _claim(root, asked, resume)
     answers: dict[str, list[Answer]] = {}

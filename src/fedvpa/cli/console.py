@@ -7,8 +7,8 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,20 @@ class Reporter:
         """Progress of a backbone, with tokens per second."""
         with self.progress(description) as bar:
             yield lambda done, total, speed: bar.update(done, total, f"{speed:,.0f} tokens/s")
+
+    @contextmanager
+    def stages(self) -> Iterator[Callable[[str, int, int, str], None]]:
+        """Bars one after the other: a function of (stage, done, in all, a note)."""
+        with ExitStack() as bars:
+            shown: dict[str, _Bar] = {}
+
+            def on_stage(stage: str, done: int, total: int, note: str) -> None:
+                if stage not in shown:
+                    bars.close()
+                    shown[stage] = bars.enter_context(self.progress(stage))
+                shown[stage].update(done, total, note)
+
+            yield on_stage
 
 
 class _Bar:

@@ -1,5 +1,5 @@
 """The command line: ``fedvpa data | embed | train | evaluate | compare | personalize | score``, and for policies
-``align | generate | chat | export | winrate``.
+``align | feddpo | generate | chat | export | winrate``.
 
 Exit codes: 0 ok, 1 a run failed or was interrupted, 2 bad usage or bad input.
 """

@@ -1,11 +1,10 @@
-"""``fedvpa align``, ``generate`` and ``chat``: train a policy that z steers, and use it."""
+"""``fedvpa align``, ``feddpo``, ``generate``, ``export`` and ``chat``: train a policy that z steers, and use it."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from fedvpa.alignment.export import check_free, export_adapter, export_merged
 from fedvpa.alignment.policy import PolicyCard, Sampling, load_card, load_policy
 from fedvpa.alignment.prompts import read_prompts
-from fedvpa.alignment.settings import AlignConfig
+from fedvpa.alignment.settings import AlignConfig, FedDPOConfig
 from fedvpa.checkpoint import write_atomically
 from fedvpa.cli.console import Reporter, add_common, emit_json
 from fedvpa.cli.options import add_flat_settings, flat_settings_given
@@ -36,6 +35,15 @@ def register(commands: Any) -> None:
     one.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write the summary as JSON")
     add_common(one)
     one.set_defaults(run=run_align)
+
+    fed = commands.add_parser("feddpo", help="baseline: one policy by federated DPO on the clients' pairs", allow_abbrev=False)
+    fed.add_argument("directory", metavar="RUN", help="a run whose clients and pairs are used")
+    fed.add_argument("--out", required=True, metavar="DIR", help="where the policy goes")
+    fed.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    add_flat_settings(fed, FedDPOConfig)
+    fed.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write the summary as JSON")
+    add_common(fed)
+    fed.set_defaults(run=run_feddpo)
 
     many = commands.add_parser("generate", help="responses of a policy under a preference", allow_abbrev=False)
     many.add_argument("directory", metavar="DIR", help="what `fedvpa align` made")
@@ -91,15 +99,7 @@ def run_align(arguments: argparse.Namespace, reporter: Reporter) -> int:
     from fedvpa.alignment.align import align  # with TRL, which is slow to import
 
     config = flat_settings_given(arguments, AlignConfig)
-    with ExitStack() as bars:
-        shown: dict[str, Any] = {}
-
-        def on_stage(stage: str, done: int, total: int, note: str) -> None:
-            if stage not in shown:
-                bars.close()
-                shown[stage] = bars.enter_context(reporter.progress(stage))
-            shown[stage].update(done, total, note)
-
+    with reporter.stages() as on_stage:
         result = align(
             arguments.directory, arguments.prompts, arguments.out, config, split=arguments.split, resume=arguments.resume,
             on_stage=on_stage,
@@ -116,6 +116,18 @@ def run_align(arguments: argparse.Namespace, reporter: Reporter) -> int:
         f"{result.root}: preferences {names}; {summary['seconds']:.0f} s; next: fedvpa chat {result.root} --prefer ..."
     )
     emit_json(arguments.json, summary)
+    return 0
+
+
+def run_feddpo(arguments: argparse.Namespace, reporter: Reporter) -> int:
+    """Train the baseline."""
+    from fedvpa.alignment.federated_dpo import feddpo  # with TRL, which is slow to import
+
+    config = flat_settings_given(arguments, FedDPOConfig)
+    with reporter.stages() as on_stage:
+        result = feddpo(arguments.directory, arguments.out, config, resume=arguments.resume, on_stage=on_stage)
+    reporter.say(f"{result.root}: {config.rounds} rounds, {result.summary['seconds']:.0f} s; one policy, preference 'shared'")
+    emit_json(arguments.json, result.summary)
     return 0
 
 

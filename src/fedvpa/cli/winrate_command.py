@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import ExitStack
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fedvpa.alignment.judges import POLES, EndpointJudge, ExactJudge, Judge, RewardJudge
 from fedvpa.alignment.policy import PolicyCard, Sampling, load_card
+from fedvpa.alignment.prompts import Prompt
 from fedvpa.alignment.winrate import Setting, winrate
 from fedvpa.checkpoint import write_atomically
 from fedvpa.cli.console import Reporter, add_common, emit_json, show_interval
@@ -60,8 +61,7 @@ def register(commands: Any) -> None:
 def run_winrate(arguments: argparse.Namespace, reporter: Reporter) -> int:
     """Generate, judge, report; 1 where a judge failed."""
     card = load_card(Path(arguments.directory))
-    judges = _judges(arguments, card, reporter)
-    if not judges:
+    if not (arguments.exact or arguments.judge_pairs or arguments.judge_url):
         raise BadInputError("no judge: give --exact, --judge-pairs SOURCE, or --judge-url URL with --judge-model NAME")
     if not 0 < arguments.top_p <= 1 or arguments.temperature < 0 or arguments.max_new_tokens < 1 or arguments.batch < 1:
         raise BadInputError(
@@ -76,16 +76,14 @@ def run_winrate(arguments: argparse.Namespace, reporter: Reporter) -> int:
         [parse_weights(text) for text in arguments.mix], users, _texts(arguments.steering, card),
         _named(arguments.versus, "--versus"), arguments.device,
     )  # fmt: skip
-    with ExitStack() as bars:
-        shown: dict[str, Any] = {}
 
-        def on_progress(stage: str, done: int, total: int, note: str) -> None:
-            if stage not in shown:
-                bars.close()
-                shown[stage] = bars.enter_context(reporter.progress(stage))
-            shown[stage].update(done, total, note)
+    def judges_of(prompts: Sequence[Prompt]) -> list[Judge]:
+        return _judges(arguments, card, prompts, reporter)
 
-        results = winrate(arguments.directory, arguments.out, setting, judges, resume=arguments.resume, on_progress=on_progress)
+    with reporter.stages() as on_progress:
+        results = winrate(
+            arguments.directory, arguments.out, setting, judges_of, resume=arguments.resume, on_progress=on_progress
+        )
     price = _price(arguments.judge_price)
     for found in results["judges"].values():
         if price and "prompt_tokens" in found:
@@ -122,7 +120,7 @@ def _show(results: dict[str, Any], reporter: Reporter) -> None:
     reporter.table("texts", columns, rows)
 
 
-def _judges(arguments: argparse.Namespace, card: PolicyCard, reporter: Reporter) -> list[Judge]:
+def _judges(arguments: argparse.Namespace, card: PolicyCard, prompts: Sequence[Prompt], reporter: Reporter) -> list[Judge]:
     judges: list[Judge] = []
     if arguments.exact:
         poles = [name for name in card.preferences if name in POLES]
@@ -133,9 +131,13 @@ def _judges(arguments: argparse.Namespace, card: PolicyCard, reporter: Reporter)
         pairs, dropped = untrained_pairs(card.selector, arguments.judge_pairs, arguments.judge_split, arguments.judge_backbone)
         if dropped:
             reporter.say(f"{dropped} of --judge-pairs were left out: the selector was trained on them")
+        judged = set(prompts)
+        kept = [pair for pair in pairs if pair.prompt not in judged]
+        if len(kept) < len(pairs):
+            reporter.say(f"{len(pairs) - len(kept)} of --judge-pairs were left out: they are on prompts that are judged")
         with reporter.texts("the judge's features") as progress:
             features = FeaturesConfig(backbone=arguments.judge_backbone, layer=arguments.judge_layer)
-            judges.append(RewardJudge(pairs, features, progress))
+            judges.append(RewardJudge(kept, features, progress))
     if arguments.judge_url:
         if not arguments.judge_model:
             raise BadInputError("--judge-url: name the model to ask with --judge-model")
