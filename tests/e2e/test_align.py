@@ -17,7 +17,7 @@ from tests.e2e.test_cli import flags
 
 SMALL = [
     "--candidates", "4", "--max-new-tokens", "6", "--batch", "2", "--margin", "0.0", "--tokens", "2", "--rank", "2", "--epochs",
-    "1", "--save-every", "2", "--dtype", "float32", "--iterations", "2",
+    "1", "--save-every", "2", "--dtype", "float32", "--pairs-per-prompt", "1", "--users", "1", "--iterations", "2",
 ]  # fmt: skip
 
 
@@ -44,9 +44,9 @@ def test_a_policy_knows_its_preferences_and_what_it_was_made_of(aligned: tuple[P
     first, second = summary["iterations"]
     for row in (first, second):
         kept = sum(row["pairs"].values())
-        assert kept + row["dropped_under_margin"] + row["dropped_without_two_responses"] == 8
+        assert kept + row["dropped_under_margin"] + row["dropped_without_two_responses"] == 12
     assert len((out / "work/iteration-0/candidates.jsonl").read_text().splitlines()) == 16
-    assert {f.name for f in (out / "work/iteration-1").glob("candidates*")} == {"candidates-0.jsonl", "candidates-1.jsonl"}
+    assert {f.name for f in (out / "work/iteration-1").glob("candidates*")} == {f"candidates-{c}.jsonl" for c in range(3)}
 
 
 def test_an_interrupted_alignment_goes_on_to_the_same_policy(
@@ -119,7 +119,7 @@ def test_the_monolithic_and_the_federated_baseline_are_policies_with_one_prefere
     settings = zip(names, (tiny_model, 2, "float32", 6, 16, shared))
     given = [text for name, value in [*settings, *more.items()] for text in (f"--{name}", str(value))]
     assert main(["train", "--data", str(data), "--split", "train", *given]) == 0
-    small = [*SMALL[:-2], "--form", "shift"]
+    small = [*SMALL[:-4], "--form", "shift"]
     assert (
         main(
             ["align", str(shared), "--prompts", str(prompts), "--base", str(tiny_model), "--out", str(tmp_path / "dpo"), *small]

@@ -79,12 +79,14 @@ def align(
         **wanted, "prompts_used": len(used), "prompts_skipped": dict(chosen.skipped), "preferences": list(preferences),
         "iterations": [],
     }  # fmt: skip
+    conditions = {name: z.expand(len(used), -1) for name, z in preferences.items()}
+    conditions |= users_by_prompt(selector, config.users, len(used), config.seed)
     policy, previous = base, None
     for iteration in range(config.iterations):
         place = work / f"iteration-{iteration}"
         place.mkdir(exist_ok=True)
-        candidates = _candidates(policy, used, preferences, config, styles, iteration, place, report)
-        pairs, counts = choose(selector, used, candidates, preferences, config.margin, config.pairs_per_prompt)
+        candidates = _candidates(policy, used, conditions, config, styles, iteration, place, report)
+        pairs, counts = choose(selector, used, candidates, conditions, config.margin, config.pairs_per_prompt)
         if not pairs:
             raise RunError(f"the selector told no two responses apart by {config.margin}; lower --margin, or train it longer")
         stage, rows = f"training, iteration {iteration}", by_prompt(pairs, config.seed)
@@ -116,12 +118,27 @@ def named_preferences(selector: Selector) -> dict[str, Float[Tensor, "d"]]:
     }
 
 
+def users_by_prompt(selector: Selector, users: int, prompts: int, seed: int) -> dict[str, Float[Tensor, "p d"]]:
+    """Posterior means of training clients, drawn anew for every prompt: so z between and around the prototypes is trained too.
+
+    Raises:
+        BadInputError: users were asked for, but the selector knows no posteriors.
+    """
+    if not users:
+        return {}
+    means = selector.posterior_means
+    if means is None:
+        raise BadInputError(f"--users: {selector.run.paths.root} holds no posteriors of its clients")
+    generator = torch.Generator().manual_seed(seed)
+    return {f"user-{u}": means[torch.randint(len(means), (prompts,), generator=generator)] for u in range(users)}
+
+
 def choose(
     selector: Selector, prompts: Sequence[Prompt], candidates: dict[str, list[list[Candidate]]],
-    preferences: dict[str, Float[Tensor, "d"]], margin: float, per_prompt: int = 1,
+    preferences: dict[str, Float[Tensor, "p d"]], margin: float, per_prompt: int = 1,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:  # fmt: skip
-    """Best and worst of each prompt's candidates under each preference, second best and second worst, and so on up to
-    `per_prompt` pairs; returns TRL rows with their z, and counts.
+    """Best and worst of each prompt's candidates under each preference (a z for every prompt), second best and second worst,
+    and so on up to `per_prompt` pairs; returns TRL rows with their z, and counts.
 
     Pairs whose rewards differ by less than `margin`, and prompts with fewer than two different candidates, are dropped.
     """
@@ -131,8 +148,9 @@ def choose(
     for name, z in preferences.items():
         lists = [list({one.text: one for one in drawn if one.text}.values()) for drawn in candidates[name]]
         items = [Item(prompt, one.text) for prompt, different in zip(prompts, lists) for one in different]
-        rewards = selector.score(items, z).split([len(different) for different in lists]) if items else []
-        for prompt, different, reward in zip(prompts, lists, rewards):
+        counts = torch.tensor([len(different) for different in lists])
+        rewards = selector.score(items, z.repeat_interleave(counts, 0)).split(counts.tolist()) if items else []
+        for prompt, different, reward, own in zip(prompts, lists, rewards, z):
             if len(different) < 2:
                 same += 1
                 continue
@@ -150,7 +168,7 @@ def choose(
                         "rejected": [{"role": "assistant", "content": worst.text}],
                         "chosen_ended": best.ended,
                         "rejected_ended": worst.ended,
-                        "preference": z.tolist(),
+                        "preference": own.tolist(),
                     }
                 )
     return rows, {"pairs": by_preference, "dropped_under_margin": close, "dropped_without_two_responses": same}
@@ -162,8 +180,8 @@ def _centre_and_scale(z: Float[Tensor, "m d"], neutral: Float[Tensor, "d"]) -> t
 
 
 def _candidates(
-    policy: Policy, prompts: Sequence[Prompt], preferences: dict[str, Tensor], config: AlignConfig, styles: Sequence[str],
-    iteration: int, place: Path, report: OnStage,
+    policy: Policy, prompts: Sequence[Prompt], preferences: dict[str, Float[Tensor, "p d"]], config: AlignConfig,
+    styles: Sequence[str], iteration: int, place: Path, report: OnStage,
 ) -> dict[str, list[list[Candidate]]]:  # fmt: skip
     """Responses by preference and prompt. The first iteration draws from the base model, for all preferences alike: without a
     system prompt of ours, and under each style in turn."""
@@ -180,7 +198,7 @@ def _candidates(
         with file.open("a", encoding="utf-8") as stream:
             for at in range(len(found), len(jobs), block):
                 part = jobs[at : at + block]
-                rows = None if z is None else z.expand(len(part), -1)
+                rows = None if z is None else z.repeat_interleave(config.candidates, 0)[at : at + block]
                 fresh = [Candidate("", True)] * len(part)
                 seed = (config.seed * 1009 + iteration) * 1009 + c * 101 + at
                 for batch in policy.sample(part, rows, sampling, seed):

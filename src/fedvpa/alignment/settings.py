@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fedvpa.config import Section
 
@@ -18,6 +18,7 @@ class TrainingConfig(Section):
     max_prompt_tokens: Annotated[int, Field(ge=8)] = Field(256, description="longer prompts are left out")
     epochs: Annotated[int, Field(ge=1)] = Field(2, description="passes over the pairs (feddpo: a client's, each time)")
     batch: Annotated[int, Field(ge=1)] = Field(8, description="pairs a step")
+    micro_batch: Annotated[int, Field(ge=1)] = Field(2, description="pairs of a step that are computed at a time (memory)")
     learning_rate: Annotated[float, Field(gt=0)] = Field(3e-4, description="of adapter and conditioner")
     beta: Annotated[float, Field(gt=0)] = Field(0.1, description="DPO's beta")
     sft_weight: Annotated[float, Field(ge=0)] = Field(
@@ -30,6 +31,12 @@ class TrainingConfig(Section):
     save_every: Annotated[int, Field(ge=1)] = Field(25, description="steps between checkpoints")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="all randomness follows from it")
 
+    @model_validator(mode="after")
+    def _whole_micro_batches(self) -> Self:
+        if self.batch % min(self.micro_batch, self.batch):
+            raise ValueError(f"micro_batch {self.micro_batch} does not divide batch {self.batch}")
+        return self
+
 
 class AlignConfig(TrainingConfig):
     """Every setting of ``fedvpa align``."""
@@ -37,6 +44,7 @@ class AlignConfig(TrainingConfig):
     limit: Annotated[int, Field(ge=0)] = Field(0, description="at most this many prompts, picked at random (0: all)")
     candidates: Annotated[int, Field(ge=2)] = Field(8, description="responses sampled for a prompt and preference")
     styles: str = Field("", description="text file, a system prompt a line: the first candidates are drawn under each in turn")
+    users: Annotated[int, Field(ge=0)] = Field(0, description="beside the prototypes, z of this many random clients a prompt")
     pairs_per_prompt: Annotated[int, Field(ge=1)] = Field(2, description="best and worst, second best and second worst, ...")
     max_new_tokens: Annotated[int, Field(ge=4)] = Field(160, description="tokens of a response at most")
     temperature: Annotated[float, Field(gt=0)] = Field(0.7, description="of the candidates")

@@ -63,9 +63,11 @@ def train_dpo(
     conditioner = new_conditioner(card, loaded.module, loaded.tokenizer, config.seed)
     if loaded.tokenizer.pad_token_id is None:
         loaded.tokenizer.pad_token = loaded.tokenizer.eos_token
+    micro = min(config.micro_batch, config.batch)
     weighted = config.sft_weight > 0
     arguments = DPOConfig(
-        output_dir=str(place / "checkpoints"), num_train_epochs=config.epochs, per_device_train_batch_size=config.batch,
+        output_dir=str(place / "checkpoints"), num_train_epochs=config.epochs, per_device_train_batch_size=micro,
+        gradient_accumulation_steps=config.batch // micro,
         loss_type=["sigmoid", "sft"] if weighted else ["sigmoid"], loss_weights=[1.0, config.sft_weight] if weighted else None,
         learning_rate=config.learning_rate, lr_scheduler_type="cosine", warmup_steps=0.1, beta=config.beta, seed=config.seed,
         precompute_ref_log_probs=True, gradient_checkpointing=config.gradient_checkpointing, max_length=None,

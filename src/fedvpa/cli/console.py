@@ -7,6 +7,7 @@ import logging
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -129,6 +130,7 @@ def configure_logging(quiet: bool, debug: bool) -> None:
         level=logging.DEBUG if debug else logging.ERROR if quiet else logging.WARNING,
     )
     logging.getLogger("fedvpa").setLevel(logging.DEBUG if debug else logging.ERROR if quiet else logging.INFO)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # between libraries, not the user's
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

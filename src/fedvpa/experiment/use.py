@@ -87,6 +87,11 @@ class PreferenceModel:
         return self._predictor.params.get(PROTOTYPES)
 
     @property
+    def posterior_means(self) -> Float[Tensor, "k d"] | None:
+        """z of the training clients, as the server holds them."""
+        return self.run.checkpoint.state.clients["mean"]
+
+    @property
     def neutral(self) -> Float[Tensor, "d"]:
         """z of somebody of whom nothing is known."""
         return self._predictor.prior_mean()
@@ -138,17 +143,18 @@ class PreferenceModel:
         margin = self._predictor.margin(self._predictor.adapt(others, torch.full((len(others.mask),), -1)), others).diagonal()
         return float(-torch.nn.functional.logsigmoid(margin).mean())
 
-    def score(self, items: Sequence[Item], z: Float[Tensor, "d"]) -> Float[Tensor, "n"]:
-        """Reward of each response under z, relative to the average training response.
+    def score(self, items: Sequence[Item], z: Float[Tensor, "*n d"]) -> Float[Tensor, "n"]:
+        """Reward of each response under z (one for all, or one each), relative to the average training response.
 
         Raises:
             BadInputError: z is of another dimension, or not finite.
         """
-        if z.shape != (self.latent,):
+        if z.shape not in ((self.latent,), (len(items), self.latent)):
             raise BadInputError(f"z has shape {tuple(z.shape)}, but this run's latent has {self.latent} dimensions")
         if not z.isfinite().all():
             raise BadInputError("z holds NaN or Inf")
-        return self._predictor.margin_under(z.unsqueeze(0), _against_average(self.run, self._cache, items))[0]
+        batch = _against_average(self.run, self._cache, items)
+        return self._predictor.margin_under(z.expand(len(items), -1), batch)[:, 0]
 
     def read_z(self, source: str) -> Float[Tensor, "d"]:
         """z from a JSON file that `personalize` wrote (or a list of numbers), or from ``prototype:K``, ``mean``.
@@ -187,12 +193,13 @@ class SharedRewardModel:
         self._cache = FeatureCache(run.config.features)
         self.prototypes: Float[Tensor, "1 1"] | None = torch.zeros(1, 1)
         self.neutral: Float[Tensor, "1"] = torch.zeros(1)
+        self.posterior_means: Float[Tensor, "k 1"] | None = None
         self.component_groups: list[str | None] = ["shared"]
 
-    def score(self, items: Sequence[Item], z: Float[Tensor, "d"]) -> Float[Tensor, "n"]:
+    def score(self, items: Sequence[Item], z: Float[Tensor, "*n d"]) -> Float[Tensor, "n"]:
         """Reward of each response, relative to the average training response; z is not read."""
         predictor = self.run.predictor
-        return predictor.margin(predictor.neutral(1), _against_average(self.run, self._cache, items))[0]
+        return predictor.margin(predictor.neutral(len(items)), _against_average(self.run, self._cache, items))[:, 0]
 
 
 Selector = PreferenceModel | SharedRewardModel
@@ -210,11 +217,11 @@ def open_selector(directory: str | Path) -> Selector:
 
 
 def _against_average(run: Run, cache: FeatureCache, items: Sequence[Item]) -> PairBatch:
-    """Pairs [1, n] of each response and one at the centre of the training responses, whose whitened features are zero."""
+    """Pairs [n, 1] of each response and one at the centre of the training responses, whose whitened features are zero."""
     features, _, _, _ = cache.items(items)
     centred = (features - run.whitener.centre) @ run.whitener.projection
-    mask = torch.ones(1, len(items), dtype=torch.bool)
-    return PairBatch(centred.unsqueeze(0), centred.unsqueeze(0) / 2, torch.zeros(1, len(items)), mask)
+    mask = torch.ones(len(items), 1, dtype=torch.bool)
+    return PairBatch(centred.unsqueeze(1), centred.unsqueeze(1) / 2, torch.zeros(len(items), 1), mask)
 
 
 def untrained_pairs(directory: str | Path, source: str, split: str | None, backbone: str) -> tuple[list[PreferencePair], int]:
