@@ -180,7 +180,7 @@ def test_win_rates_are_judged_without_the_selector(
     steering = tmp_path / "steering.yaml"
     steering.write_text("kind: please help a friend\nblunt: stop\n")
     command = [
-        "winrate", str(out), "--prompts", str(data), "--split", "test", "--limit", "9", "--out", str(target),
+        "winrate", str(out), "--prompts", str(data), "--split", "test", "--limit", "4", "--out", str(target),
         "--judge-pairs", str(data), "--judge-backbone", str(other), "--steering", str(steering), "--versus", f"twin={out}",
         "--mix", "kind=0.5,blunt=0.5", "--user", f"me:kind={data / 'kind/test.jsonl'}", "--max-new-tokens", "8",
         "--temperature", "1", "--top-p", "1",
@@ -190,22 +190,22 @@ def test_win_rates_are_judged_without_the_selector(
     arms = ["base", "kind", "blunt", "kind=0.5,blunt=0.5", "user me"]
     arms += [f"{kind} {name}" for kind in ("prompted", "twin") for name in ("kind", "blunt")]
     assert sorted(a["name"] for a in results["arms"]) == sorted(arms)
-    assert results["prompt_groups"] == {"blunt & kind": 9}
+    assert results["prompt_groups"] == {"blunt & kind": 4}
     judge = results["judges"]["reward"]
     assert set(judge["accuracy"]) == {"kind", "blunt"}
-    assert sum(judge["pairs"].values()) < 168  # what the selector saw is left out
+    assert judge["pairs"] == {"kind": 20, "blunt": 20}  # neither what the selector saw nor what is on the judged prompts
     for criterion in ("kind", "blunt"):
         assert set(judge["against_base"][criterion]) == set(arms) - {"base"}
         for row in judge["against_base"][criterion].values():
             assert 0 <= row["win_rate"]["low"] <= row["win_rate"]["mean"] <= row["win_rate"]["high"] <= 1
-            assert row["win_rate"]["n"] == 9
+            assert row["win_rate"]["n"] == 4
     twin, one = judge["against_base"]["kind"]["twin kind"], judge["against_base"]["kind"]["kind"]
     assert twin["win_rate"] == one["win_rate"]  # the same policy on the same seed
-    assert judge["own_against"]["kind"]["twin kind"] == {**judge["own_against"]["kind"]["twin kind"], "ties": 9}
+    assert judge["own_against"]["kind"]["twin kind"] == {**judge["own_against"]["kind"]["twin kind"], "ties": 4}
     assert results["texts"]["base"]["kl_per_token"]["mean"] == 0 < results["texts"]["kind"]["kl_per_token"]["mean"]
     page = (target / "winrate.html").read_text()
     assert "Accuracy on prompts it was not trained on" in page
-    assert len((target / "responses/00.jsonl").read_text().splitlines()) == 10
+    assert len((target / "responses/00.jsonl").read_text().splitlines()) == 5
     assert main(command) == 2
     assert "not empty" in capsys.readouterr().err
     assert main([*command, "--resume", "--judge-backbone", str(tiny_model)]) == 2
@@ -214,9 +214,9 @@ def test_win_rates_are_judged_without_the_selector(
     assert main([*command, "--resume"]) == 0
     assert json.loads((target / "winrate.json").read_text())["judges"] == results["judges"]
     assert main([*command, "--resume", "--seed", "5"]) == 2
-    assert main([*command[:8], str(tmp_path / "none")]) == 2
+    assert main([*command[:9], str(tmp_path / "none")]) == 2
     assert "no judge" in capsys.readouterr().err
-    assert main([*command[:8], str(tmp_path / "none"), "--exact"]) == 2
+    assert main([*command[:9], str(tmp_path / "none"), "--exact"]) == 2
     assert "none of kind, blunt" in capsys.readouterr().err.replace("blunt, kind", "kind, blunt")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -32,7 +32,7 @@ class TrainingConfig(Section):
     seed: Annotated[int, Field(ge=0)] = Field(0, description="all randomness follows from it")
 
     @model_validator(mode="after")
-    def _whole_micro_batches(self) -> Self:
+    def _whole_micro_batches(self) -> TrainingConfig:
         if self.batch % min(self.micro_batch, self.batch):
             raise ValueError(f"micro_batch {self.micro_batch} does not divide batch {self.batch}")
         return self
