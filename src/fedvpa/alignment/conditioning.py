@@ -17,6 +17,7 @@ CONDITIONER = "conditioner.safetensors"
 """File that holds a conditioner's weights."""
 
 GAIN = 50.0
+"""Standard deviations of the embeddings that one unit of a conditioner's weights stands for."""
 
 PREFERENCE = "preference"
 """Name under which z travels in a batch, [rows, d]."""
