@@ -203,6 +203,7 @@ def test_win_rates_are_judged_without_the_selector(
     assert twin["win_rate"] == one["win_rate"]  # the same policy on the same seed
     assert judge["own_against"]["kind"]["twin kind"] == {**judge["own_against"]["kind"]["twin kind"], "ties": 4}
     assert results["texts"]["base"]["kl_per_token"]["mean"] == 0 < results["texts"]["kind"]["kl_per_token"]["mean"]
+    assert results["texts"]["prompted kind"]["kl_per_token"]["mean"] is None  # not computed, so not 0
     page = (target / "winrate.html").read_text()
     assert "Accuracy on prompts it was not trained on" in page
     assert len((target / "responses/00.jsonl").read_text().splitlines()) == 5

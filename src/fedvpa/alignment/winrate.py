@@ -206,7 +206,8 @@ def _answer(
     rate = tokens / (time.perf_counter() - began)
     out = []
     for i, (prompt, text, end) in enumerate(zip(prompts, texts, ended)):
-        out.append(Answer(text, end, *policy.divergence(prompt, text, arm.z)))
+        kl, surprise = policy.divergence(prompt, text, arm.z)
+        out.append(Answer(text, end, math.nan if arm.system else kl, surprise))  # of a system prompt it is not computed
         if report:
             report(f"distance to the base model: {arm.name}", i + 1, len(prompts), "")
     return out, rate

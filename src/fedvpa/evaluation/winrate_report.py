@@ -133,7 +133,8 @@ def _mixes(found: Mapping[str, Any]) -> dict[str, Any]:
     names, means = found["arms"], found["means"]
     fig, axes = plots.figure(6.4, 3.2)
     axes.plot(np.arange(len(names)), means["length"], marker="o", color=plots.COLOURS[0])
-    axes.set_xticks(np.arange(len(names)), names, fontsize=7, rotation=20)
+    axes.set_xticks(np.arange(len(names)), [name.replace(",", "\n") for name in names], fontsize=7)
+    axes.margins(x=0.15)
     axes.set_ylabel("words of a response")
     rows = [(attribute, [f"{v:.2f}" for v in values], found["monotone"][attribute]) for attribute, values in means.items()]
     return {"arms": names, "rows": rows, "plot": plots.svg(fig)}
