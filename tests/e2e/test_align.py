@@ -137,7 +137,7 @@ def test_the_monolithic_and_the_federated_baseline_are_policies_with_one_prefere
             main(["generate", str(tmp_path / name), "--prompts", str(prompts), "--responses", str(tmp_path / "r.jsonl")]) == 0
         )
     weights = (tmp_path / "fed/adapter/adapter_model.safetensors").read_bytes()
-    shutil.rmtree(tmp_path / "fed/work/round-1")  # as if killed in the second round
+    shutil.rmtree(tmp_path / "fed/work/round-1")  # as if it was killed then
     (tmp_path / "fed/policy.json").unlink()
     assert main([*command, "--resume"]) == 0
     assert (tmp_path / "fed/adapter/adapter_model.safetensors").read_bytes() == weights
@@ -242,6 +242,9 @@ def test_a_judge_that_fails_is_missing_and_the_command_says_so(
     with endpoint(_says_longer) as (url, asked):
         assert main([*command, url, "--resume"]) == 0
     found = json.loads((target / "winrate.json").read_text())["judges"]["endpoint"]
+    prompts.write_text("is tea good\nstop\nask a friend\nplease\n")
+    assert main([*command, url, "--resume"]) == 2  # the responses there are to other prompts
+    assert "was begun with other settings" in capsys.readouterr().err
     assert found["disagreements"] == 0
     assert found["requests"] == len(asked) == 2 * found["comparisons"]
     assert found["cost"] == pytest.approx(len(asked) * (7 + 2 * 1) / 1e6)

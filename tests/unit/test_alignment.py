@@ -258,8 +258,8 @@ def test_prompts_are_read_checked_and_counted(tmp_path: Path) -> None:
         (tmp_path / "groups" / group / "test.jsonl").write_text("\n".join(lines))
     grouped = read_prompts(str(tmp_path / "groups"), "test", 10, lambda _: 1)
     assert grouped.groups == ["a"] * 4 + ["a & b"] + ["b"] * 2
-    chosen, counts = grouped.balanced(0, 0)
-    assert (counts, len(chosen)) == ({"a": 1, "a & b": 1, "b": 1}, 3)
+    chosen, of = grouped.balanced(0, 0)
+    assert (of, len(chosen)) == (["a", "a & b", "b"], 3)
     with pytest.raises(BadInputError, match="every one needs a prompt"):
         grouped.balanced(2, 0)
     rows = tmp_path / "p.jsonl"

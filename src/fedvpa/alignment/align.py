@@ -227,10 +227,10 @@ def _read_lines(file: Path) -> list[Candidate]:
 
 
 def claim(root: Path, wanted: dict[str, Any], resume: bool) -> None:
-    """Refuse a directory that is in use, or one that was begun otherwise.
+    """Check that a run may write to `root`: a new directory, or with `resume` one that was begun with the same wishes.
 
     Raises:
-        BadInputError: see there.
+        BadInputError: it is in use, holds nothing to resume, or was begun otherwise.
     """
     asked = root / "work" / "asked.json"
     if resume:

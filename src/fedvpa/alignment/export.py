@@ -32,17 +32,18 @@ def export_merged(policy: Policy, z: Float[Tensor, "d"], folder: Path) -> None:
         BadInputError: the directory is in use.
     """
     check_free(folder)
-    conditioner, tokenizer = policy.model.conditioner, policy.tokenizer
+    form, extra = _effect(policy, z)
+    model: Any = policy.model.merge_and_unload()
     with torch.no_grad():
-        extra = conditioner(z.unsqueeze(0).to(policy.device))[0]
-        model: Any = policy.model.merge_and_unload()
-        if conditioner.form == "shift":
+        if form == "shift":
             _shift_embeddings(model, extra)
         else:
-            _add_soft_tokens(model, tokenizer, extra)
+            ids = _new_tokens(model, policy.tokenizer, extra.shape[0])
+            table = model.get_input_embeddings().weight
+            table[ids] = extra.to(table.dtype)
     with _aside(folder) as place:
         model.save_pretrained(place)
-        tokenizer.save_pretrained(place)
+        policy.tokenizer.save_pretrained(place)
 
 
 def export_adapter(policy: Policy, z: Float[Tensor, "d"], folder: Path) -> None:
@@ -55,15 +56,13 @@ def export_adapter(policy: Policy, z: Float[Tensor, "d"], folder: Path) -> None:
         BadInputError: the directory is in use.
     """
     check_free(folder)
-    conditioner, tokenizer = policy.model.conditioner, policy.tokenizer
-    with torch.no_grad():
-        extra = conditioner(z.unsqueeze(0).to(policy.device))[0]
+    form, extra = _effect(policy, z)
     weights = get_peft_model_state_dict(policy.model)
     config: Any = policy.model.peft_config["default"]
     base: Any = policy.model.unload()
     path = next(name for name, module in base.named_modules() if module is base.get_input_embeddings())
     table = path.rpartition(".")[2]
-    if conditioner.form == "shift":
+    if form == "shift":
         kind = LoraConfig(
             r=config.r, lora_alpha=config.lora_alpha, target_modules=[*config.target_modules, table], task_type="CAUSAL_LM",
             rank_pattern={table: 1}, alpha_pattern={table: 1},
@@ -71,10 +70,7 @@ def export_adapter(policy: Policy, z: Float[Tensor, "d"], folder: Path) -> None:
         weights[f"base_model.model.{path}.lora_embedding_A"] = torch.ones(1, base.get_input_embeddings().num_embeddings)
         weights[f"base_model.model.{path}.lora_embedding_B"] = extra.T.contiguous()
     else:
-        ids = _add_token_names(tokenizer, extra.shape[0])
-        if len(tokenizer) > base.get_input_embeddings().num_embeddings:
-            base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        base.generation_config.suppress_tokens = ids
+        ids = _new_tokens(base, policy.tokenizer, extra.shape[0])
         kind = LoraConfig(
             r=config.r, lora_alpha=config.lora_alpha, target_modules=config.target_modules, task_type="CAUSAL_LM",
             trainable_token_indices={table: ids},
@@ -85,7 +81,7 @@ def export_adapter(policy: Policy, z: Float[Tensor, "d"], folder: Path) -> None:
     set_peft_model_state_dict(model, weights)
     with _aside(folder) as place:
         model.save_pretrained(place, save_embedding_layers=False)
-        tokenizer.save_pretrained(place)
+        policy.tokenizer.save_pretrained(place)
         base.generation_config.save_pretrained(place)
         (place / "README.md").write_text(_README)
 
@@ -100,15 +96,18 @@ folder = "."  # this directory
 model, tokenizer = AutoPeftModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 chat = [{"role": "user", "content": "How do I plan a week's meals?"}]
 inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-tokens = model.generate(**inputs, generation_config=GenerationConfig.from_pretrained(folder), max_new_tokens=256)
+config = GenerationConfig.from_pretrained(folder, max_new_tokens=256)
+tokens = model.generate(**inputs, generation_config=config)
 print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 """
 
 
 def check_free(folder: Path) -> None:
-    """Raises:
-    BadInputError: the directory is in use.
+    """Refuse a directory that holds something.
+
+    Raises:
+        BadInputError: it does; the message names it.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadInputError(f"{folder}: not empty; choose another --out")
@@ -129,22 +128,22 @@ def _aside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _add_token_names(tokenizer: Any, count: int) -> list[int]:
-    """New special tokens, in front of every conversation; their ids."""
+def _effect(policy: Policy, z: Float[Tensor, "d"]) -> tuple[str, Float[Tensor, "k h"]]:
+    """The form of conditioning, and the soft tokens or the shift (k = 1) that z stands for."""
+    with torch.no_grad():
+        return policy.model.conditioner.form, policy.model.conditioner(z.unsqueeze(0).to(policy.device))[0]
+
+
+def _new_tokens(model: Any, tokenizer: Any, count: int) -> list[int]:
+    """New special tokens, in front of every conversation and never generated; their ids."""
     names = [f"<|preference_{i}|>" for i in range(count)]
     tokenizer.add_special_tokens({"additional_special_tokens": names}, replace_extra_special_tokens=False)
     tokenizer.chat_template = "{{- '" + "".join(names) + "' -}}" + tokenizer.chat_template
-    return list(tokenizer.convert_tokens_to_ids(names))
-
-
-def _add_soft_tokens(model: Any, tokenizer: Any, extra: Float[Tensor, "k h"]) -> None:
-    ids = _add_token_names(tokenizer, extra.shape[0])
-    table = model.get_input_embeddings()
-    if max(ids) >= table.num_embeddings:
+    ids = list(tokenizer.convert_tokens_to_ids(names))
+    if max(ids) >= model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
-    table = model.get_input_embeddings().weight
-    table[ids] = extra.to(table.dtype)
     model.generation_config.suppress_tokens = ids
+    return ids
 
 
 def _shift_embeddings(model: Any, extra: Float[Tensor, "1 h"]) -> None:

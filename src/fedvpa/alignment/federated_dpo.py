@@ -7,6 +7,7 @@ There is no latent preference: z is the constant 0, so the conditioner is a soft
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ import numpy as np
 from safetensors.torch import load_file, save_file
 
 from fedvpa.alignment.align import AlignResult, claim
-from fedvpa.alignment.policy import Policy, PolicyCard
+from fedvpa.alignment.policy import WEIGHTS, Policy, PolicyCard
 from fedvpa.alignment.settings import FedDPOConfig
 from fedvpa.alignment.training import OnStage, load_base, publish, train_dpo
 from fedvpa.checkpoint import plain_json, write_atomically
@@ -25,8 +26,6 @@ from fedvpa.data.partition import ClientPairs
 from fedvpa.errors import BadInputError
 from fedvpa.experiment.dataset import training_data
 from fedvpa.experiment.run import RunPaths, load_config
-
-_FILES = ("adapter/adapter_model.safetensors", "conditioner.safetensors")
 
 
 def feddpo(run: str, out: str, config: FedDPOConfig, *, resume: bool = False, on_stage: OnStage | None = None) -> AlignResult:
@@ -55,7 +54,7 @@ def feddpo(run: str, out: str, config: FedDPOConfig, *, resume: bool = False, on
     for number in range(config.rounds):
         place = work / f"round-{number}"
         cohort = np.random.default_rng([config.seed, 29, number]).permutation(able)[: config.cohort].tolist()
-        if not (place / "mean" / _FILES[1]).is_file():
+        if not (place / "mean" / WEIGHTS[1]).is_file():
             row: dict[str, Any] = {"cohort": cohort, "pairs": sum(len(rows[name]) for name in cohort), "loss": 0.0}
             for name in cohort:
                 fresh = load_base(config)
@@ -66,7 +65,7 @@ def feddpo(run: str, out: str, config: FedDPOConfig, *, resume: bool = False, on
             write_atomically(place / "round.json", plain_json(row))
             _average([place / "clients" / name / "trained" for name in cohort], [len(rows[n]) for n in cohort], place / "mean")
             shutil.rmtree(place / "clients")
-        history.append({"round": number, "cohort": cohort})
+        history.append({"round": number} | json.loads((place / "round.json").read_text()))
         previous = place / "mean"
         report("rounds", number + 1, config.rounds, "")
     assert previous is not None
@@ -101,7 +100,7 @@ def _average(trained: Sequence[Path], weights: Sequence[int], target: Path) -> N
     (target / "adapter").mkdir(parents=True, exist_ok=True)
     shutil.copy(trained[0] / "adapter/adapter_config.json", target / "adapter/adapter_config.json")
     share = [w / sum(weights) for w in weights]
-    for name in _FILES:
+    for name in WEIGHTS:
         parts = [load_file(folder / name) for folder in trained]
         mean = {key: sum(s * part[key] for s, part in zip(share, parts)) for key in parts[0]}
         save_file(mean, target / f"{name}.part")

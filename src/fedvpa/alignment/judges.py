@@ -51,6 +51,11 @@ class Judge(Protocol):
         """What it can measure."""
         ...
 
+    @property
+    def controls_length(self) -> bool:
+        """Whether its win rates are to be given at equal length too."""
+        ...
+
     def compare(self, criterion: str, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> list[float]:
         """1 where the first response is better, 0 where the second is, 1/2 for a tie.
 
@@ -70,6 +75,7 @@ class ExactJudge:
 
     criteria: list[str]
     name: str = "exact"
+    controls_length: bool = False
 
     def compare(self, criterion: str, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> list[float]:
         """See `Judge`."""
@@ -87,6 +93,7 @@ class RewardJudge:
     the selector never saw. `accuracy` is on prompts that the reward was not trained on (five folds), by group."""
 
     name = "reward"
+    controls_length = True
 
     def __init__(self, pairs: Sequence[PreferencePair], features: FeaturesConfig, progress: Progress | None = None) -> None:
         """Train.
@@ -178,7 +185,10 @@ class EndpointJudge:
     attempts: int = 5
     timeout: float = 60.0
     first_wait: float = 1.0
+    price: tuple[float, float] | None = None
+    """Of a million tokens read and of a million written."""
     name: str = "endpoint"
+    controls_length: bool = True
     usage: Usage = field(default_factory=Usage)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -199,7 +209,10 @@ class EndpointJudge:
 
     def about(self) -> dict[str, Any]:
         """See `Judge`."""
-        return {"model": self.model, "criteria": dict(self.descriptions), **vars(self.usage)}
+        used, cost = self.usage, None
+        if self.price is not None:
+            cost = (used.prompt_tokens * self.price[0] + used.completion_tokens * self.price[1]) / 1e6
+        return {"model": self.model, "criteria": dict(self.descriptions), **vars(used), "cost": cost}
 
     def _both_orders(self, criterion: str, prompt: Prompt, first: str, second: str) -> float:
         if first == second:

@@ -22,12 +22,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fedvpa.alignment.conditioning import PREFERENCE, Form, PreferenceConditioner, attach, load_conditioner
+from fedvpa.alignment.conditioning import CONDITIONER, PREFERENCE, Form, PreferenceConditioner, attach, load_conditioner
 from fedvpa.alignment.sampling import ShrinkingSampler
 from fedvpa.checkpoint import plain_json, write_atomically
 from fedvpa.errors import BadInputError
 from fedvpa.models.loading import load_causal_model
 from fedvpa.types import Message
+
+WEIGHTS = ("adapter/adapter_model.safetensors", CONDITIONER)
+"""Files that hold a policy's weights, beside the base model's."""
 
 
 @dataclass(frozen=True)

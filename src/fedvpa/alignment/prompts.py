@@ -32,8 +32,9 @@ class PromptSet:
             return self.prompts
         return [self.prompts[i] for i in sorted(random.Random(seed).sample(range(len(self.prompts)), limit))]
 
-    def balanced(self, limit: int, seed: int) -> tuple[list[Prompt], dict[str, int]]:
-        """About `limit` prompts (0: all), as many of each group as of any other, at random; and how many of each group.
+    def balanced(self, limit: int, seed: int) -> tuple[list[Prompt], list[str]]:
+        """About `limit` prompts (0: all), as many of each group as of any other, at random; and the group of each (``all``
+        where there are none).
 
         Raises:
             BadInputError: fewer than one prompt a group was asked for.
@@ -44,7 +45,7 @@ class PromptSet:
         if each < 1:
             raise BadInputError(f"--limit {limit}: there are {len(names)} groups of prompts, and every one needs a prompt")
         chosen = sorted(i for name in names for i in random.Random(seed).sample(places[name], each))
-        return [self.prompts[i] for i in chosen], {str(name): each for name in names}
+        return [self.prompts[i] for i in chosen], [self.groups[i] or "all" for i in chosen]
 
 
 def read_prompts(source: str, split: str | None, most_tokens: int, count_tokens: Callable[[Prompt], int]) -> PromptSet:

@@ -60,7 +60,8 @@ class ShrinkingSampler:
         **kwargs: Any,
     ) -> Int[Tensor, "b n"]:  # fmt: skip
         """New tokens of every row, filled up with the padding token behind its end."""
-        start, rows = input_ids.shape[1], torch.arange(input_ids.shape[0], device=input_ids.device)
+        count = input_ids.shape[0]
+        rows = torch.arange(count, device=input_ids.device)
         drawn: list[tuple[Tensor, Tensor]] = []
         done = torch.zeros_like(rows, dtype=torch.bool)
         first = True
@@ -87,11 +88,9 @@ class ShrinkingSampler:
                 kwargs = _keep(kwargs, live)
                 if self._on_keep is not None:
                     self._on_keep(live)
-        count = 1 + max((int(r.max()) for r, _ in drawn), default=0)
         out = torch.full((count, len(drawn)), int(generation_config.pad_token_id), device=input_ids.device)
         for step, (row, token) in enumerate(drawn):
             out[row, step] = token
-        assert start + len(drawn) == input_ids.shape[1]
         return out
 
 

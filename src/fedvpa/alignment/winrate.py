@@ -7,10 +7,11 @@ of each group of prompts as of any other. A comparison is always of two arms on 
 
 from __future__ import annotations
 
+import hashlib
 import json
-import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,15 +22,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedvpa.alignment.judges import Judge, JudgeError
-from fedvpa.alignment.policy import Policy, PolicyCard, Sampling, load_policy
+from fedvpa.alignment.policy import WEIGHTS, Policy, PolicyCard, Sampling, load_card, load_policy
 from fedvpa.alignment.prompts import Prompt, in_style, read_prompts
 from fedvpa.checkpoint import plain_json, write_atomically
 from fedvpa.data.personas import ATTRIBUTES, measure
 from fedvpa.errors import BadInputError, RunError
 from fedvpa.evaluation.statistics import interval
 from fedvpa.evaluation.winrates import difference, distinct_n, length_controlled, monotone, repetition, win_rate
-
-logger = logging.getLogger("fedvpa")
 
 BASE = "base"
 """The arm of the base model itself."""
@@ -96,9 +95,10 @@ def winrate(
     policy, card = load_policy(directory, setting.device)
     arms = arms_of(card, setting)
     chosen = read_prompts(setting.prompts, setting.split, 1 << 20, lambda p: len(policy.prompt_ids(p)))
-    prompts, groups = chosen.balanced(setting.limit, setting.seed)
+    prompts, group = chosen.balanced(setting.limit, setting.seed)
+    groups = Counter(group)
     judges = judges_of(prompts)
-    asked = _asked(directory, setting, arms)
+    asked = _asked(directory, setting, arms, prompts)
     _claim(root, asked, resume)
     answers: dict[str, list[Answer]] = {}
     speed: dict[str, float] = {}
@@ -118,7 +118,7 @@ def winrate(
         if len(rows) != len(prompts) or len(set(groups.values())) != 1:
             raise RunError(f"{root}: '{name}' answered {len(rows)} of {len(prompts)} prompts; delete responses/ and try again")
     results: dict[str, Any] = {
-        **asked, "prompt_groups": groups, "prompts_left_out": dict(chosen.skipped), "preferences": list(card.preferences),
+        **asked, "prompt_groups": dict(groups), "prompts_left_out": dict(chosen.skipped), "preferences": list(card.preferences),
         "texts": {name: _texts(rows) | {"tokens_per_second": speed[name]} for name, rows in answers.items()},
         "judges": {},
     }  # fmt: skip
@@ -128,7 +128,6 @@ def winrate(
         try:
             results["judges"][judge.name] = _judged(judge, arms, prompts, answers, on_progress)
         except JudgeError as error:
-            logger.error("%s", error)
             results["judges"][judge.name] = {"error": str(error), **judge.about()}
     results["samples"] = [
         {"prompt": [m._asdict() for m in prompts[i]], "responses": {name: rows[i].text for name, rows in answers.items()}}
@@ -155,7 +154,7 @@ def arms_of(card: PolicyCard, setting: Setting) -> list[Arm]:
         card.z(name)
         arms.append(Arm(f"prompted {name}", None, name, system))
     for label, folder in setting.versus.items():
-        _, other = load_policy(folder, setting.device)
+        other = load_card(Path(folder))
         for name in other.preferences:
             known = name if name in card.preferences else None
             arms.append(Arm(label if len(other.preferences) == 1 else f"{label} {name}", other.z(name), known, None, folder))
@@ -169,9 +168,15 @@ def _mix_name(mix: Mapping[str, float]) -> str:
     return ",".join(f"{name}={weight:g}" for name, weight in mix.items())
 
 
-def _asked(directory: str, setting: Setting, arms: Sequence[Arm]) -> dict[str, Any]:
+def _asked(directory: str, setting: Setting, arms: Sequence[Arm], prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """What the responses depend on: nothing is taken up again after a policy or a prompt has changed."""
+    digest = hashlib.sha256(json.dumps(prompts).encode())
+    for folder in (directory, *setting.versus.values()):
+        for file in WEIGHTS:
+            digest.update((Path(folder) / file).read_bytes())
     return {
-        "policy": directory, "prompts": setting.prompts, "split": setting.split, "limit": setting.limit, "seed": setting.seed,
+        "policy": directory, "fingerprint": digest.hexdigest()[:16], "prompts": setting.prompts,
+        "split": setting.split, "limit": setting.limit, "seed": setting.seed,
         "sampling": {k: v for k, v in vars(setting.sampling).items() if k != "whole"},
         "arms": [{"name": a.name, "asked": a.asked, "system": a.system, "policy": a.policy,
                   "z": None if a.z is None else a.z.tolist()} for a in arms],
@@ -249,7 +254,7 @@ def _judged(
     jobs = [(c, a.name, BASE) for c in judge.criteria for a in others]
     jobs += [
         (c, own[c], a.name) for c in judge.criteria if c in own for a in others
-        if a.name != own[c] and (a.name in own.values() or a.asked in (c, None)) and not (a.z is not None and "=" in a.name)
+        if a.name != own[c] and (a.name in own.values() or a.asked == c or (a.asked is None and a.policy is not None))
     ]  # fmt: skip
     against: dict[str, dict[str, Any]] = {}
     outcome: dict[tuple[str, str], list[float]] = {}
@@ -257,7 +262,7 @@ def _judged(
     for at, (criterion, first, second) in enumerate(jobs):
         result = judge.compare(criterion, prompts, texts[first], texts[second])
         row: dict[str, Any] = {"win_rate": win_rate(result), "ties": sum(r == 0.5 for r in result)}
-        if judge.name != "exact":
+        if judge.controls_length:
             row["length_controlled"] = length_controlled(result, words[first], words[second])
         if second == BASE:
             outcome[criterion, first] = result

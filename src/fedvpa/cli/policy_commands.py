@@ -13,7 +13,7 @@ import torch
 from fedvpa.alignment.export import check_free, export_adapter, export_merged
 from fedvpa.alignment.policy import PolicyCard, Sampling, load_card, load_policy
 from fedvpa.alignment.prompts import read_prompts
-from fedvpa.alignment.settings import AlignConfig, FedDPOConfig
+from fedvpa.alignment.settings import AlignConfig, FedDPOConfig, TrainingConfig
 from fedvpa.checkpoint import write_atomically
 from fedvpa.cli.console import Reporter, add_common, emit_json
 from fedvpa.cli.options import add_flat_settings, flat_settings_given
@@ -29,20 +29,12 @@ def register(commands: Any) -> None:
     one.add_argument("directory", metavar="RUN", help="a trained run with prototypes (fedvpa-gp)")
     one.add_argument("--prompts", required=True, metavar="SOURCE", help="public: personas, .txt, .jsonl, or preference pairs")
     one.add_argument("--split", help="only files called SPLIT.*")
-    one.add_argument("--out", required=True, metavar="DIR", help="where the policy goes")
-    one.add_argument("--resume", action="store_true", help="continue an interrupted run")
-    add_flat_settings(one, AlignConfig)
-    one.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write the summary as JSON")
-    add_common(one)
+    _training_flags(one, AlignConfig)
     one.set_defaults(run=run_align)
 
     fed = commands.add_parser("feddpo", help="baseline: one policy by federated DPO on the clients' pairs", allow_abbrev=False)
     fed.add_argument("directory", metavar="RUN", help="a run whose clients and pairs are used")
-    fed.add_argument("--out", required=True, metavar="DIR", help="where the policy goes")
-    fed.add_argument("--resume", action="store_true", help="continue an interrupted run")
-    add_flat_settings(fed, FedDPOConfig)
-    fed.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write the summary as JSON")
-    add_common(fed)
+    _training_flags(fed, FedDPOConfig)
     fed.set_defaults(run=run_feddpo)
 
     many = commands.add_parser("generate", help="responses of a policy under a preference", allow_abbrev=False)
@@ -73,6 +65,14 @@ def register(commands: Any) -> None:
     _sampling_flags(talk)
     add_common(talk)
     talk.set_defaults(run=run_chat)
+
+
+def _training_flags(parser: argparse.ArgumentParser, config: type[TrainingConfig]) -> None:
+    parser.add_argument("--out", required=True, metavar="DIR", help="where the policy goes")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    add_flat_settings(parser, config)
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write the summary as JSON")
+    add_common(parser)
 
 
 def _sampling_flags(parser: argparse.ArgumentParser) -> None:

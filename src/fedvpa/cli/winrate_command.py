@@ -84,12 +84,7 @@ def run_winrate(arguments: argparse.Namespace, reporter: Reporter) -> int:
         results = winrate(
             arguments.directory, arguments.out, setting, judges_of, resume=arguments.resume, on_progress=on_progress
         )
-    price = _price(arguments.judge_price)
-    for found in results["judges"].values():
-        if price and "prompt_tokens" in found:
-            found["cost"] = (found["prompt_tokens"] * price[0] + found["completion_tokens"] * price[1]) / 1e6
     root = Path(arguments.out)
-    emit_json(str(root / "winrate.json"), results)
     write_atomically(root / "winrate.html", render_winrate(results).encode())
     _show(results, reporter)
     reporter.say(f"{root}/winrate.html, {root}/winrate.json")
@@ -143,7 +138,8 @@ def _judges(arguments: argparse.Namespace, card: PolicyCard, prompts: Sequence[P
             raise BadInputError("--judge-url: name the model to ask with --judge-model")
         described = _texts(arguments.judge_criteria, card)
         criteria = described or {n: f"the reply that fits the preference '{n}' better" for n in card.preferences}
-        judges.append(EndpointJudge(arguments.judge_url, arguments.judge_model, criteria, arguments.judge_key_env))
+        price = _price(arguments.judge_price)
+        judges.append(EndpointJudge(arguments.judge_url, arguments.judge_model, criteria, arguments.judge_key_env, price=price))
     return judges
 
 

@@ -17,7 +17,7 @@ def render_winrate(results: Mapping[str, Any]) -> str:
     """The page for what `winrate` returned (see docs/alignment.md for its keys)."""
     arms = [arm["name"] for arm in results["arms"]]
     judges = [_judge(name, found, arms) for name, found in results["judges"].items()]
-    groups = ", ".join(f"{n} of {name}" for name, n in results["prompt_groups"].items() if name != "None")
+    groups = ", ".join(f"{n} of {name}" for name, n in results["prompt_groups"].items() if name != "all")
     count = sum(results["prompt_groups"].values())
     sampling = results["sampling"]
     lead = (

@@ -22,6 +22,7 @@ from fedvpa.experiment.run import Run, RunPaths, load_config, open_run, pairs_to
 from fedvpa.federated.objective import PROTOTYPES
 from fedvpa.federated.variational import VariationalPredictor
 from fedvpa.models.backbone import Item
+from fedvpa.models.loading import location_stamp
 from fedvpa.types import PairBatch, PreferencePair
 
 
@@ -232,7 +233,8 @@ def untrained_pairs(directory: str | Path, source: str, split: str | None, backb
         BadInputError: the run reads features of that very backbone, its training data are gone, or no pair is left.
     """
     config = load_config(RunPaths(Path(directory)))
-    if config.features.backbone == backbone:
+    own, stamp = config.features.backbone, location_stamp(backbone)
+    if own == backbone or (stamp is not None and stamp == location_stamp(own)):
         raise BadInputError(
             f"{directory}: was trained on features of '{backbone}'; an independent judge needs another backbone"
         )
