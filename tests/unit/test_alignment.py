@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -37,19 +38,20 @@ from fedvpa.alignment.training import by_prompt
 from fedvpa.errors import BadInputError
 from fedvpa.types import Message
 
+FORMS = ("gate", "prefix", "shift")
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 PROMPTS = [(Message("user", "is tea good"),), (Message("user", "please help a friend ask"),), (Message("user", "stop"),)]
 
 
-def card_of(form: str = "prefix", tokens: int = 3, base: str = "") -> PolicyCard:
-    return PolicyCard(base, "", form, tokens, {"a": [1.0, 0.0], "b": [-1.0, 1.0]}, [0.0, 0.5], [0.0, 0.5], 2.0, "run")  # type: ignore[arg-type]
+def card_of(form: str = "gate") -> PolicyCard:
+    return PolicyCard("", "", form, {"a": [1.0, 0.0], "b": [-1.0, 1.0]}, [0.0, 0.5], [0.0, 0.5], 2.0, "run")  # type: ignore[arg-type]
 
 
-def policy_of(folder: Path, form: str = "prefix", loud: float = 0.0) -> Policy:
+def policy_of(folder: Path, form: str = "gate", loud: float = 0.0) -> Policy:
     """A policy on the tiny model; `loud` makes adapter and conditioner far from what they start as."""
     torch.manual_seed(0)
     base, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    conditioner = new_conditioner(card_of(form), base, tokenizer)
+    conditioner = new_conditioner(card_of(form), base, tokenizer, 4, 3)
     model = get_peft_model(base, LORA)
     attach(model, conditioner)
     if loud:
@@ -60,7 +62,7 @@ def policy_of(folder: Path, form: str = "prefix", loud: float = 0.0) -> Policy:
     return Policy(model.eval(), tokenizer)
 
 
-@pytest.mark.parametrize("form", ["prefix", "shift"])
+@pytest.mark.parametrize("form", FORMS)
 def test_without_z_the_policy_is_the_base_model(form: str, tiny_model: Path) -> None:
     policy = policy_of(tiny_model, form, loud=0.5)
     base = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
@@ -73,7 +75,7 @@ def test_without_z_the_policy_is_the_base_model(form: str, tiny_model: Path) -> 
     assert policy.respond(PROMPTS[1], None, greedy) == text
 
 
-@pytest.mark.parametrize("form", ["prefix", "shift"])
+@pytest.mark.parametrize("form", FORMS)
 def test_generation_under_z_follows_the_trained_forward_and_ignores_padding(form: str, tiny_model: Path) -> None:
     policy = policy_of(tiny_model, form, loud=0.5)
     z = torch.tensor([[1.0, 0.0], [-1.0, 1.0], [0.3, 0.3]])
@@ -109,7 +111,7 @@ def test_a_draw_is_one_of_the_nucleus_with_its_probability() -> None:
     assert draw_from_nucleus(logits[None], 0.0, 0.9) == logits.argmax()
 
 
-@pytest.mark.parametrize("form", ["prefix", "shift"])
+@pytest.mark.parametrize("form", FORMS)
 def test_rows_that_end_early_change_nothing_for_the_others(form: str, tiny_model: Path) -> None:
     policy = policy_of(tiny_model, form, loud=0.5)
     prompts, z = PROMPTS * 4, torch.randn(12, 2, generator=torch.Generator().manual_seed(1))
@@ -134,7 +136,7 @@ def test_a_response_that_the_limit_ended_is_trained_without_an_end() -> None:
 
 
 def test_soft_tokens_are_attended_to_and_never_predicted() -> None:
-    conditioner = PreferenceConditioner(torch.zeros(2), 1.0, torch.ones(5), 0.1, "prefix", 3)
+    conditioner = PreferenceConditioner.soft_tokens(torch.zeros(2), 1.0, torch.ones(5), 0.1, 3, 0)
     out = conditioner.embed(
         torch.ones(2, 2), torch.zeros(2, 4, 5), torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]), torch.arange(8).view(2, 4)
     )
@@ -142,6 +144,21 @@ def test_soft_tokens_are_attended_to_and_never_predicted() -> None:
     assert out["attention_mask"].tolist() == [[1, 1, 1, 0, 1, 1, 1], [1] * 7]
     assert out["labels"][:, :3].eq(-100).all()
     assert out["labels"][:, 3:].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_gates_start_shared_and_opposite_and_are_plain_lora_where_nothing_differs() -> None:
+    centre = torch.tensor([0.0, 0.5])
+    two = PreferenceConditioner.gates(centre, 2.0, torch.tensor([[1.0, 0.0], [-1.0, 1.0]]), 6)
+    gates = two(torch.tensor([[1.0, 0.0], [-1.0, 1.0], [0.0, 0.5]])).squeeze(1)
+    assert torch.allclose(gates[:2, :3].abs(), torch.ones(2, 3), atol=1e-5)
+    assert torch.allclose(gates[0, :3], -gates[1, :3], atol=1e-5)
+    assert torch.allclose(gates[2, :3], torch.zeros(3), atol=1e-5)
+    assert torch.equal(gates[:, 3:], torch.ones(3, 3))
+    three = PreferenceConditioner.gates(torch.zeros(4), 1.0, torch.eye(4)[:3], 8)(torch.eye(4)[:3]).squeeze(1)
+    assert torch.linalg.matrix_rank(three[:, :4] - three[:, :4].mean(0), rtol=1e-4) == 2
+    assert torch.allclose(three[:, :4].square().mean(0), torch.ones(4), atol=1e-5)
+    one = PreferenceConditioner.gates(torch.zeros(2), 1.0, torch.ones(1, 2), 4)
+    assert torch.equal(one(torch.randn(3, 2)), torch.ones(3, 1, 4))
 
 
 def pairs() -> list[dict[str, Any]]:
@@ -182,9 +199,14 @@ def trained(tiny_model: Path, out: Path, conditioner: PreferenceConditioner | No
     return trainer
 
 
-def test_a_frozen_zero_shift_is_trl_dpo_step_for_step(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["gate", "shift"])
+def test_a_frozen_zero_shift_or_gates_of_one_are_trl_dpo_step_for_step(form: str, tiny_model: Path, tmp_path: Path) -> None:
     base, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
-    conditioner = new_conditioner(card_of("shift"), base, tokenizer).requires_grad_(False)
+    conditioner = new_conditioner(card_of(form), base, tokenizer, 4, 3)
+    conditioner.requires_grad_(False)
+    if form == "gate":
+        conditioner.weight.zero_()
+        conditioner.start.fill_(1.0)
     ours, theirs = trained(tiny_model, tmp_path / "a", conditioner), trained(tiny_model, tmp_path / "b", None)
     losses = [[row["loss"] for row in t.state.log_history if "loss" in row] for t in (ours, theirs)]
     assert len(losses[0]) == 6
@@ -198,11 +220,12 @@ def test_a_frozen_zero_shift_is_trl_dpo_step_for_step(tiny_model: Path, tmp_path
 
 def test_conditional_dpo_learns_opposite_preferences_and_the_reference_is_the_base(tiny_model: Path, tmp_path: Path) -> None:
     base, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
-    conditioner = new_conditioner(card_of(), base, tokenizer)
+    conditioner = new_conditioner(card_of(), base, tokenizer, 4, 3)
     before = conditioner.weight.detach().clone()
     trainer = trained(tiny_model, tmp_path / "run", conditioner)
     log = [row for row in trainer.state.log_history if "loss" in row]
     assert log[-1]["loss"] < log[0]["loss"]
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)  # it starts as the base model
     assert not torch.equal(conditioner.weight, before)
     row = trainer.train_dataset[0]
     ids = torch.tensor([row["prompt_ids"] + row["chosen_ids"]])
@@ -219,7 +242,7 @@ def test_the_reference_must_be_computed_beforehand(tiny_model: Path, tmp_path: P
     with pytest.raises(ValueError, match="precompute_ref_log_probs"):
         ConditionalDPOTrainer(
             model=base, args=given, processing_class=tokenizer, train_dataset=Dataset.from_list(pairs()), peft_config=LORA,
-            data_collator=PreferenceCollator(pad_token_id=0), conditioner=new_conditioner(card_of(), base, tokenizer),
+            data_collator=PreferenceCollator(pad_token_id=0), conditioner=new_conditioner(card_of(), base, tokenizer, 4, 3),
         )  # fmt: skip
 
 
@@ -273,7 +296,7 @@ def test_prompts_are_read_checked_and_counted(tmp_path: Path) -> None:
         read_prompts(str(tmp_path / "empty.jsonl"), None, 10, lambda _: 1)
 
 
-@pytest.mark.parametrize("form", ["prefix", "shift"])
+@pytest.mark.parametrize("form", FORMS)
 def test_an_exported_policy_gives_the_same_tokens_in_plain_transformers(form: str, tiny_model: Path, tmp_path: Path) -> None:
     z, greedy = torch.tensor([1.0, -0.5]), Sampling(8, 0.0)
     policy = policy_of(tiny_model, form, loud=0.5)
@@ -293,7 +316,7 @@ def test_an_exported_policy_gives_the_same_tokens_in_plain_transformers(form: st
         export_merged(policy, z, out)
 
 
-@pytest.mark.parametrize("form", ["prefix", "shift"])
+@pytest.mark.parametrize("form", FORMS)
 def test_an_exported_adapter_gives_the_same_tokens_in_plain_peft(form: str, tiny_model: Path, tmp_path: Path) -> None:
     z, greedy = torch.tensor([1.0, -0.5]), Sampling(8, 0.0)
     policy = policy_of(tiny_model, form, loud=0.5)

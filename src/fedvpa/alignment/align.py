@@ -70,7 +70,7 @@ def align(
     used = chosen.some(config.limit, config.seed)
     centre, scale = _centre_and_scale(torch.stack(list(preferences.values())), selector.neutral)
     card = PolicyCard(
-        config.base, loaded.revision, config.form, config.tokens if config.form == "prefix" else 1,
+        config.base, loaded.revision, config.form,
         {name: z.tolist() for name, z in preferences.items()}, selector.neutral.tolist(), centre.tolist(), scale, str(run),
     )  # fmt: skip
     work.mkdir(parents=True, exist_ok=True)

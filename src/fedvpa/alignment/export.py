@@ -24,20 +24,23 @@ from fedvpa.errors import BadInputError
 
 
 def export_merged(policy: Policy, z: Float[Tensor, "d"], folder: Path) -> None:
-    """Write the base model with the adapter merged and z's effect made part of the embeddings. The policy is used up by it.
+    """Write the base model with the adapter and z's effect merged into it. The policy is used up by it.
 
-    A shift is added to the embedding table (and the output layer, if it shared that table, keeps the old one).
+    Gates scale the adapter. A shift is added to the embedding table (an output layer that shared that table keeps the old one).
 
     Raises:
         BadInputError: the directory is in use.
     """
     check_free(folder)
     form, extra = _effect(policy, z)
+    if form == "gate":
+        weights = get_peft_model_state_dict(policy.model)
+        set_peft_model_state_dict(policy.model, _gated(weights, extra))
     model: Any = policy.model.merge_and_unload()
     with torch.no_grad():
         if form == "shift":
             _shift_embeddings(model, extra)
-        else:
+        elif form == "prefix":
             ids = _new_tokens(model, policy.tokenizer, extra.shape[0])
             table = model.get_input_embeddings().weight
             table[ids] = extra.to(table.dtype)
@@ -49,8 +52,9 @@ def export_merged(policy: Policy, z: Float[Tensor, "d"], folder: Path) -> None:
 def export_adapter(policy: Policy, z: Float[Tensor, "d"], folder: Path) -> None:
     """Write a PEFT adapter that `AutoPeftModelForCausalLM` loads onto the base model. The policy is used up by it.
 
-    Soft tokens are PEFT's trainable tokens; a shift is a LoRA of rank one on the embedding. `generation_config.json` keeps the
-    soft tokens from being generated; PEFT does not read it, so it is to be handed to `generate` (see the README there).
+    With gates it is an ordinary LoRA adapter. Soft tokens are PEFT's trainable tokens; a shift is a LoRA of rank one on the
+    embedding. `generation_config.json` keeps soft tokens from being generated; PEFT does not read it, so it is to be handed to
+    `generate` (see the README there).
 
     Raises:
         BadInputError: the directory is in use.
@@ -62,7 +66,9 @@ def export_adapter(policy: Policy, z: Float[Tensor, "d"], folder: Path) -> None:
     base: Any = policy.model.unload()
     path = next(name for name, module in base.named_modules() if module is base.get_input_embeddings())
     table = path.rpartition(".")[2]
-    if form == "shift":
+    if form == "gate":
+        kind, weights = config, _gated(weights, extra)
+    elif form == "shift":
         kind = LoraConfig(
             r=config.r, lora_alpha=config.lora_alpha, target_modules=[*config.target_modules, table], task_type="CAUSAL_LM",
             rank_pattern={table: 1}, alpha_pattern={table: 1},
@@ -129,9 +135,14 @@ def _aside(folder: Path) -> Iterator[Path]:
 
 
 def _effect(policy: Policy, z: Float[Tensor, "d"]) -> tuple[str, Float[Tensor, "k h"]]:
-    """The form of conditioning, and the soft tokens or the shift (k = 1) that z stands for."""
+    """The form of conditioning, and the gates (k = 1), soft tokens or shift (k = 1) that z stands for."""
     with torch.no_grad():
         return policy.model.conditioner.form, policy.model.conditioner(z.unsqueeze(0).to(policy.device))[0]
+
+
+def _gated(weights: dict[str, Tensor], gates: Float[Tensor, "1 r"]) -> dict[str, Tensor]:
+    """Weights of a LoRA adapter whose ranks are scaled for good."""
+    return {name: value * gates.T.to(value) if "lora_A" in name else value for name, value in weights.items()}
 
 
 def _new_tokens(model: Any, tokenizer: Any, count: int) -> list[int]:

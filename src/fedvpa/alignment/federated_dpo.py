@@ -2,7 +2,7 @@
 
 Every round, clients picked at random start from the policy so far, run DPO on their own pairs against the base model, and send
 back adapter and conditioner; their mean, weighted by pairs, is the next policy (McMahan et al., 2017; Rafailov et al., 2023).
-There is no latent preference: z is the constant 0, so the conditioner is a soft prompt.
+There is no latent preference: z is the constant 0, so there is nothing for the conditioner to tell apart.
 """
 
 from __future__ import annotations
@@ -45,8 +45,7 @@ def feddpo(run: str, out: str, config: FedDPOConfig, *, resume: bool = False, on
     able = [name for name, own in rows.items() if own]
     if not able:
         raise BadInputError(f"{run}: no client has a pair within --max-prompt-tokens and --max-response-tokens")
-    tokens = config.tokens if config.form == "prefix" else 1
-    card = PolicyCard(config.base, loaded.revision, config.form, tokens, {"shared": [0.0]}, [0.0], [0.0], 1.0, run)
+    card = PolicyCard(config.base, loaded.revision, config.form, {"shared": [0.0]}, [0.0], [0.0], 1.0, run)
     work.mkdir(parents=True, exist_ok=True)
     write_atomically(work / "asked.json", plain_json(wanted))
     history: list[dict[str, Any]] = []

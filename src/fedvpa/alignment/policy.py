@@ -4,7 +4,7 @@
 |---|---|
 | `policy.json` | base model, form of conditioning, latent dimensions, named preferences (z of each), the selector's run |
 | `adapter/` | the LoRA adapter, as PEFT writes it |
-| `conditioner.safetensors` | the map from z to soft tokens or to a shift |
+| `conditioner.safetensors` | the map from z to the adapter's gates, to soft tokens or to a shift |
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from fedvpa.alignment.conditioning import CONDITIONER, PREFERENCE, Form, PreferenceConditioner, attach, load_conditioner
+from fedvpa.alignment.conditioning import CONDITIONER, PREFERENCE, Form, PreferenceConditioner, attach, read_conditioner
 from fedvpa.alignment.sampling import ShrinkingSampler
 from fedvpa.checkpoint import plain_json, write_atomically
 from fedvpa.errors import BadInputError
@@ -40,7 +40,6 @@ class PolicyCard:
     base: str
     revision: str
     form: Form
-    tokens: int
     preferences: dict[str, list[float]]
     neutral: list[float]
     centre: list[float]
@@ -177,12 +176,16 @@ class Policy:
         width = max(map(len, ids))
         tokens = torch.tensor([[pad] * (width - len(row)) + row for row in ids], device=self.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=self.device)
-        shift = None if z is None or self.model.conditioner.form == "prefix" else _Shift(self.model, z.to(self.device))
         given: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask}
-        if z is not None and shift is None:
-            given = self.model.conditioner.embed(z.to(self.device), self.model.get_input_embeddings()(tokens), mask)
-        sampler = ShrinkingSampler(sampling.temperature, sampling.top_p, None if shift is None else shift.keep)
-        with nullcontext() if shift is None else shift:
+        sampler, held = ShrinkingSampler(sampling.temperature, sampling.top_p), nullcontext()
+        if z is not None:
+            conditioner, z = self.model.conditioner, z.to(self.device)
+            if conditioner.form == "prefix":
+                given = conditioner.embed(z, self.model.get_input_embeddings()(tokens), mask)
+            else:
+                sampler = ShrinkingSampler(sampling.temperature, sampling.top_p, conditioner.keep)
+                held = conditioner.holding(z)
+        with held:
             drawn: Tensor = self.model.generate(
                 **given, custom_generate=sampler, do_sample=False, temperature=None, top_p=None, top_k=None,
                 max_new_tokens=sampling.max_new_tokens, pad_token_id=pad, eos_token_id=self.stops,
@@ -193,24 +196,6 @@ class Policy:
         if on or not hasattr(self.model, "disable_adapter"):
             return nullcontext()
         return self.model.disable_adapter()
-
-
-class _Shift:
-    """While it is entered, the input embedding gives what it gives plus the conditioner's shift for the row."""
-
-    def __init__(self, model: Any, z: Float[Tensor, "b d"]) -> None:
-        self._table = model.get_input_embeddings()
-        self._shift = model.conditioner(z)
-
-    def keep(self, rows: Int[Tensor, "k"]) -> None:
-        """Only these rows go on."""
-        self._shift = self._shift[rows]
-
-    def __enter__(self) -> None:
-        self._handle = self._table.register_forward_hook(lambda _, __, out: out + self._shift.to(out.dtype))
-
-    def __exit__(self, *_: object) -> None:
-        self._handle.remove()
 
 
 def whole_sentences(text: str) -> str:
@@ -226,12 +211,18 @@ def _turn_ends(tokenizer: Any) -> list[int]:
     return [known[name] for name in names if name in known]
 
 
-def new_conditioner(card: PolicyCard, model: Any, tokenizer: Any, seed: int = 0) -> PreferenceConditioner:
-    """An untrained conditioner for the base model."""
+def new_conditioner(
+    card: PolicyCard, model: Any, tokenizer: Any, rank: int, tokens: int, seed: int = 0
+) -> PreferenceConditioner:
+    """An untrained conditioner for a base model and an adapter of this rank, or for that many soft tokens."""
+    centre = torch.tensor(card.centre)
+    if card.form == "gate":
+        return PreferenceConditioner.gates(centre, card.scale, torch.tensor(list(card.preferences.values())), rank)
     table = model.get_input_embeddings().weight.detach().float()
+    if card.form == "shift":
+        return PreferenceConditioner.shift(centre, card.scale, table.shape[-1], float(table.std()))
     anchor = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    unit = float(table.std())
-    return PreferenceConditioner(torch.tensor(card.centre), card.scale, table[anchor], unit, card.form, card.tokens, seed)
+    return PreferenceConditioner.soft_tokens(centre, card.scale, table[anchor], float(table.std()), tokens, seed)
 
 
 def save_card(card: PolicyCard, folder: Path) -> None:
@@ -268,8 +259,6 @@ def load_policy(folder: str | Path, device: str = "cpu", dtype: torch.dtype | No
         raise BadInputError(
             f"{folder}: was trained on other weights of '{card.base}' ({card.revision}) than are found now ({loaded.revision})"
         )
-    conditioner = new_conditioner(card, loaded.module, loaded.tokenizer)
-    load_conditioner(conditioner, folder)
     model: Any = PeftModel.from_pretrained(loaded.module, str(folder / "adapter"))
-    attach(model, conditioner.to(device))
+    attach(model, read_conditioner(folder, card.form).to(device))
     return Policy(model.eval(), loaded.tokenizer), card

@@ -13,7 +13,9 @@ class TrainingConfig(Section):
     """The policy and its DPO."""
 
     base: str = Field("smollm2", description="language model: smollm2, a Hugging Face name, or a folder")
-    form: Literal["prefix", "shift"] = Field("prefix", description="z as soft prefix tokens, or added to input embeddings")
+    form: Literal["gate", "prefix", "shift"] = Field(
+        "gate", description="z gates the adapter's ranks, is soft prefix tokens, or is added to input embeddings"
+    )
     tokens: Annotated[int, Field(ge=1)] = Field(2, description="soft tokens, with form=prefix")
     max_prompt_tokens: Annotated[int, Field(ge=8)] = Field(256, description="longer prompts are left out")
     epochs: Annotated[int, Field(ge=1)] = Field(2, description="passes over the pairs (feddpo: a client's, each time)")

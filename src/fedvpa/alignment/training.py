@@ -60,7 +60,7 @@ def train_dpo(
     saved = place / "pairs"
     if not (saved / "dataset_info.json").is_file():
         Dataset.from_list(pairs).save_to_disk(str(saved))
-    conditioner = new_conditioner(card, loaded.module, loaded.tokenizer, config.seed)
+    conditioner = new_conditioner(card, loaded.module, loaded.tokenizer, config.rank, config.tokens, config.seed)
     if loaded.tokenizer.pad_token_id is None:
         loaded.tokenizer.pad_token = loaded.tokenizer.eos_token
     micro = min(config.micro_batch, config.batch)
