@@ -18,10 +18,10 @@ class TrainingConfig(Section):
     )
     tokens: Annotated[int, Field(ge=1)] = Field(2, description="soft tokens, with form=prefix")
     max_prompt_tokens: Annotated[int, Field(ge=8)] = Field(256, description="longer prompts are left out")
-    epochs: Annotated[int, Field(ge=1)] = Field(2, description="passes over the pairs (feddpo: a client's, each time)")
-    batch: Annotated[int, Field(ge=1)] = Field(8, description="pairs a step")
+    epochs: Annotated[int, Field(ge=1)] = Field(1, description="passes over the pairs (feddpo: a client's, each time)")
+    batch: Annotated[int, Field(ge=1)] = Field(4, description="pairs a step")
     micro_batch: Annotated[int, Field(ge=1)] = Field(2, description="pairs of a step that are computed at a time (memory)")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(3e-4, description="of adapter and conditioner")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="of adapter and conditioner")
     beta: Annotated[float, Field(gt=0)] = Field(0.1, description="DPO's beta")
     sft_weight: Annotated[float, Field(ge=0)] = Field(
         5.0, description="of the chosen response's mean log-likelihood, in the loss"
@@ -59,7 +59,6 @@ class AlignConfig(TrainingConfig):
 class FedDPOConfig(TrainingConfig):
     """Every setting of ``fedvpa feddpo``."""
 
-    epochs: Annotated[int, Field(ge=1)] = Field(1, description="passes over a client's pairs, each time it takes part")
     rounds: Annotated[int, Field(ge=1)] = Field(4, description="rounds of federated averaging")
     cohort: Annotated[int, Field(ge=1)] = Field(4, description="clients a round, at random")
     pairs: Annotated[int, Field(ge=1)] = Field(16, description="pairs of a client that are trained on, at most")

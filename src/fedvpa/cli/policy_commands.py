@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import sys
 from pathlib import Path
@@ -21,6 +22,8 @@ from fedvpa.data.reading import read_pairs
 from fedvpa.errors import BadInputError
 from fedvpa.experiment.use import PreferenceModel
 from fedvpa.types import Message
+
+_MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD = -4, -1, -2  # malloc.h
 
 
 def register(commands: Any) -> None:
@@ -99,6 +102,7 @@ def run_align(arguments: argparse.Namespace, reporter: Reporter) -> int:
     from fedvpa.alignment.align import align  # with TRL, which is slow to import
 
     config = flat_settings_given(arguments, AlignConfig)
+    _keep_freed_memory()
     with reporter.stages() as on_stage:
         result = align(
             arguments.directory, arguments.prompts, arguments.out, config, split=arguments.split, resume=arguments.resume,
@@ -124,11 +128,23 @@ def run_feddpo(arguments: argparse.Namespace, reporter: Reporter) -> int:
     from fedvpa.alignment.federated_dpo import feddpo  # with TRL, which is slow to import
 
     config = flat_settings_given(arguments, FedDPOConfig)
+    _keep_freed_memory()
     with reporter.stages() as on_stage:
         result = feddpo(arguments.directory, arguments.out, config, resume=arguments.resume, on_stage=on_stage)
     reporter.say(f"{result.root}: {config.rounds} rounds, {result.summary['seconds']:.0f} s; one policy, preference 'shared'")
     emit_json(arguments.json, result.summary)
     return 0
+
+
+def _keep_freed_memory() -> None:
+    """Have the C library keep large blocks that were freed: training on a CPU otherwise gives hundreds of MiB back to the
+    system and asks for them again in every step, and pages that come back are zeroed (docs/alignment.md has the figures)."""
+    if sys.platform != "linux":
+        return
+    tune = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
+    if tune is not None:
+        for option, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 2**28)):
+            tune(option, value)
 
 
 def run_generate(arguments: argparse.Namespace, reporter: Reporter) -> int:
