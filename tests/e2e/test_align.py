@@ -191,6 +191,7 @@ def test_win_rates_are_judged_without_the_selector(
     arms += [f"{kind} {name}" for kind in ("prompted", "twin") for name in ("kind", "blunt")]
     assert sorted(a["name"] for a in results["arms"]) == sorted(arms)
     assert results["prompt_groups"] == {"blunt & kind": 4}
+    assert results["mixes"]["arms"] == ["kind", "kind=0.5,blunt=0.5", "blunt"]  # neither a user nor another policy
     judge = results["judges"]["reward"]
     assert set(judge["accuracy"]) == {"kind", "blunt"}
     assert judge["pairs"] == {"kind": 20, "blunt": 20}  # neither what the selector saw nor what is on the judged prompts

@@ -199,6 +199,25 @@ def trained(tiny_model: Path, out: Path, conditioner: PreferenceConditioner | No
     return trainer
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_gradient_checkpointing_changes_no_gradient(form: str, tiny_model: Path) -> None:
+    found = []
+    for checkpointing in (False, True):
+        policy = policy_of(tiny_model, form, loud=0.2)
+        if checkpointing:
+            policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.model.train()
+        policy.model.conditioner.requires_grad_(True)
+        ids = torch.tensor([policy.prompt_ids(PROMPTS[1])]).repeat(2, 1)
+        z = torch.tensor([[1.0, 0.0], [-1.0, 1.0]])
+        policy.model(input_ids=ids, preference=z).logits.log_softmax(-1)[:, -1, 5].sum().backward()
+        found.append({name: p.grad.clone() for name, p in policy.model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert "conditioner.weight" in found[0]
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], msg=name)
+
+
 @pytest.mark.parametrize("form", ["gate", "shift"])
 def test_a_frozen_zero_shift_or_gates_of_one_are_trl_dpo_step_for_step(form: str, tiny_model: Path, tmp_path: Path) -> None:
     base, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)

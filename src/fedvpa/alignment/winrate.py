@@ -123,7 +123,7 @@ def winrate(
         "judges": {},
     }  # fmt: skip
     if setting.mixes:
-        results["mixes"] = _mixes(arms, answers)
+        results["mixes"] = _mixes(setting.mixes, answers)
     for judge in judges:
         try:
             results["judges"][judge.name] = _judged(judge, arms, prompts, answers, on_progress)
@@ -235,9 +235,14 @@ def _texts(rows: Sequence[Answer]) -> dict[str, Any]:
     }
 
 
-def _mixes(arms: Sequence[Arm], answers: Mapping[str, Sequence[Answer]]) -> dict[str, Any]:
-    """How the exact measures move from one preference to the other over the mixes, in the order they were given."""
-    names = [a.name for a in arms if a.asked is None and a.z is not None and a.policy is None]
+def _mixes(mixes: Sequence[Mapping[str, float]], answers: Mapping[str, Sequence[Answer]]) -> dict[str, Any]:
+    """How the exact measures move over the mixes: where all are of the same two preferences, from the first alone to the second
+    alone; else in the order they were given."""
+    names = [_mix_name(mix) for mix in mixes]
+    ends = list(mixes[0])
+    if len(ends) == 2 and all(set(mix) == set(ends) for mix in mixes):
+        share = {_mix_name(mix): mix[ends[0]] / sum(mix.values()) for mix in mixes} | {ends[0]: 1.0, ends[1]: 0.0}
+        names = sorted(share, key=lambda name: -share[name])
     path = {a: [float(np.mean([measure(x.text)[a] for x in answers[n]])) for n in names] for a, _, _ in ATTRIBUTES}
     return {"arms": names, "means": path, "monotone": {a: monotone(values) for a, values in path.items()}}
 
