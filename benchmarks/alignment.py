@@ -98,7 +98,8 @@ def train(base: str, rows: list[dict[str, Any]], conditioned: bool) -> list[floa
             gradient_checkpointing=False, max_length=None, train_sampling_strategy="sequential",
         )  # fmt: skip
         given: dict[str, Any] = {
-            "model": loaded.module, "args": settings, "processing_class": loaded.tokenizer, "train_dataset": Dataset.from_list(rows),
+            "model": loaded.module, "args": settings, "processing_class": loaded.tokenizer,
+            "train_dataset": Dataset.from_list(rows),
             "peft_config": LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"),
         }  # fmt: skip
         trainer: Any
@@ -119,7 +120,8 @@ def generate_plainly(policy: Policy, asked: list[tuple[Message, ...]], sampling:
     tokenizer = policy.tokenizer
     turns = [[{"role": m.role, "content": m.content} for m in prompt] for prompt in asked]
     inputs = tokenizer.apply_chat_template(
-        turns, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True, tokenizer_kwargs={"padding_side": "left"}
+        turns, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True,
+        tokenizer_kwargs={"padding_side": "left"},
     )  # fmt: skip
     torch.manual_seed(seed)
     began = time.perf_counter()

@@ -6,6 +6,9 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +76,28 @@ def test_an_interrupted_alignment_goes_on_to_the_same_policy(
     assert (again / "adapter/adapter_model.safetensors").read_bytes() == weights
     assert main([*command, "--resume", "--beta", "0.3"]) == 2
     assert "other settings" in capsys.readouterr().err
+
+
+def test_an_alignment_that_was_killed_goes_on_to_the_same_policy(
+    aligned: tuple[Path, Path, Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    _, run, out = aligned
+    asked = json.loads((out / "work/asked.json").read_text())
+    command = ["align", str(run), "--prompts", asked["prompts"], "--base", str(tiny_model), *SMALL[:-2], "--epochs", "40"]
+    assert main([*command, "--out", str(tmp_path / "whole")]) == 0
+    killed = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, "-m", "fedvpa.cli.main", *command, "--out", str(killed), "--quiet"])
+    began = time.monotonic()
+    while not list(killed.glob("work/iteration-0/checkpoints/checkpoint-*/conditioner.safetensors")):
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() - began < 120
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not (killed / "policy.json").exists()
+    assert main([*command, "--out", str(killed), "--resume"]) == 0
+    for name in ("adapter/adapter_model.safetensors", "conditioner.safetensors"):
+        assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_generate_and_chat_under_every_kind_of_preference(

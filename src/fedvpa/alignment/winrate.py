@@ -77,6 +77,8 @@ class Setting:
     versus: Mapping[str, str] = field(default_factory=dict)
     """Other policies: name to directory."""
     device: str = "cpu"
+    max_prompt_tokens: int = 0
+    """Longer prompts are left out (0: none)."""
 
 
 def winrate(
@@ -94,7 +96,9 @@ def winrate(
     root = Path(out)
     policy, card = load_policy(directory, setting.device)
     arms = arms_of(card, setting)
-    chosen = read_prompts(setting.prompts, setting.split, 1 << 20, lambda p: len(policy.prompt_ids(p)))
+    chosen = read_prompts(
+        setting.prompts, setting.split, setting.max_prompt_tokens or 1 << 20, lambda p: len(policy.prompt_ids(p))
+    )
     prompts, group = chosen.balanced(setting.limit, setting.seed)
     groups = Counter(group)
     judges = judges_of(prompts)
@@ -176,7 +180,7 @@ def _asked(directory: str, setting: Setting, arms: Sequence[Arm], prompts: Seque
             digest.update((Path(folder) / file).read_bytes())
     return {
         "policy": directory, "fingerprint": digest.hexdigest()[:16], "prompts": setting.prompts,
-        "split": setting.split, "limit": setting.limit, "seed": setting.seed,
+        "split": setting.split, "limit": setting.limit, "max_prompt_tokens": setting.max_prompt_tokens, "seed": setting.seed,
         "sampling": {k: v for k, v in vars(setting.sampling).items() if k != "whole"},
         "arms": [{"name": a.name, "asked": a.asked, "system": a.system, "policy": a.policy,
                   "z": None if a.z is None else a.z.tolist()} for a in arms],

@@ -27,6 +27,7 @@ def register(commands: Any) -> None:
     one.add_argument("--prompts", required=True, metavar="SOURCE", help="personas, .txt, .jsonl, or pairs; none trained on")
     one.add_argument("--split", help="only files called SPLIT.*")
     one.add_argument("--limit", type=int, default=48, help="prompts, as many of each group (0: all; default: 48)")
+    one.add_argument("--max-prompt-tokens", type=int, default=0, help="leave longer prompts out (0: none; default: 0)")
     one.add_argument("--out", required=True, metavar="FOLDER", help="winrate.json, winrate.html and all responses go there")
     one.add_argument("--resume", action="store_true", help="take up responses that are there already, or add a judge")
     arms = one.add_argument_group("what else answers, beside the base model and every preference")
@@ -67,14 +68,14 @@ def run_winrate(arguments: argparse.Namespace, reporter: Reporter) -> int:
         raise BadInputError(
             "--top-p is above 0 and at most 1, --temperature at least 0, --max-new-tokens and --batch at least 1"
         )
-    if arguments.limit < 0:
-        raise BadInputError("--limit: at least 0")
+    if arguments.limit < 0 or arguments.max_prompt_tokens < 0:
+        raise BadInputError("--limit and --max-prompt-tokens: at least 0")
     users = {name: posterior_mean(file, card) for name, file in _named(arguments.user, "--user").items()}
     setting = Setting(
         arguments.prompts, arguments.split, arguments.limit,
         Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.batch), arguments.seed,
         [parse_weights(text) for text in arguments.mix], users, _texts(arguments.steering, card),
-        _named(arguments.versus, "--versus"), arguments.device,
+        _named(arguments.versus, "--versus"), arguments.device, arguments.max_prompt_tokens,
     )  # fmt: skip
 
     def judges_of(prompts: Sequence[Prompt]) -> list[Judge]:
