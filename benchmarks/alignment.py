@@ -100,7 +100,7 @@ def train(base: str, rows: list[dict[str, Any]], conditioned: bool) -> list[floa
         given: dict[str, Any] = {
             "model": loaded.module, "args": settings, "processing_class": loaded.tokenizer,
             "train_dataset": Dataset.from_list(rows),
-            "peft_config": LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"),
+            "peft_config": _lora(),
         }  # fmt: skip
         trainer: Any
         if conditioned:
@@ -148,14 +148,17 @@ def _rows(count: int) -> list[dict[str, Any]]:
     ]
 
 
+def _lora() -> LoraConfig:
+    return LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
 def _conditioner() -> PreferenceConditioner:
     return PreferenceConditioner.gates(torch.zeros(2), 1.0, torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), RANK)
 
 
 def _policy(base: str) -> tuple[Policy, torch.Tensor]:
     loaded = load_causal_model(base, None, "cpu")
-    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    model: Any = get_peft_model(loaded.module, config)
+    model: Any = get_peft_model(loaded.module, _lora())
     attach(model, _conditioner())
     return Policy(model.eval(), loaded.tokenizer), torch.tensor([1.0, 0.0])
 

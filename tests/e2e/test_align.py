@@ -162,7 +162,7 @@ def test_the_monolithic_and_the_federated_baseline_are_policies_with_one_prefere
             main(["generate", str(tmp_path / name), "--prompts", str(prompts), "--responses", str(tmp_path / "r.jsonl")]) == 0
         )
     weights = (tmp_path / "fed/adapter/adapter_model.safetensors").read_bytes()
-    shutil.rmtree(tmp_path / "fed/work/round-1")  # as if it was killed then
+    shutil.rmtree(tmp_path / "fed" / "work" / "round-1")  # as if it was killed then
     (tmp_path / "fed/policy.json").unlink()
     assert main([*command, "--resume"]) == 0
     assert (tmp_path / "fed/adapter/adapter_model.safetensors").read_bytes() == weights
