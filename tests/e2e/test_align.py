@@ -243,6 +243,8 @@ def test_win_rates_are_judged_without_the_selector(
     assert main([*command, "--resume", "--seed", "5"]) == 2
     assert main([*command[:9], str(tmp_path / "none")]) == 2
     assert "no judge" in capsys.readouterr().err
+    assert main([*command[:9], str(tmp_path / "none"), "--exact", "--max-prompt-tokens", "1"]) == 2
+    assert "no usable prompt" in capsys.readouterr().err
     assert main([*command[:9], str(tmp_path / "none"), "--exact"]) == 2
     assert "none of kind, blunt" in capsys.readouterr().err.replace("blunt, kind", "kind, blunt")
 
