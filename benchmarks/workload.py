@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache
 
 import torch
 
 from fedvpa.config import Config, build_config
 from fedvpa.experiment.build import build_algorithm
-from fedvpa.federated.client import LocalSettings, stack, train_locally
+from fedvpa.federated.client import stack, train_locally
 from fedvpa.federated.draws import stream
 from fedvpa.federated.objective import RoundContext
+from fedvpa.federated.participants import ClientSide
 from fedvpa.federated.store import ClientStore, build_store
 from fedvpa.federated.variational import FederatedVariational
 from fedvpa.types import Params
@@ -63,8 +63,9 @@ def train_one(model: str, client: int, params: Params, round_number: int) -> Par
     """One client's local round; the same steps whichever engine calls it."""
     torch.set_num_threads(1)
     algorithm = single(model, client)
-    pairs = algorithm.store.batch([0])
-    local: LocalSettings = replace(algorithm.local)
+    clients = algorithm.participants
+    assert isinstance(clients, ClientSide)
+    pairs, local = clients.store.batch([0]), clients.local
     none = torch.full((1,), -1)
     context = RoundContext(None, None, None, none, none, algorithm.schedule.kl_weight, 0.0)
     result = train_locally(algorithm.objective, stack(params, 1), pairs, [f"c{client}"], round_number, local, context)

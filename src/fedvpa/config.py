@@ -98,7 +98,11 @@ class ModelConfig(Section):
 class PriorConfig(Section):
     """The prior of the latent preference in training (M3-M5)."""
 
-    kind: Literal["gaussian", "peers"] = Field("gaussian", description="N(0, I), or the mixture of peers' posteriors")
+    kind: Literal["gaussian", "peers", "components"] = Field(
+        "gaussian",
+        description="N(0, I); the mixture of peers' posteriors; or of components that are fitted, as the anchors are, from "
+        "sums over clients alone, so that nobody sees an individual's latent",
+    )
     weights: Literal["gumbel", "uniform", "sample-size"] = Field("gumbel", description="weights of the mixture (M4)")
     temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="Gumbel-Softmax temperature")
     estimator: Literal["monte-carlo", "hershey-olsen"] = Field("monte-carlo", description="KL to the mixture (M5)")
@@ -324,6 +328,8 @@ _LATENT_SETTINGS = (
 def _refuse_unused(config: Config, explicit: set[str]) -> None:
     """A setting that was given on purpose must matter."""
     d, f, variational = config.data, config.federation, config.variational
+    anchored = config.prototypes.kind == "anchored"
+    mixes = config.prior.kind == "peers" or (config.prior.kind == "components" and not anchored)
     rules: list[tuple[str, bool, str]] = [
         ("data.personas.", d.source == "personas", "data.source is not personas"),
         *((f"data.{name}", d.source != "personas", "personas come divided into users") for name in
@@ -336,14 +342,11 @@ def _refuse_unused(config: Config, explicit: set[str]) -> None:
         ("data.dirichlet_alpha", d.partition == "dirichlet", "it goes with partition=dirichlet"),
         ("data.mixing", d.partition == "mixed", "it goes with partition=mixed"),
         ("data.corruption", d.corrupted > 0, "data.corrupted is 0"),
-        ("prior.weights", config.prior.kind == "peers", "prior.kind is gaussian"),
+        *((f"prior.{name}", mixes, "the prior of the KL is no mixture") for name in
+          ("weights", "temperature", "estimator", "start_round")),
         ("prior.temperature", config.prior.weights == "gumbel", "prior.weights is not gumbel"),
-        ("prior.temperature", config.prior.kind == "peers", "prior.kind is gaussian"),
-        ("prior.estimator", config.prior.kind == "peers", "prior.kind is gaussian"),
-        ("prior.exclude_self", config.prior.kind == "peers", "prior.kind is gaussian"),
-        ("prior.max_components", config.prior.kind == "peers", "prior.kind is gaussian"),
-        ("prior.start_round", config.prior.kind == "peers", "prior.kind is gaussian"),
-        ("prior.members", config.prior.kind == "peers", "prior.kind is gaussian"),
+        *((f"prior.{name}", config.prior.kind == "peers", "prior.kind is not peers") for name in
+          ("exclude_self", "max_components", "members")),
         ("inference.latent_evidence", config.inference.kind == "population" or config.prototypes.kind == "anchored",
          "no components are weighed"),
         ("prototypes.radius", config.prototypes.kind in ("learned", "fixed"), "only orthogonal prototypes have one"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from jaxtyping import Bool, Float, Int
@@ -105,7 +105,8 @@ class ServerState:
 
     `optimiser` holds the server optimiser's moments, `clients` tables with one row a client (posterior means and
     log-variances, the round they were seen, labels, private prior logits, cluster assignments, personal parameters),
-    `population` the fitted components (empty until there are any).
+    `population` the fitted components (empty until there are any), `components` what is known of those of a prior that is
+    fitted from sums.
     """
 
     round: int
@@ -113,17 +114,18 @@ class ServerState:
     optimiser: Params
     clients: Params
     population: Params
+    components: Params = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors under ``section/name``."""
         sections = {"params": self.params, "optimiser": self.optimiser, "clients": self.clients}
-        sections["population"] = self.population
+        sections |= {"population": self.population, "components": self.components}
         return {f"{section}/{name}": value for section, table in sections.items() for name, value in table.items()}
 
     @staticmethod
     def from_tensors(round_number: int, tensors: dict[str, Tensor]) -> ServerState:
         """Inverse of `tensors`."""
-        sections: dict[str, Params] = {"params": {}, "optimiser": {}, "clients": {}, "population": {}}
+        sections: dict[str, Params] = {"params": {}, "optimiser": {}, "clients": {}, "population": {}, "components": {}}
         for key, value in tensors.items():
             section, _, name = key.partition("/")
             sections[section][name] = value

@@ -190,7 +190,7 @@ def test_withheld_choices_are_not_trained_on_until_the_anchors_are_fitted_and_th
     store = synthetic_store(clients=12, pairs=15)
     algorithm = build_algorithm(config, store)
     everyone = torch.arange(len(store))
-    pairs, held = algorithm._withheld(everyone, 1)
+    pairs, held = algorithm.participants.divided(everyone, 1)
     assert held.sum(-1).tolist() == [round(0.2 * int(n)) for n in store.sizes]
     assert not (held & ~pairs.mask).any()
     other = store.difference.clone()

@@ -25,6 +25,7 @@ from fedvpa.federated.population import (
     choose_modes,
     fewest_within_error,
     fit_population,
+    summed_scores,
 )
 from fedvpa.types import PairBatch, Posterior
 from tests.conftest import synthetic_store
@@ -140,10 +141,10 @@ def test_the_number_of_modes_is_found_and_components_lie_on_the_groups(modes: in
 def test_the_fewest_components_within_two_standard_errors_are_taken() -> None:
     noise = torch.randn(100, 3, generator=g(5))
     scores = torch.tensor([-0.60, -0.50, -0.49]) + 0.1 * noise
-    assert fewest_within_error(scores) == 1
-    assert fewest_within_error(scores - torch.tensor([0.0, 0.3, 0.0])) == 2
-    assert fewest_within_error(scores + torch.tensor([0.2, 0.0, 0.0])) == 0
-    assert fewest_within_error(torch.tensor([[0.1, 0.3, 0.2]])) == 1
+    assert fewest_within_error(summed_scores(scores)) == 1
+    assert fewest_within_error(summed_scores(scores - torch.tensor([0.0, 0.3, 0.0]))) == 2
+    assert fewest_within_error(summed_scores(scores + torch.tensor([0.2, 0.0, 0.0]))) == 0
+    assert fewest_within_error(summed_scores(torch.tensor([[0.1, 0.3, 0.2]]))) == 1
     assert candidate_modes(torch.randn(12, 3, generator=g(6))) == [2, 3, 4]
     assert candidate_modes(torch.zeros(12, 3)) == [1]
 

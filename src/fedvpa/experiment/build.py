@@ -8,9 +8,10 @@ from fedvpa.federated.algorithm import Algorithm
 from fedvpa.federated.client import LocalSettings
 from fedvpa.federated.monolithic import FederatedReward
 from fedvpa.federated.objective import VariationalObjective
+from fedvpa.federated.participants import ClientSide, Participants, Schedule
 from fedvpa.federated.simulation import Simulation
 from fedvpa.federated.store import ClientStore
-from fedvpa.federated.variational import FederatedVariational, Schedule
+from fedvpa.federated.variational import FederatedVariational
 from fedvpa.models.encoder import Encoder
 from fedvpa.models.reward import ConditionedReward, SharedReward
 from fedvpa.models.selector import Selector
@@ -25,54 +26,100 @@ def build_reward(config: Config) -> ConditionedReward | SharedReward:
 
 
 def build_algorithm(config: Config, store: ClientStore) -> Algorithm:
-    """The method of the configuration over the clients of `store`."""
-    m, f, o = config.model, config.federation, config.objective
-    simulation = Simulation(f.backend, f.chunk, f.workers)
-    server = ServerOptimiser(f.server_optimiser, f.server_learning_rate)
-    local = LocalSettings(
-        config.seed, f.local_steps, f.batch_size, f.context_share, f.optimiser, f.learning_rate, f.momentum,
-        f.weight_decay, o.samples, m.latent if config.variational else 0,
-    )  # fmt: skip
+    """The method of the configuration over the clients of `store`, in this process."""
+    if config.variational:
+        return build_variational(config, build_clients(config, store))
+    f = config.federation
     reward = build_reward(config)
-    if isinstance(reward, SharedReward):
-        groups = max(1, len(store.group_index()[0]))
-        sharing = {"fedbiscuit": "best", "oracle-group": "group", "oracle-bayes": "group", "local": "none"}.get(
-            config.method, "shared"
-        )
-        return FederatedReward(
-            store, reward, local, simulation, server, f.aggregation,
-            sharing=sharing,  # type: ignore[arg-type]
-            selectors={"best": f.selectors, "group": groups}.get(sharing, 1),
-            regroup_every=f.regroup_every,
-            finetune_steps=f.finetune_steps if config.method == "fedavg-btl+finetune" else 0,
-            infer_group=config.method == "oracle-bayes",
-        )  # fmt: skip
-    selector = Selector(
-        Encoder(m.inputs, m.latent, m.encoder_hidden, m.pooling, m.odd_mean, m.shrinkage),
-        reward,
-        config.inference.latent_evidence,
+    assert isinstance(reward, SharedReward)
+    groups = max(1, len(store.group_index()[0]))
+    sharing = {"fedbiscuit": "best", "oracle-group": "group", "oracle-bayes": "group", "local": "none"}.get(
+        config.method, "shared"
     )
-    objective = VariationalObjective(
-        selector, config.prior.weights, config.prior.temperature, config.prior.estimator, config.prior.exclude_self,
-        o.free_bits, o.orthonormal_weight, config.prototypes.radius, f.protocol == "single-pair",
-        o.reward_decay if m.conditioning == "bilinear" else 0.0,
+    return FederatedReward(
+        store, reward, _local(config), _simulation(config), _server(config), f.aggregation,
+        sharing=sharing,  # type: ignore[arg-type]
+        selectors={"best": f.selectors, "group": groups}.get(sharing, 1),
+        regroup_every=f.regroup_every,
+        finetune_steps=f.finetune_steps if config.method == "fedavg-btl+finetune" else 0,
+        infer_group=config.method == "oracle-bayes",
     )  # fmt: skip
-    schedule = Schedule(
-        o.kl_weight, o.kl_schedule, o.kl_warmup_rounds, config.prior.kind, config.prior.start_round, config.prior.members,
-        config.prototypes.kind, config.prototypes_start, o.pull_weight,
-    )  # fmt: skip
+
+
+def build_variational(config: Config, participants: Participants) -> FederatedVariational:
+    """The server's side of a variational method, over clients in this process or elsewhere."""
     return FederatedVariational(
-        store,
-        selector,
-        objective,
-        local,
-        simulation,
-        schedule,
-        server,
-        f.aggregation,
-        f.posterior_from,
-        modes=None if config.prototypes.modes == "auto" else config.prototypes.modes,
+        participants,
+        _selector(config),
+        _objective(config),
+        config.seed,
+        _schedule(config),
+        _server(config),
+        config.federation.aggregation,
+        modes=_modes(config),
         max_components=config.prior.max_components,
         inference=config.inference.kind,
         centralised=config.method == "centralised-vpl",
     )
+
+
+def build_clients(config: Config, store: ClientStore) -> ClientSide:
+    """The clients' side of a variational method, for the clients of `store`."""
+    schedule = _schedule(config)
+    return ClientSide(
+        store,
+        _selector(config),
+        _objective(config),
+        _local(config),
+        _simulation(config),
+        schedule,
+        config.federation.posterior_from,
+        withholds=schedule.anchored and _modes(config) is None and schedule.prototypes_start > 0,
+        centralised=config.method == "centralised-vpl",
+    )
+
+
+def _simulation(config: Config) -> Simulation:
+    f = config.federation
+    return Simulation(f.backend, f.chunk, f.workers)
+
+
+def _server(config: Config) -> ServerOptimiser:
+    return ServerOptimiser(config.federation.server_optimiser, config.federation.server_learning_rate)
+
+
+def _local(config: Config) -> LocalSettings:
+    f = config.federation
+    return LocalSettings(
+        config.seed, f.local_steps, f.batch_size, f.context_share, f.optimiser, f.learning_rate, f.momentum,
+        f.weight_decay, config.objective.samples, config.model.latent if config.variational else 0,
+    )  # fmt: skip
+
+
+def _selector(config: Config) -> Selector:
+    m = config.model
+    reward = build_reward(config)
+    assert isinstance(reward, ConditionedReward)
+    encoder = Encoder(m.inputs, m.latent, m.encoder_hidden, m.pooling, m.odd_mean, m.shrinkage)
+    return Selector(encoder, reward, config.inference.latent_evidence)
+
+
+def _objective(config: Config) -> VariationalObjective:
+    o, prior = config.objective, config.prior
+    return VariationalObjective(
+        _selector(config), prior.weights, prior.temperature, prior.estimator, prior.exclude_self,
+        o.free_bits, o.orthonormal_weight, config.prototypes.radius, config.federation.protocol == "single-pair",
+        o.reward_decay if config.model.conditioning == "bilinear" else 0.0,
+    )  # fmt: skip
+
+
+def _schedule(config: Config) -> Schedule:
+    o, prior = config.objective, config.prior
+    return Schedule(
+        o.kl_weight, o.kl_schedule, o.kl_warmup_rounds, prior.kind, prior.start_round, prior.members,
+        config.prototypes.kind, config.prototypes_start, o.pull_weight,
+    )  # fmt: skip
+
+
+def _modes(config: Config) -> int | None:
+    return None if config.prototypes.modes == "auto" else config.prototypes.modes

@@ -47,8 +47,9 @@ from fedvpa.experiment.dataset import (
 from fedvpa.experiment.run import Run, open_run
 from fedvpa.experiment.train import manifest
 from fedvpa.federated.objective import PROTOTYPES
+from fedvpa.federated.predictor import VariationalPredictor
 from fedvpa.federated.store import ClientStore, concatenate
-from fedvpa.federated.variational import FederatedVariational, VariationalPredictor
+from fedvpa.federated.variational import FederatedVariational
 from fedvpa.functional.preference import mean_choice_loss
 from fedvpa.models.backbone import Progress
 from fedvpa.types import PairBatch, Posterior

@@ -20,7 +20,7 @@ from fedvpa.errors import BadInputError
 from fedvpa.experiment.dataset import presentation_order, training_data
 from fedvpa.experiment.run import Run, RunPaths, load_config, open_run, pairs_to_batch
 from fedvpa.federated.objective import PROTOTYPES
-from fedvpa.federated.variational import VariationalPredictor
+from fedvpa.federated.predictor import VariationalPredictor
 from fedvpa.models.backbone import Item
 from fedvpa.models.loading import location_stamp
 from fedvpa.types import PairBatch, PreferencePair
@@ -90,6 +90,8 @@ class PreferenceModel:
     @property
     def posterior_means(self) -> Float[Tensor, "k d"] | None:
         """z of the training clients, as the server holds them."""
+        if self.run.config.prior.kind == "components":
+            return None
         return self.run.checkpoint.state.clients["mean"]
 
     @property
@@ -252,7 +254,9 @@ def _component_groups(run: Run, prototypes: Tensor | None) -> list[str | None]:
     """True group of most training clients nearest to each component (for naming it; nothing is inferred from it)."""
     if prototypes is None or all(g is None for g in run.store.groups):
         return []
-    nearest = torch.cdist(run.checkpoint.state.clients["mean"], prototypes).argmin(-1).tolist()
+    tables = run.checkpoint.state.clients
+    own = tables["label"] if run.config.prior.kind == "components" else torch.cdist(tables["mean"], prototypes).argmin(-1)
+    nearest = own.tolist()
     out: list[str | None] = []
     for component in range(prototypes.shape[0]):
         groups = Counter(g for g, n in zip(run.store.groups, nearest) if n == component and g is not None)

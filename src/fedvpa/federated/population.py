@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -55,13 +57,31 @@ def candidate_modes(mean: Float[Tensor, "k d"]) -> list[int]:
     return list(range(2, min(MAX_MODES, distinct // 3) + 1)) or [1]
 
 
-def fewest_within_error(scores: Float[Tensor, "k t"]) -> int:
+class Scores(NamedTuple):
+    """Sums over clients of their log-probabilities s of withheld choices under t populations: how many, s, and s s^T."""
+
+    clients: Float[Tensor, ""]
+    total: Float[Tensor, "t"]
+    outer: Float[Tensor, "t t"]
+
+
+def summed_scores(each: Float[Tensor, "k t"]) -> Scores:
+    """Those of k clients, added up in float64 (their differences are small)."""
+    wide = each.double()
+    return Scores(torch.tensor(float(len(wide)), dtype=torch.float64), wide.sum(0), wide.T @ wide)
+
+
+def fewest_within_error(scores: Scores) -> int:
     """Index of the first candidate that is not clearly worse than the best: their mean difference, paired by client, is within
-    two standard errors (after the one-standard-error rule of Breiman et al., 1984; with one, too many were chosen)."""
-    best = int(scores.mean(0).argmax())
-    gap = scores[:, best : best + 1] - scores
-    error = gap.std(0) / scores.shape[0] ** 0.5 if scores.shape[0] > 1 else torch.zeros(scores.shape[1])
-    return int((gap.mean(0) <= 2 * error).nonzero()[0])
+    two standard errors (after the one-standard-error rule of Breiman et al., 1984; with one, too many were chosen).
+    Mean and variance of the differences follow from the sums alone."""
+    count = float(scores.clients)
+    mean, second = scores.total / count, scores.outer / count
+    best = int(mean.argmax())
+    gap = mean[best] - mean
+    square = second[best, best] + second.diagonal() - 2 * second[best]
+    variance = (square - gap.square()).clamp_min(0) * count / max(1.0, count - 1)
+    return int((gap <= 2 * (variance / count).sqrt()).nonzero()[0])
 
 
 def balanced_labels(mean: Float[Tensor, "k d"], prototype: Float[Tensor, "m d"], seed: int) -> Int[Tensor, "k"]:
