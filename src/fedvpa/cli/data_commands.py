@@ -14,6 +14,7 @@ from fedvpa.config import PersonasConfig, build_config
 from fedvpa.data.features import FeatureCache
 from fedvpa.data.inspection import inspect_pairs
 from fedvpa.data.personas import ATTRIBUTES, UNSEEN, personas, user_vector
+from fedvpa.data.preferences import to_record
 from fedvpa.data.reading import PairSet, read_pairs
 from fedvpa.errors import BadInputError
 from fedvpa.experiment.dataset import training_data
@@ -93,15 +94,7 @@ def run_personas(arguments: argparse.Namespace, reporter: Reporter) -> int:
     seen, unseen = range(arguments.users), range(UNSEEN, UNSEEN + arguments.unseen_users)
     for name, users, split in (("train", seen, "train"), ("test", seen, "test"), ("unseen", unseen, "test")):
         lines = [
-            json.dumps(
-                {
-                    "prompt": [m._asdict() for m in pair.prompt],
-                    "chosen": [{"role": "assistant", "content": pair.chosen}],
-                    "rejected": [{"role": "assistant", "content": pair.rejected}],
-                    "client_id": pair.client_id, "group": pair.group,
-                },
-                ensure_ascii=False,
-            )
+            json.dumps(to_record(pair), ensure_ascii=False)
             for client in personas(settings, users, arguments.seed, split)
             for pair in client.pairs
         ]  # fmt: skip

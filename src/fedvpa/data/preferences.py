@@ -73,6 +73,17 @@ def parse_record(record: Any, where: str) -> PreferencePair:
     )
 
 
+def to_record(pair: PreferencePair) -> dict[str, Any]:
+    """A record that `parse_record` reads back to the same pair (but for where it came from)."""
+    return {
+        "prompt": [m._asdict() for m in pair.prompt],
+        "chosen": [{"role": "assistant", "content": pair.chosen}],
+        "rejected": [{"role": "assistant", "content": pair.rejected}],
+        "client_id": pair.client_id,
+        "group": pair.group,
+    }
+
+
 def parse_hh_dialogue(text: str, where: str) -> tuple[Message, ...]:
     """Split an HH-RLHF transcript into turns.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -32,6 +33,21 @@ class TrainingData:
     first_skipped: list[str]
 
 
+class WhiteningSums(NamedTuple):
+    """A client's part of the whitening, in float64: sum of dh dh^T, sum of h over both responses, number of pairs."""
+
+    moment: Float[Tensor, "h h"]
+    total: Float[Tensor, "h"]
+    pairs: Float[Tensor, ""]
+
+    @staticmethod
+    def of(features: Float[Tensor, "n 2 h"]) -> WhiteningSums:
+        """Over these pairs."""
+        moment = second_moment(features[:, 0] - features[:, 1])
+        count = torch.tensor(float(features.shape[0]), dtype=torch.float64)
+        return WhiteningSums(moment, features.double().sum((0, 1)), count)
+
+
 @dataclass(frozen=True)
 class Whitener:
     """Centre [H] and projection [H, p], from sums over the training clients."""
@@ -41,9 +57,18 @@ class Whitener:
 
     @staticmethod
     def fit(features: Float[Tensor, "n 2 h"], dimensions: int) -> Whitener:
-        """From the training pairs' features; in a federation from the clients' sums of dh dh^T, h and their counts."""
-        moment = second_moment(features[:, 0] - features[:, 1])
-        return Whitener(features.mean((0, 1)), whitening_matrix(moment, features.shape[0], dimensions))
+        """From the training pairs' features."""
+        return Whitener.from_sums(WhiteningSums.of(features), dimensions)
+
+    @staticmethod
+    def from_sums(sums: WhiteningSums, dimensions: int) -> Whitener:
+        """From the sum of the clients' sums: what a federation knows.
+
+        Raises:
+            ValueError: no pairs.
+        """
+        projection = whitening_matrix(sums.moment, round(float(sums.pairs)), dimensions)
+        return Whitener((sums.total / (2 * sums.pairs)).float(), projection)
 
     def payload(self) -> list[Payload]:
         """What whitening costs once: the clients' sums, and the projection that they are sent."""

@@ -85,21 +85,35 @@ def load_config(paths: RunPaths) -> Config:
         raise BadInputError(f"{paths.config}: not a configuration of this version: {error}") from error
 
 
+def whitener_bytes(whitener: Whitener) -> bytes:
+    """The whitening as a safetensors file."""
+    return save({"centre": whitener.centre, "projection": whitener.projection})
+
+
 def save_whitener(paths: RunPaths, whitener: Whitener) -> None:
     """Write the whitening."""
-    write_atomically(paths.whitening, save({"centre": whitener.centre, "projection": whitener.projection}))
+    write_atomically(paths.whitening, whitener_bytes(whitener))
 
 
-def load_whitener(paths: RunPaths) -> Whitener:
-    """Read the whitening.
+def load_whitener_file(path: Path) -> Whitener:
+    """Read a whitening.
 
     Raises:
         CheckpointError: missing or damaged.
     """
     try:
-        return Whitener(**load_file(paths.whitening))
+        return Whitener(**load_file(path))
     except (OSError, SafetensorError, TypeError) as error:
-        raise CheckpointError(f"{paths.whitening}: missing or damaged: {error}") from error
+        raise CheckpointError(f"{path}: missing or damaged: {error}") from error
+
+
+def load_whitener(paths: RunPaths) -> Whitener:
+    """Read a run's whitening.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    return load_whitener_file(paths.whitening)
 
 
 @dataclass(frozen=True)

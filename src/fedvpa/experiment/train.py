@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fedvpa.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from fedvpa.config import Config
+from fedvpa.config import Config, FederationConfig
 from fedvpa.data.features import FeatureCache
 from fedvpa.errors import BadInputError
 from fedvpa.evaluation.protocol import Scores, given_trial
@@ -90,8 +90,17 @@ def train(
         save_whitener(paths, whitener)
         paths.write_json("data.json", _describe(data, backbone, signature))
     paths.write_json("manifest.json", manifest(algorithm, state, whitener))
+    everyone = len(store)
+
+    def cohort(round_number: int) -> list[int]:
+        return sample_cohort(config.seed, round_number, everyone, config.federation.cohort)
+
+    def validate(reached: ServerState) -> dict[str, Any]:
+        return _validate(algorithm, reached, store, validation)
+
     with open_tracker(config.tracker, paths.root, config) as tracker:
-        state, history = _rounds(config, algorithm, (state, history), paths, identity, store, validation, tracker, on_round)
+        journal = Journal(paths, identity, tracker, on_round)
+        state, history = run_rounds(config.federation, algorithm, (state, history), cohort, validate, journal)
     paths.write_json("history.json", history)
     paths.write_json("manifest.json", manifest(algorithm, state, whitener))
     return TrainResult(paths.root, config, history, time.perf_counter() - start)
@@ -102,39 +111,54 @@ def manifest(algorithm: Algorithm, state: ServerState, whitener: Whitener) -> li
     return [row._asdict() for row in (*whitener.payload(), *algorithm.payload(state))]
 
 
-def _rounds(
-    config: Config, algorithm: Algorithm, start: tuple[ServerState, list[dict[str, Any]]], paths: RunPaths, identity: str,
-    store: ClientStore, validation: ClientStore, tracker: Tracker, on_round: OnRound | None,
+@dataclass(frozen=True)
+class Journal:
+    """Where a run's progress goes: checkpoints of the run called `identity`, a tracker, and whoever watches."""
+
+    paths: RunPaths
+    identity: str
+    tracker: Tracker
+    on_round: OnRound | None = None
+
+
+def run_rounds(
+    f: FederationConfig, algorithm: Algorithm, start: tuple[ServerState, list[dict[str, Any]]],
+    cohort: Callable[[int], list[int]], validate: Callable[[ServerState], dict[str, Any]], journal: Journal,
 ) -> tuple[ServerState, list[dict[str, Any]]]:  # fmt: skip
-    f = config.federation
+    """The rounds that are left, and what is to be done after the last; the same for clients in this process and elsewhere.
+
+    Raises:
+        FedvpaError: what a round or the checkpoint raises; what is known so far has been saved.
+    """
     now, saved = start, start[0].round if start[1] else -1  # state and history change together, in one assignment
+    final: ServerState | None = None
 
     def save(finished: bool) -> None:
-        save_checkpoint(paths.checkpoint, Checkpoint(*now, identity, finished))
+        save_checkpoint(journal.paths.checkpoint, Checkpoint(*now, journal.identity, finished))
 
     try:
         while now[0].round < f.rounds:
             began = time.perf_counter()
-            cohort = sample_cohort(config.seed, now[0].round, len(store), f.cohort)
-            state, diagnostics = algorithm.apply(now[0], cohort)
+            state, diagnostics = algorithm.apply(now[0], cohort(now[0].round))
             row: dict[str, Any] = {"round": state.round, **diagnostics}
             if state.round % f.validate_every == 0 and state.round < f.rounds:
-                row |= _validate(algorithm, state, store, validation)
+                row |= validate(state)
             elif state.round == f.rounds:  # what is served is validated: for some methods, after a last exchange
-                row |= _validate(algorithm, algorithm.finalise(state), store, validation)
+                final = algorithm.finalise(state)
+                row |= validate(final)
             now = (state, [*now[1], row])
             seconds = time.perf_counter() - began
-            tracker.log(row, state.round)
+            journal.tracker.log(row, state.round)
             if state.round % f.checkpoint_every == 0 and state.round < f.rounds:
                 save(finished=False)
                 saved = state.round
-            if on_round is not None:
-                on_round(state.round, f.rounds, row | {"seconds": seconds})
+            if journal.on_round is not None:
+                journal.on_round(state.round, f.rounds, row | {"seconds": seconds})
     except BaseException:  # Ctrl-C, a client's NaN, a full disk: what is known so far is kept, and the cause goes on
         if saved != now[0].round:
             save(finished=False)
         raise
-    now = (algorithm.finalise(now[0]), now[1])
+    now = (algorithm.finalise(now[0]) if final is None else final, now[1])
     save(finished=True)
     return now
 

@@ -71,19 +71,28 @@ class Schedule:
 
 
 class Broadcast(NamedTuple):
-    """What every client of a round is sent."""
+    """What every client of a round is sent. `fixed` parameters are not trained; with `summed`, clients answer with moments of
+    their latent under the prior's components."""
 
     round: int
     params: Params
     prior: MixturePrior | None = None
     anchors: Population | None = None
     price: Float[Tensor, "m"] | None = None
+    fixed: tuple[str, ...] = ()
+    summed: bool = False
+
+    @property
+    def trainable(self) -> Params:
+        """Parameters that clients change."""
+        return {name: value for name, value in self.params.items() if name not in self.fixed}
 
 
 class Update(NamedTuple):
     """What a chunk of clients answers to a broadcast, and what it keeps (`private`: rows of its tables).
 
-    `moments` are each client's own, under the components that were broadcast; `labelled` its choice among them.
+    `moments` are each client's own, under the components that were broadcast; `labelled` its choice among them. With
+    `together`, this is one row for that many clients: means of parameters and losses, sums of the rest (a secure sum).
     """
 
     params: Params
@@ -93,6 +102,7 @@ class Update(NamedTuple):
     size: Float[Tensor, "c"] | None = None
     moments: Moments | None = None
     labelled: Float[Tensor, "c m"] | None = None
+    together: int = 0
 
 
 @runtime_checkable
@@ -134,6 +144,7 @@ class ClientSide:
     schedule: Schedule
     posterior_from: Literal["broadcast", "local"] = "broadcast"
     withholds: bool = False
+    identity: Int[Tensor, "c"] | None = None
     centralised: bool = False
 
     def __len__(self) -> int:
@@ -222,7 +233,7 @@ class ClientSide:
 
     def _identity(self, clients: Int[Tensor, "c"]) -> Int[Tensor, "c"]:
         """By what number the server knows these clients."""
-        return clients
+        return clients if self.identity is None else self.identity[clients]
 
     def divided(self, clients: Int[Tensor, "c"], round_number: int) -> tuple[PairBatch, Bool[Tensor, "c n"]]:
         """The clients' pairs, and which of them are kept out of training until the anchors are fitted: a fifth, drawn once,

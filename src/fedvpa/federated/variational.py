@@ -140,6 +140,8 @@ class FederatedVariational:
             self.prior(state),
             Population(**state.population) if anchored else None,
             state.components.get("price") if priced else None,
+            tuple(name for name in state.params if name not in self.shared(state.params)),
+            self.by_sums and not self.schedule.anchored,
         )
 
     def apply(self, state: ServerState, cohort: Sequence[int]) -> tuple[ServerState, dict[str, float]]:
@@ -154,11 +156,14 @@ class FederatedVariational:
         found: Moments | None = None
         labelled: Tensor | None = None
         for index, update in self.participants.train(self.broadcast(state), cohort, state.clients):
+            many = update.together or 1
             answered += index.numel()
             if update.size is not None and self.counted:
                 clients["size"][index] = update.size
             weight = torch.ones(index.numel()) if self.aggregation == "uniform" else clients["size"][index]
-            mean.add(shared, update.params, torch.ones(1) if self.centralised else weight)
+            if update.together or self.centralised:
+                weight = torch.full((1,), float(many))
+            mean.add(shared, update.params, weight)
             for name, rows in update.private.items():
                 clients[name][index] = rows
             if update.posterior is not None:
@@ -171,7 +176,7 @@ class FederatedVariational:
                 part_labelled = update.labelled.sum(0)
                 labelled = part_labelled if labelled is None else labelled + part_labelled
             for name, value in update.losses.items():
-                sums[name] = sums.get(name, 0.0) + float(value.sum())
+                sums[name] = sums.get(name, 0.0) + many * float(value.sum())
         params, slots = self.server.apply(shared, state.optimiser, mean.mean())
         if self.centralised:
             require_finite(stack(params, 1), ["all clients pooled"], state.round)

@@ -1,0 +1,114 @@
+"""`fedvpa client`: a client and its Flower SuperNode, until it is told to stop."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import tempfile
+import time
+from multiprocessing.connection import Listener
+from pathlib import Path
+from threading import Thread
+
+from fedvpa.errors import BadInputError, RunError
+from fedvpa.flower.client import Client
+from fedvpa.flower.processes import port_is_free, program, settings_line, start, stop
+from fedvpa.flower.settings import ClientSettings, read_settings
+
+logger = logging.getLogger("fedvpa")
+
+RETRY_SECONDS = 1.0
+STEADY_SECONDS = 20.0
+"""A node that ran for so long had a server."""
+
+
+def run_client(settings_path: Path, min_cohort: int = 3, patience: float = math.inf) -> None:
+    """Serve until interrupted. `min_cohort`: secure sums over fewer clients are refused; `patience`: seconds without a server
+    after which it gives up.
+
+    Raises:
+        BadInputError: unusable settings, missing keys or certificates.
+        RunError: there was no server for longer than `patience`.
+    """
+    settings = read_settings(settings_path, ClientSettings)
+    folder = settings_path.parent
+    for name in ("root_certificate", "key", "certificate", "certificate_key"):
+        value = getattr(settings, name)
+        if value is None:
+            raise BadInputError(f"{settings_path}: {name} is not given")
+        if not (folder / value).is_file():
+            raise BadInputError(f"{settings_path}: {name}: {folder / value}: no such file")
+    if not (folder / settings.data).exists():
+        raise BadInputError(f"{settings_path}: data: {folder / settings.data}: no such file or folder")
+    if not port_is_free("127.0.0.1", settings.runtime_port):
+        raise BadInputError(f"{settings_path}: runtime_port: {settings.runtime_port} is in use; choose another for each client")
+    client = Client(settings, folder)
+    client.state_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    relay = Path(tempfile.mkdtemp(prefix="fedvpa-"))  # readable for this user alone; socket paths are short
+    try:
+        with Listener(str(relay / "relay"), family="AF_UNIX") as listener:
+            Thread(target=_answer_all, args=(client, listener), daemon=True).start()
+            _keep_node(settings, folder, relay / "relay", min_cohort, patience)
+    finally:
+        shutil.rmtree(relay, ignore_errors=True)
+
+
+def _answer_all(client: Client, listener: Listener) -> None:
+    """Answer one connection after the other; what breaks a connection does not break the client."""
+    while True:
+        try:
+            with listener.accept() as connection:
+                connection.send_bytes(client.answer(connection.recv_bytes()))
+        except (OSError, EOFError) as error:
+            if os.environ.get("FEDVPA_DEBUG"):
+                logger.debug("relay: %s", error)
+            time.sleep(0.05)
+
+
+def command(settings: ClientSettings, folder: Path, relay: Path, min_cohort: int) -> list[str]:
+    """The SuperNode's command line."""
+    return [
+        program("flower-supernode"), "--superlink", settings.server,
+        "--root-certificates", str(folder / str(settings.root_certificate)),
+        "--auth-supernode-private-key", str(folder / str(settings.key)),
+        "--host", "127.0.0.1", "--port", str(settings.runtime_port),
+        "--ssl-certfile", str(folder / str(settings.certificate)),
+        "--ssl-keyfile", str(folder / str(settings.certificate_key)),
+        "--ssl-ca-certfile", str(folder / str(settings.root_certificate)),
+        "--node-config", settings_line({"relay": str(relay), "min-cohort": min_cohort}),
+    ]  # fmt: skip
+
+
+def _keep_node(settings: ClientSettings, folder: Path, relay: Path, min_cohort: int, patience: float) -> None:
+    """Run the node; start it again when it ends, as it does while the server is away or does not know its key."""
+    log = folder / "client.log"
+    logger.info("client '%s' serves %s; log: %s", settings.name, settings.server, log)
+    since = time.monotonic()
+    said = ""
+    while True:
+        began, size = time.monotonic(), log.stat().st_size if log.is_file() else 0
+        node = start(command(settings, folder, relay, min_cohort), log, folder / ".flwr")
+        try:
+            code = node.wait()
+        finally:
+            stop(node)
+        if time.monotonic() - began > STEADY_SECONDS:
+            since = time.monotonic()
+        why = _reason(log, size) or f"it ended with code {code}"
+        if time.monotonic() - since > patience:
+            raise RunError(f"{settings.server} has not taken '{settings.name}' for {patience:.0f} s: {why}; see {log}")
+        if why != said:
+            logger.warning("client '%s' is not connected: %s; trying again", settings.name, why)
+            said = why
+        time.sleep(RETRY_SECONDS)
+
+
+def _reason(log: Path, begin: int) -> str:
+    """Why the node says it ended."""
+    with log.open("rb") as file:
+        file.seek(begin)
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
+    reasons = [line for line in lines if line.startswith(("[code:", "Failed", "The SuperNode", "Error")) or "refused" in line]
+    return " ".join(dict.fromkeys(reasons))[:300]

@@ -1,0 +1,165 @@
+"""The server's run of a federation: greet, whiten, rounds, checkpoints; resumable after anything."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from fedvpa.checkpoint import load_checkpoint, write_atomically
+from fedvpa.config import Config
+from fedvpa.errors import BadInputError, FedvpaError
+from fedvpa.experiment.build import build_variational
+from fedvpa.experiment.run import ELSEWHERE, RunPaths, load_config, load_whitener, save_config, save_whitener
+from fedvpa.experiment.tracking import open_tracker
+from fedvpa.experiment.train import Journal, manifest, run_rounds
+from fedvpa.federated.algorithm import sample_cohort
+from fedvpa.flower.participants import NetworkedClients, Transport
+from fedvpa.flower.settings import ServerSettings, read_settings, training_config
+from fedvpa.types import Population, ServerState
+
+logger = logging.getLogger("fedvpa")
+
+LOG = "log.txt"
+"""What the run says, in its directory."""
+PATIENCE = 600.0
+"""Seconds that a run waits for its clients to connect."""
+
+
+def serve(settings_path: Path, transport: Transport) -> dict[str, Any]:
+    """Run the federation of a `server.yaml` to its end, from its last checkpoint if there is one.
+
+    Raises:
+        BadInputError: unusable settings, or a run directory of other settings.
+        CohortError: too few clients, or too few usable replies; the run can be resumed.
+    """
+    settings = read_settings(settings_path, ServerSettings)
+    config = training_config(settings)
+    paths = RunPaths(settings_path.parent / settings.run)
+    status = Status(paths.root / "status.json", config.federation.rounds)
+    try:
+        return _serve(settings, config, paths, transport, status)
+    except BaseException as error:
+        status.say("failed", message=f"{error}" if isinstance(error, FedvpaError | OSError) else repr(error))
+        raise
+
+
+class Status:
+    """What the run is doing, in a small file that others may read."""
+
+    def __init__(self, path: Path, rounds: int) -> None:
+        self._path, self._rounds = path, rounds
+
+    def say(self, state: str, **more: Any) -> None:
+        """Replace the file."""
+        line = {"state": state, "rounds": self._rounds, "pid": os.getpid(), **more}
+        write_atomically(self._path, (json.dumps(line) + "\n").encode())
+
+
+def _serve(settings: ServerSettings, config: Config, paths: RunPaths, transport: Transport, status: Status) -> dict[str, Any]:
+    started = time.perf_counter()
+    identity = _identity(paths, settings, config)
+    clients = NetworkedClients(settings, config, transport, identity["run"])
+    algorithm = build_variational(config, clients)
+    clients.columns = algorithm.most_components if algorithm.gumbel else 0
+    clients.counted, clients.posterior = algorithm.counted, algorithm.sends_posterior
+    if paths.whitening.is_file():
+        clients.whitener = load_whitener(paths)
+    status.say("waiting", round=0)
+    clients.wait(PATIENCE)
+    clients.check_backbone(identity.get("signature", ""))
+    if clients.whitener is None:
+        whitener = clients.fit_whitening()
+        save_whitener(paths, whitener)
+        _save_identity(paths, identity | {"signature": clients.signature})
+    assert clients.whitener is not None
+    fingerprint = _fingerprint(config, settings, identity["run"])
+    if paths.checkpoint.is_file():
+        found = load_checkpoint(paths.checkpoint, fingerprint)
+        state, history = found.state, found.history
+        logger.info("goes on after round %d of %d", state.round, config.federation.rounds)
+        if found.finished:
+            status.say("finished", round=state.round)
+            return {"run": str(paths.root), "rounds": state.round}
+    else:
+        state, history = algorithm.init(), []
+    paths.write_json("manifest.json", manifest(algorithm, state, clients.whitener))
+    paths.write_json("data.json", _described(settings, clients.signature))
+    for line in describe(manifest(algorithm, state, clients.whitener)):
+        logger.info("%s", line)
+
+    def cohort(round_number: int) -> list[int]:
+        online = clients.wait(PATIENCE)
+        return [online[i] for i in sample_cohort(config.seed, round_number, len(online), config.federation.cohort)]
+
+    def validate(reached: ServerState) -> dict[str, Any]:
+        return clients.validate(reached.params, Population(**reached.population) if reached.population else None)
+
+    seconds: list[float] = []
+
+    def on_round(done: int, total: int, row: dict[str, Any]) -> None:
+        seconds.append(row["seconds"])
+        status.say("running", round=done, seconds=row["seconds"], loss=row.get("loss"))
+        accuracy = f", validation {row['validation_accuracy']:.3f}" if "validation_accuracy" in row else ""
+        logger.info("round %d of %d: %.1f s, loss %.4f%s", done, total, row["seconds"], row.get("loss", float("nan")), accuracy)
+
+    with open_tracker(config.tracker, paths.root, config) as tracker:
+        journal = Journal(paths, fingerprint, tracker, on_round)
+        state, history = run_rounds(config.federation, algorithm, (state, history), cohort, validate, journal)
+    paths.write_json("history.json", history)
+    paths.write_json("manifest.json", manifest(algorithm, state, clients.whitener))
+    result = {
+        "run": str(paths.root), "rounds": state.round, "clients": len(clients),
+        "seconds": time.perf_counter() - started, "seconds_per_round": sorted(seconds)[len(seconds) // 2] if seconds else None,
+        "bytes": clients.traffic,
+    }  # fmt: skip
+    paths.write_json("federation.json", result | {"history_rounds": len(history)})
+    status.say("finished", round=state.round)
+    logger.info("finished: %s", json.dumps(result))
+    return result
+
+
+def describe(rows: list[dict[str, Any]]) -> list[str]:
+    """The payload manifest in words: what travels between a client and the server, and how large it is."""
+    out = ["what travels between a client and the server, and nothing else:"]
+    for direction, word in (("down", "to the client"), ("up", "to the server")):
+        mine = [row for row in rows if row["direction"] == direction]
+        each = sum(row["bytes"] for row in mine if row["when"] == "every round")
+        out.append(f"  {word}: {each:,} bytes every round")
+        out += [f"    {row['name']} {list(row['shape'])}: {row['bytes']:,} bytes, {row['when']}" for row in mine]
+    return out
+
+
+def _identity(paths: RunPaths, settings: ServerSettings, config: Config) -> dict[str, Any]:
+    """The run's own name, made once; the same settings have to be given when it goes on."""
+    if paths.config.is_file():
+        if load_config(paths).model_dump(exclude=ELSEWHERE) != config.model_dump(exclude=ELSEWHERE):
+            raise BadInputError(f"{paths.root}: was begun with other settings; name another run in server.yaml")
+        found: dict[str, Any] = json.loads((paths.root / "identity.json").read_text())
+        if found["clients"] != list(settings.clients):
+            raise BadInputError(f"{paths.root}: was begun with other clients; name another run in server.yaml")
+        return found
+    identity = {"run": uuid.uuid4().hex, "clients": list(settings.clients)}
+    _save_identity(paths, identity)
+    save_config(paths, config)
+    return identity
+
+
+def _save_identity(paths: RunPaths, identity: dict[str, Any]) -> None:
+    paths.write_json("identity.json", identity)
+
+
+def _fingerprint(config: Config, settings: ServerSettings, run: str) -> str:
+    given = [config.model_dump(mode="json", exclude=ELSEWHERE), list(settings.clients), run]
+    return hashlib.sha256(json.dumps(given).encode()).hexdigest()
+
+
+def _described(settings: ServerSettings, signature: str) -> dict[str, Any]:
+    """What the server knows of the data: who takes part."""
+    rows = [{"name": name, "group": None, "pairs": None, "validation_pairs": None} for name in settings.clients]
+    return {"backbone": None, "signature": signature, "clients": rows, "skipped": {}, "first_skipped": []}
