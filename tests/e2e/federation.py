@@ -61,8 +61,13 @@ class Federation:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in [*self.clients.values(), *([self.server] if self.server else [])]:
-            self._end(process)
+        processes = [*self.clients.values(), *([self.server] if self.server else [])]
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(15)
+            self.kill(process)
 
     def start_server(self) -> None:
         """Start (or restart) the server."""
@@ -107,16 +112,8 @@ class Federation:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
-    def _end(self, process: subprocess.Popen[bytes]) -> None:
-        if process.poll() is None:
-            process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(15)
-        self.kill(process)
-
     def _start(self, arguments: list[str], out: Path) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "fedvpa.cli.main", *arguments]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with out.open("ab") as file:
-            return subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-            )
+            return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=environment)

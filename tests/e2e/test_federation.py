@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 
 from fedvpa.checkpoint import load_checkpoint
 from fedvpa.config import build_config
+from fedvpa.data.preferences import to_record
 from fedvpa.data.reading import read_pairs
 from fedvpa.experiment.train import train
 from fedvpa.types import PreferencePair
@@ -42,17 +45,10 @@ def test_equals_the_simulator(pair_file: Path, tiny_model: Path, tmp_path: Path)
         assert federation.wait() == 0, federation.out()
         said = federation.said()
     together = tmp_path / "together.jsonl"
-    lines = []
-    for home in federation.homes:
-        lines += [
-            line.replace('"client_id": null', f'"client_id": "{home.name}"').replace('"group": "', '"group": "x').replace("xx", "x")
-            for line in (home / "pairs.jsonl").read_text().splitlines()
-        ]
+    lines = [json.dumps(to_record(replace(pair, client_id=name))) for name, pairs in own.items() for pair in pairs]
     together.write_text("\n".join(lines) + "\n")
-    config = build_config(
-        {"prior": {"kind": "components"}}, training, {"data": {"source": str(together), "clients": 3}, "out": str(tmp_path / "s")}
-    )
-    train(config)
+    here_too = {"data": {"source": str(together), "clients": 3}, "out": str(tmp_path / "s")}
+    train(build_config({"prior": {"kind": "components"}}, training, here_too))
     there = load_checkpoint(federation.run / "checkpoint.safetensors")
     here = load_checkpoint(tmp_path / "s" / "checkpoint.safetensors")
     assert there.finished

@@ -86,7 +86,9 @@ def align(
         place = work / f"iteration-{iteration}"
         place.mkdir(exist_ok=True)
         candidates = _candidates(policy, used, conditions, config, styles, iteration, place, report)
-        pairs, counts = choose(selector, used, candidates, conditions, config.margin, config.pairs_per_prompt)
+        pairs, counts = choose(
+            selector, used, candidates, conditions, config.margin, config.pairs_per_prompt, config.choose_from == "ended"
+        )
         if not pairs:
             raise RunError(f"the selector told no two responses apart by {config.margin}; lower --margin, or train it longer")
         stage, rows = f"training, iteration {iteration}", by_prompt(pairs, config.seed)
@@ -135,12 +137,13 @@ def users_by_prompt(selector: Selector, users: int, prompts: int, seed: int) -> 
 
 def choose(
     selector: Selector, prompts: Sequence[Prompt], candidates: dict[str, list[list[Candidate]]],
-    preferences: dict[str, Float[Tensor, "p d"]], margin: float, per_prompt: int = 1,
+    preferences: dict[str, Float[Tensor, "p d"]], margin: float, per_prompt: int = 1, ended_only: bool = False,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:  # fmt: skip
     """Best and worst of each prompt's candidates under each preference (a z for every prompt), second best and second worst,
     and so on up to `per_prompt` pairs; returns TRL rows with their z, and counts.
 
-    Pairs whose rewards differ by less than `margin`, and prompts with fewer than two different candidates, are dropped.
+    Pairs whose rewards differ by less than `margin`, and prompts with fewer than two different candidates, are dropped. With
+    `ended_only`, what the limit cut off may be rejected but not chosen.
     """
     rows: list[dict[str, Any]] = []
     close = same = 0
@@ -155,7 +158,8 @@ def choose(
                 same += 1
                 continue
             order = reward.argsort(descending=True).tolist()
-            for high, low in list(zip(order, reversed(order)))[: min(per_prompt, len(order) // 2)]:
+            good = [i for i in order if different[i].ended] if ended_only else order
+            for high, low in list(zip(good, reversed(order)))[: min(per_prompt, len(order) // 2)]:
                 if float(reward[high] - reward[low]) < max(margin, 1e-9):
                     close += 1
                     continue

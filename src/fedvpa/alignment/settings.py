@@ -49,6 +49,7 @@ class AlignConfig(TrainingConfig):
     users: Annotated[int, Field(ge=0)] = Field(0, description="beside the prototypes, z of this many random clients a prompt")
     pairs_per_prompt: Annotated[int, Field(ge=1)] = Field(2, description="best and worst, second best and second worst, ...")
     max_new_tokens: Annotated[int, Field(ge=4)] = Field(160, description="tokens of a response at most")
+    choose_from: Literal["all", "ended"] = Field("all", description="ended: what the limit cut off is never chosen")
     temperature: Annotated[float, Field(gt=0)] = Field(0.7, description="of the candidates")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(0.95, description="of the candidates")
     sample_batch: Annotated[int, Field(ge=1)] = Field(64, description="responses drawn side by side")

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -46,13 +47,13 @@ def run_server(settings_path: Path) -> dict[str, Any]:
     link = start(command(settings, folder), log, home)
     try:
         wait_for_port(local, settings.port, link, log)
-        for client in settings.clients:
-            key = str(folder / "keys" / f"{client}.pub")
-            run([program("flwr"), "supernode", "register", key, "fedvpa", "--name", client], home)
+        keys = {client: str(folder / "keys" / f"{client}.pub") for client in settings.clients}
+        commands = [["supernode", "register", key, "fedvpa", "--name", client] for client, key in keys.items()]
         said = folder / settings.run / LOG
         begin = said.stat().st_size if said.is_file() else 0
         given = settings_line({"settings": str(settings_path)})
-        run([program("flwr"), "run", str(folder / "app"), "fedvpa", "--run-config", given], home)
+        commands.append(["run", str(folder / "app"), "fedvpa", "--run-config", given])
+        run([sys.executable, "-m", "fedvpa.flower.submit"], home, json.dumps(commands))
         return _follow(link, log, begin, folder / settings.run)
     finally:
         stop(link)

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 import tempfile
 import time
 from multiprocessing.connection import Listener
@@ -16,9 +17,11 @@ from fedvpa.errors import BadInputError, RunError
 from fedvpa.flower.client import Client
 from fedvpa.flower.processes import port_is_free, program, settings_line, start, stop
 from fedvpa.flower.settings import ClientSettings, read_settings
+from fedvpa.flower.warm import install
 
 logger = logging.getLogger("fedvpa")
 
+LOG = "client.log"
 RETRY_SECONDS = 1.0
 STEADY_SECONDS = 20.0
 """A node that ran for so long had a server."""
@@ -50,7 +53,11 @@ def run_client(settings_path: Path, min_cohort: int = 3, patience: float = math.
     try:
         with Listener(str(relay / "relay"), family="AF_UNIX") as listener:
             Thread(target=_answer_all, args=(client, listener), daemon=True).start()
-            _keep_node(settings, folder, relay / "relay", min_cohort, patience)
+            warm = start([sys.executable, "-m", "fedvpa.flower.warm", str(install(relay))], folder / LOG, folder / ".flwr")
+            try:
+                _keep_node(settings, folder, relay, min_cohort, patience)
+            finally:
+                stop(warm)
     finally:
         shutil.rmtree(relay, ignore_errors=True)
 
@@ -83,13 +90,13 @@ def command(settings: ClientSettings, folder: Path, relay: Path, min_cohort: int
 
 def _keep_node(settings: ClientSettings, folder: Path, relay: Path, min_cohort: int, patience: float) -> None:
     """Run the node; start it again when it ends, as it does while the server is away or does not know its key."""
-    log = folder / "client.log"
+    log = folder / LOG
     logger.info("client '%s' serves %s; log: %s", settings.name, settings.server, log)
     since = time.monotonic()
     said = ""
     while True:
         began, size = time.monotonic(), log.stat().st_size if log.is_file() else 0
-        node = start(command(settings, folder, relay, min_cohort), log, folder / ".flwr")
+        node = start(command(settings, folder, relay / "relay", min_cohort), log, folder / ".flwr", first=relay)
         try:
             code = node.wait()
         finally:

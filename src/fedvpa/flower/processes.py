@@ -36,18 +36,20 @@ def program(name: str) -> str:
     return str(path)
 
 
-def environment(home: Path) -> dict[str, str]:
+def environment(home: Path, first: Path | None = None) -> dict[str, str]:
     """Environment of Flower's programs, whose own files go to `home`."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    places = [*([str(first)] if first else []), str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+    path = os.pathsep.join(places)
     return {**os.environ, **ENVIRONMENT, "FLWR_HOME": str(home), "PATH": path}
 
 
-def start(command: Sequence[str], log: Path, home: Path) -> subprocess.Popen[bytes]:
-    """Start a program that ends when this process does, even if this one is killed (on Linux)."""
+def start(command: Sequence[str], log: Path, home: Path, first: Path | None = None) -> subprocess.Popen[bytes]:
+    """Start a program that ends when this process does, even if this one is killed (on Linux); it looks for others in `first`
+    before anywhere else."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         return subprocess.Popen(
-            list(command), stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment(home),
+            list(command), stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment(home, first),
             preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )  # fmt: skip
 
@@ -56,16 +58,16 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def run(command: Sequence[str], home: Path) -> str:
-    """Run a program to its end; its standard output.
+def run(command: Sequence[str], home: Path, given: str = "") -> str:
+    """Run a program to its end, with something on its standard input; its standard output.
 
     Raises:
         RunError: it failed; the message holds the last of what it said.
     """
-    done = subprocess.run(list(command), env=environment(home), capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(list(command), env=environment(home), capture_output=True, text=True, input=given)
     if done.returncode:
         said = " ".join((done.stdout + done.stderr).split())[-400:]
-        raise RunError(f"{Path(command[0]).name} {' '.join(command[1:3])} failed: {said}")
+        raise RunError(f"{' '.join(command[1:3])}: {said}")
     return done.stdout
 
 
