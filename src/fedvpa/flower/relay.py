@@ -5,6 +5,7 @@ A process of it is started for every message, so it imports neither torch nor th
 
 from __future__ import annotations
 
+import importlib
 import struct
 from multiprocessing.connection import Client
 from typing import Any
@@ -46,11 +47,11 @@ def plain(message: Message, context: Context) -> Message:
 
 def _secure(message: Message, context: Context, call_next: Any) -> Message:
     """Flower's SecAgg+ with masks from a stream cipher; a server that asks for too much is refused."""
-    from flwr.client.mod.secure_aggregation import secaggplus_mod as module
     from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key, Stage
 
     from fedvpa.flower.masks import replace_generator
 
+    module = importlib.import_module("flwr.client.mod.secure_aggregation.secaggplus_mod")  # its package hides it by a function
     replace_generator(module)
     stage = message.content.config_records[RECORD_KEY_CONFIGS]
     if stage.get(Key.STAGE) == Stage.SETUP:
