@@ -65,6 +65,9 @@ class DataConfig(Section):
     corruption: Literal["random", "reversed"] = Field("random", description="how they are spoilt")
     max_pairs: Annotated[int, Field(ge=0)] = Field(0, description="at most this many pairs a client (0: all)")
     validation_share: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="of each client's pairs, held out")
+    public: str | None = Field(
+        None, description="public pairs that the whitening is fitted to, their labels unread (default: the clients' sums)"
+    )
     personas: PersonasConfig = PersonasConfig()
 
 
@@ -155,6 +158,11 @@ class FederationConfig(Section):
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="with optimiser=sgd")
     weight_decay: NonNegative = Field(0.0, description="L2 penalty in the clients' optimiser")
     aggregation: Literal["uniform", "samples"] = Field("uniform", description="weights of FedAvg")
+    aggregator: Literal["mean", "trimmed-mean", "median", "krum"] = Field(
+        "mean", description="how clients' updates are brought together; all but mean withstand some attackers"
+    )
+    trim: Annotated[float, Field(gt=0, lt=0.5)] = Field(0.2, description="share of attackers that these withstand")
+    max_norm: NonNegative = Field(0.0, description="longer updates are shortened to this L2 norm (0: they are not)")
     server_optimiser: Literal["average", "momentum", "adam"] = Field("average", description="FedAvg, FedAvgM, FedAdam")
     server_learning_rate: Annotated[float, Field(gt=0)] = Field(1.0, description="the server's step size")
     posterior_from: Literal["broadcast", "local"] = Field(
@@ -181,6 +189,19 @@ class InferenceConfig(Section):
     )
 
 
+class PrivacyConfig(Section):
+    """Client-level differential privacy of all that the server releases."""
+
+    enabled: bool = Field(False, description="clip what a client contributes, noise the sums, account for epsilon")
+    noise: NonNegative = Field(1.0, description="of a round, in multiples of the bounds; see `fedvpa privacy plan`")
+    clip: Annotated[float, Field(gt=0)] = Field(0.5, description="L2 bound of a client's update")
+    fit_noise: NonNegative = Field(20.0, description="of every sum from which components are fitted")
+    latent_clip: Annotated[float, Field(gt=0)] = Field(2.0, description="L2 bound of a client's latent mean, in these sums")
+    variance_clip: Annotated[float, Field(gt=0)] = Field(4.0, description="L2 bound of its posterior variance, in these sums")
+    delta: Annotated[float, Field(gt=0, lt=1)] = Field(1e-5, description="delta, well under one over the number of clients")
+    budget: NonNegative = Field(0.0, description="training stops before epsilon exceeds this (0: it does not)")
+
+
 class Config(Section):
     """Everything a run depends on."""
 
@@ -197,6 +218,7 @@ class Config(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     federation: FederationConfig = FederationConfig()
     inference: InferenceConfig = InferenceConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
 
     @property
     def prototypes_start(self) -> int:
@@ -325,6 +347,21 @@ _LATENT_SETTINGS = (
 )
 
 
+def _check_privacy(config: Config) -> None:
+    """Differential privacy is of sums over clients, with what they depend on fixed beforehand."""
+    wrong = [
+        (config.variational and config.method != "centralised-vpl", f"method {config.method} has no private rounds"),
+        (config.prior.kind == "components", "prior.kind must be components: others show every client's posterior"),
+        (config.prototypes.modes != "auto", "prototypes.modes must be a number: finding it reads the clients' choices"),
+        (config.data.public is not None, "data.public must name public pairs, by which the features are whitened"),
+        (config.federation.aggregator == "mean", "federation.aggregator must be mean: a noised sum is all that is known"),
+        (config.federation.aggregation == "uniform", "federation.aggregation must be uniform: the number of pairs is private"),
+    ]
+    for fine, why in wrong:
+        if not fine:
+            raise BadInputError(f"privacy: {why}")
+
+
 def _refuse_unused(config: Config, explicit: set[str]) -> None:
     """A setting that was given on purpose must matter."""
     d, f, variational = config.data, config.federation, config.variational
@@ -358,6 +395,10 @@ def _refuse_unused(config: Config, explicit: set[str]) -> None:
         ("objective.reward_decay", config.model.conditioning == "bilinear" or config.objective.reward_decay == 0,
          "only the bilinear reward has a direction"),
         ("model.rank", config.model.conditioning == "bilinear", "only the bilinear reward has one"),
+        ("privacy.", config.privacy.enabled, "privacy.enabled is false"),
+        ("federation.aggregator", variational, f"{config.method} has no latent"),
+        ("federation.max_norm", variational, f"{config.method} has no latent"),
+        ("federation.trim", f.aggregator in ("trimmed-mean", "krum"), "it goes with aggregator=trimmed-mean or krum"),
         ("federation.momentum", f.optimiser == "sgd", "optimiser is adam"),
         ("federation.selectors", config.method == "fedbiscuit", "it belongs to fedbiscuit"),
         ("federation.regroup_every", config.method == "fedbiscuit", "it belongs to fedbiscuit"),
@@ -367,6 +408,8 @@ def _refuse_unused(config: Config, explicit: set[str]) -> None:
         hit = next((s for s in sorted(explicit) if s == prefix or (prefix.endswith(".") and s.startswith(prefix))), None)
         if hit and not used:
             raise BadInputError(f"{hit} is set but would not be read: {why}; remove it, or change what it depends on")
+    if config.privacy.enabled:
+        _check_privacy(config)
     if config.prototypes.kind == "anchored":
         if config.prototypes_start >= f.rounds:
             raise BadInputError(

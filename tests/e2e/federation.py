@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -16,13 +17,16 @@ from typing import Any
 import yaml
 
 from fedvpa.data.preferences import to_record
+from fedvpa.flower.processes import port_is_free
 from fedvpa.flower.project import init_project
 from fedvpa.types import PreferencePair
 
 
 def free_ports(count: int) -> int:
     """The first of `count` ports in a row that nobody uses."""
-    for port in range(20000 + os.getpid() % 20000, 60000, count):
+    for port in range(random.SystemRandom().randrange(20000, 30000), 32000, count):  # below the ports that are handed out
+        if not all(port_is_free("127.0.0.1", port + i) for i in range(count)):
+            continue
         probes = []
         try:
             for i in range(count):
@@ -71,12 +75,12 @@ class Federation:
 
     def start_server(self) -> None:
         """Start (or restart) the server."""
-        self.server = self._start(["server", str(self.folder)], self.folder / "server.out")
+        self.server = self.launch(["server", str(self.folder)], self.folder / "server.out")
 
     def start_client(self, name: str) -> None:
         """Start (or restart) a client."""
         home = self.folder / "clients" / name
-        self.clients[name] = self._start(["client", str(home)], home / "client.out")
+        self.clients[name] = self.launch(["client", str(home)], home / "client.out")
 
     def start(self) -> None:
         """Start everybody."""
@@ -112,7 +116,8 @@ class Federation:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
-    def _start(self, arguments: list[str], out: Path) -> subprocess.Popen[bytes]:
+    def launch(self, arguments: list[str], out: Path) -> subprocess.Popen[bytes]:
+        """Start `fedvpa` in a process group of its own."""
         command = [sys.executable, "-m", "fedvpa.cli.main", *arguments]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with out.open("ab") as file:

@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from fedvpa.checkpoint import load_checkpoint
 from fedvpa.config import build_config
 from fedvpa.data.preferences import to_record
 from fedvpa.data.reading import read_pairs
 from fedvpa.experiment.train import train
+from fedvpa.flower.project import init_project
 from fedvpa.types import PreferencePair
-from tests.e2e.federation import Federation
+from tests.e2e.federation import Federation, free_ports
 
 pytestmark = pytest.mark.slow
 
@@ -62,3 +64,70 @@ def test_equals_the_simulator(pair_file: Path, tiny_model: Path, tmp_path: Path)
         [row["validation_accuracy"] for row in here.history]
     )
     assert "what travels between a client and the server, and nothing else" in said
+
+
+def test_secure_sums_over_processes(pair_file: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """SecAgg+ between real nodes: what the server holds of a client is masked, and the model learns all the same."""
+    training = {
+        "method": "fedvpl+ortho", "model": {"inputs": 4, "latent": 2}, "prototypes": {"start_round": 1, "modes": 1},
+        "federation": {"rounds": 2, "local_steps": 4, "validate_every": 9},
+        "features": {"backbone": str(tiny_model), "layer": 2},
+    }  # fmt: skip
+    own = pairs_of(pair_file, 3)
+    with Federation(tmp_path / "f", own, training, secure=True) as federation:
+        federation.start()
+        assert federation.wait(400) == 0, federation.out()
+    found = load_checkpoint(federation.run / "checkpoint.safetensors")
+    assert found.finished
+    together = tmp_path / "together.jsonl"
+    lines = [json.dumps(to_record(replace(pair, client_id=name))) for name, pairs in own.items() for pair in pairs]
+    together.write_text("\n".join(lines) + "\n")
+    here = {"data": {"source": str(together), "clients": 3}, "out": str(tmp_path / "s")}
+    train(build_config({"prior": {"kind": "components"}}, training, here))
+    expected = load_checkpoint(tmp_path / "s" / "checkpoint.safetensors").state.params
+    for name, value in found.state.params.items():
+        torch.testing.assert_close(value, expected[name], atol=1e-3, rtol=1e-2, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_survives_kills_and_refuses_strangers(pair_file: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """A client killed in a round and started again, a server killed with -9 and started again: no round is lost or counted
+    twice. Meanwhile a node of an unknown key, and one that does not trust the server's certificate, are not let in."""
+    training = {
+        "method": "fedvpl", "prior": {"kind": "gaussian"}, "model": {"inputs": 6, "latent": 3}, "prototypes": {"modes": 2},
+        "federation": {"rounds": 8, "local_steps": 4, "validate_every": 9, "checkpoint_every": 1},
+        "features": {"backbone": str(tiny_model), "layer": 2},
+    }  # fmt: skip
+    own = pairs_of(pair_file, 3)
+    settings = {"min_clients": 2, "min_replies": 2, "grace": 1.0, "timeout": 15.0}
+    others = init_project(tmp_path / "other", ["stranger", "doubter"], port=1)
+    with Federation(tmp_path / "f", own, training, **settings) as federation:
+        federation.start()
+        ports = free_ports(2)
+        for i, home in enumerate(others):
+            given = yaml.safe_load((home / "client.yaml").read_text())
+            server = yaml.safe_load((federation.homes[0] / "client.yaml").read_text())["server"]
+            (home / "client.yaml").write_text(yaml.safe_dump(given | {"server": server, "runtime_port": ports + i}))
+            (home / "pairs.jsonl").write_text("{}\n")
+        for name in ("ca.crt", "node.crt", "node-tls.key"):  # the stranger trusts the server, but its key is not registered
+            (others[0] / name).write_text((federation.homes[0] / name).read_text())
+        federation.wait_for("round 1 of 8")
+        strangers = [federation.launch(["client", str(home), "--patience", "6"], home / "client.out") for home in others]
+        federation.kill(federation.clients["client-1"])
+        federation.wait_for("round 3 of 8")
+        federation.start_client("client-1")
+        federation.wait_for("round 4 of 8")
+        assert federation.server is not None
+        federation.kill(federation.server)
+        federation.start_server()
+        assert federation.wait(300) == 0, federation.out()
+        assert [process.wait(60) for process in strangers] == [1, 1]
+    found = load_checkpoint(federation.run / "checkpoint.safetensors")
+    assert found.finished
+    assert [row["round"] for row in found.history] == list(range(1, 9))
+    said = federation.said()
+    assert "goes on after round" in said
+    assert said.count("client 'client-1' is connected") >= 2
+    assert "stranger" not in said
+    assert "doubter" not in said
+    for home in others:
+        assert "has not taken" in (home / "client.out").read_text()

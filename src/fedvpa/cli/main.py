@@ -1,5 +1,6 @@
 """The command line: ``fedvpa data | embed | train | evaluate | compare | personalize | score``, and for policies
-``align | feddpo | generate | chat | export | winrate``; across machines ``federation | server | client``.
+``align | feddpo | generate | chat | export | winrate``; across machines ``federation | server | client |
+privacy``.
 
 Exit codes: 0 ok, 1 a run failed or was interrupted, 2 bad usage or bad input.
 """
@@ -12,7 +13,15 @@ import sys
 from collections.abc import Callable, Sequence
 
 from fedvpa import __version__
-from fedvpa.cli import data_commands, federation_commands, policy_commands, run_commands, use_commands, winrate_command
+from fedvpa.cli import (
+    data_commands,
+    federation_commands,
+    policy_commands,
+    privacy_commands,
+    run_commands,
+    use_commands,
+    winrate_command,
+)
 from fedvpa.cli.console import Reporter, configure_logging
 from fedvpa.errors import BadInputError, FedvpaError
 
@@ -28,7 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fedvpa {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    modules = (data_commands, run_commands, use_commands, policy_commands, winrate_command, federation_commands)
+    ours = (data_commands, run_commands, use_commands, policy_commands, winrate_command)
+    modules = (*ours, federation_commands, privacy_commands)
     for module in modules:
         module.register(commands)
     return parser

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from fedvpa.config import Config
 from fedvpa.federated.aggregation import ServerOptimiser
 from fedvpa.federated.algorithm import Algorithm
@@ -9,6 +11,7 @@ from fedvpa.federated.client import LocalSettings
 from fedvpa.federated.monolithic import FederatedReward
 from fedvpa.federated.objective import VariationalObjective
 from fedvpa.federated.participants import ClientSide, Participants, Schedule
+from fedvpa.federated.privacy import Privacy
 from fedvpa.federated.simulation import Simulation
 from fedvpa.federated.store import ClientStore
 from fedvpa.federated.variational import FederatedVariational
@@ -46,8 +49,9 @@ def build_algorithm(config: Config, store: ClientStore) -> Algorithm:
     )  # fmt: skip
 
 
-def build_variational(config: Config, participants: Participants) -> FederatedVariational:
-    """The server's side of a variational method, over clients in this process or elsewhere."""
+def build_variational(config: Config, participants: Participants, *, secret: bool = False) -> FederatedVariational:
+    """The server's side of a variational method, over clients in this process or elsewhere; `secret`: privacy's noise cannot be
+    repeated."""
     return FederatedVariational(
         participants,
         _selector(config),
@@ -60,11 +64,38 @@ def build_variational(config: Config, participants: Participants) -> FederatedVa
         max_components=config.prior.max_components,
         inference=config.inference.kind,
         centralised=config.method == "centralised-vpl",
+        aggregator=config.federation.aggregator,
+        trim=config.federation.trim,
+        max_norm=config.federation.max_norm,
+        privacy=build_privacy(config, len(participants)),
+        rounds=config.federation.rounds,
+        secret=secret,
     )
 
 
-def build_clients(config: Config, store: ClientStore) -> ClientSide:
-    """The clients' side of a variational method, for the clients of `store`."""
+def build_privacy(config: Config, clients: int) -> Privacy | None:
+    """Bounds and noise of differential privacy; None where it is off."""
+    p = config.privacy
+    if not p.enabled:
+        return None
+    summed = config.prior.kind == "components" and config.prototypes.kind != "anchored"
+    return Privacy(
+        rate=min(1.0, (config.federation.cohort or clients) / clients),
+        clients=clients,
+        clip=p.clip,
+        noise=p.noise,
+        latent_clip=p.latent_clip,
+        variance_clip=p.variance_clip,
+        fit_noise=p.fit_noise,
+        delta=p.delta,
+        budget=p.budget or math.inf,
+        moments_every_round=summed,
+        choices_every_round=summed and config.prototypes.kind in ("learned", "fixed"),
+    )
+
+
+def build_clients(config: Config, store: ClientStore, clients: int = 0) -> ClientSide:
+    """The clients' side of a variational method, for the clients of `store` (of `clients` in all, if it is not all)."""
     schedule = _schedule(config)
     return ClientSide(
         store,
@@ -76,6 +107,7 @@ def build_clients(config: Config, store: ClientStore) -> ClientSide:
         config.federation.posterior_from,
         withholds=schedule.anchored and _modes(config) is None and schedule.prototypes_start > 0,
         centralised=config.method == "centralised-vpl",
+        privacy=build_privacy(config, clients or len(store)),
     )
 
 

@@ -88,6 +88,18 @@ class Whitener:
         return (features.mean(1) - self.centre) @ self.projection
 
 
+def public_whitener(config: Config, cache: FeatureCache, progress: Progress | None = None) -> Whitener | None:
+    """Whitening from public pairs, if some are named: then clients contribute nothing to it. No label is read.
+
+    Raises:
+        BadInputError: nothing usable is there.
+    """
+    if config.data.public is None:
+        return None
+    pairs = read_pairs(config.data.public, None, config.data.on_bad_record).pairs
+    return Whitener.fit(cache.pairs(pairs, progress).values, config.model.inputs)
+
+
 def training_data(config: Config) -> TrainingData:
     """Read, divide, and hold validation pairs out.
 

@@ -17,11 +17,13 @@ from fedvpa.data.features import FeatureCache
 from fedvpa.errors import BadInputError
 from fedvpa.evaluation.protocol import Scores, given_trial
 from fedvpa.evaluation.statistics import interval
-from fedvpa.experiment.build import build_algorithm, build_reward
-from fedvpa.experiment.dataset import TrainingData, Whitener, features_of, to_store, training_data
+from fedvpa.experiment.build import build_algorithm, build_privacy, build_reward
+from fedvpa.experiment.dataset import TrainingData, Whitener, features_of, public_whitener, to_store, training_data
 from fedvpa.experiment.run import ELSEWHERE, RunPaths, fingerprint, load_config, save_config, save_whitener
 from fedvpa.experiment.tracking import Tracker, open_tracker
-from fedvpa.federated.algorithm import Algorithm, sample_cohort
+from fedvpa.federated.algorithm import Algorithm, poisson_cohort, sample_cohort
+from fedvpa.federated.draws import stream
+from fedvpa.federated.privacy import BudgetError
 from fedvpa.federated.store import ClientStore
 from fedvpa.models.backbone import Progress
 from fedvpa.types import ServerState
@@ -69,7 +71,7 @@ def train(
     cache = FeatureCache(config.features)
     features, backbone, signature = features_of([*data.train, *data.validation], cache, on_features)
     train_features, validation_features = features[: len(data.train)], features[len(data.train) :]
-    whitener = Whitener.fit(torch.cat(train_features), config.model.inputs)
+    whitener = public_whitener(config, cache, on_features) or Whitener.fit(torch.cat(train_features), config.model.inputs)
     needs_common = build_reward(config).needs_common
     store = to_store(data.train, train_features, whitener, needs_common)
     validation = to_store(data.validation, validation_features, whitener, needs_common)
@@ -92,7 +94,11 @@ def train(
     paths.write_json("manifest.json", manifest(algorithm, state, whitener))
     everyone = len(store)
 
+    privacy = build_privacy(config, everyone)
+
     def cohort(round_number: int) -> list[int]:
+        if privacy is not None:
+            return poisson_cohort(stream(config.seed, "cohort", round_number), everyone, privacy.rate)
         return sample_cohort(config.seed, round_number, everyone, config.federation.cohort)
 
     def validate(reached: ServerState) -> dict[str, Any]:
@@ -139,7 +145,11 @@ def run_rounds(
     try:
         while now[0].round < f.rounds:
             began = time.perf_counter()
-            state, diagnostics = algorithm.apply(now[0], cohort(now[0].round))
+            try:
+                state, diagnostics = algorithm.apply(now[0], cohort(now[0].round))
+            except BudgetError as error:
+                logger.warning("%s; training ends after round %d", error, now[0].round)
+                break
             row: dict[str, Any] = {"round": state.round, **diagnostics}
             if state.round % f.validate_every == 0 and state.round < f.rounds:
                 row |= validate(state)

@@ -18,9 +18,12 @@ class WeightedMean:
 
     sums: Params = field(default_factory=dict)
     total: float = 0.0
+    max_norm: float = 0.0
 
     def add(self, start: Params, trained: Params, weight: Float[Tensor, "c"]) -> None:
         """Add weight_c (trained_c - start) of every client c of a chunk."""
+        if self.max_norm:
+            trained = bounded(start, trained, self.max_norm)
         for name, origin in start.items():
             flat = trained[name].flatten(1)
             update = (weight @ flat).view_as(origin) - weight.sum() * origin
@@ -36,6 +39,67 @@ class WeightedMean:
         if self.total <= 0:
             raise ValueError("no client sent an update")
         return {name: value / self.total for name, value in self.sums.items()}
+
+
+def bounded(start: Params, trained: Params, norm: float) -> Params:
+    """Every client's parameters [c, ...], their distance from `start` at most `norm` in all (L2): norm bounding (Sun et al.,
+    2019, arXiv 1911.07963), and the clipping of differential privacy."""
+    squared = sum(((trained[n] - start[n]).flatten(1).square().sum(1) for n in start), torch.zeros(()))
+    factor = (norm / squared.sqrt().clamp_min(1e-12)).clamp_max(1.0)
+    return {
+        n: value if n not in start else start[n] + (value - start[n]) * factor.view(-1, *[1] * start[n].dim())
+        for n, value in trained.items()
+    }
+
+
+@dataclass
+class RobustMean:
+    """A mean that a share of attackers cannot carry away; every client counts the same.
+
+    * `trimmed-mean`: of each coordinate, without its highest and lowest `share` (Yin et al., 2018, definition 2);
+    * `median`: of each coordinate (the same, definition 1);
+    * `krum`: of the clients that are nearest to their neighbours, all but `share` of them (Multi-Krum; Blanchard et al., 2017).
+    """
+
+    kind: Literal["trimmed-mean", "median", "krum"]
+    share: float = 0.2
+    max_norm: float = 0.0
+    _updates: list[Params] = field(default_factory=list)
+
+    def add(self, start: Params, trained: Params, weight: Float[Tensor, "c"]) -> None:
+        """Keep trained_c - start of every client c of a chunk; weights are not read."""
+        if self.max_norm:
+            trained = bounded(start, trained, self.max_norm)
+        self._updates.append({name: trained[name] - origin for name, origin in start.items()})
+
+    def mean(self) -> Params:
+        """The robust mean update.
+
+        Raises:
+            ValueError: nothing was added.
+        """
+        if not self._updates:
+            raise ValueError("no client sent an update")
+        all_of = {name: torch.cat([u[name] for u in self._updates]) for name in self._updates[0]}
+        clients = next(iter(all_of.values())).shape[0]
+        cut = min(int(self.share * clients), (clients - 1) // 2)
+        if self.kind == "median":
+            return {name: value.quantile(0.5, 0) for name, value in all_of.items()}
+        if self.kind == "trimmed-mean":
+            return {name: value.sort(0).values[cut : clients - cut].mean(0) for name, value in all_of.items()}
+        kept = nearest_to_others(torch.cat([value.flatten(1) for value in all_of.values()], 1), cut)
+        return {name: value[kept].mean(0) for name, value in all_of.items()}
+
+
+def nearest_to_others(updates: Float[Tensor, "c p"], attackers: int) -> Tensor:
+    """Indices of the `c - attackers` rows with the least sum of squared distances to their c - attackers - 2 nearest others
+    (the Krum score)."""
+    clients = updates.shape[0]
+    if clients - attackers < 3:
+        return torch.arange(clients)
+    distance = torch.cdist(updates, updates).square().fill_diagonal_(torch.inf)
+    score = distance.sort(1).values[:, : clients - attackers - 2].sum(1)
+    return score.argsort()[: clients - attackers].sort().values
 
 
 @dataclass(frozen=True)

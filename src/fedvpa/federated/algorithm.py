@@ -90,6 +90,11 @@ def sample_cohort(seed: int, round_number: int, clients: int, size: int) -> list
     return sorted(torch.randperm(clients, generator=generator)[:size].tolist())
 
 
+def poisson_cohort(generator: torch.Generator, clients: int, rate: float) -> list[int]:
+    """Clients of a round, each of them with probability `rate`, independently: what privacy's accounting asks for."""
+    return (torch.rand(clients, generator=generator) < rate).nonzero().squeeze(-1).tolist()
+
+
 def tensor_payload(params: Params, direction: str, prefix: str = "") -> list[Payload]:
     """A row for each tensor."""
     return [

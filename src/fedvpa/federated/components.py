@@ -21,6 +21,8 @@ SMALLEST_VARIANCE = 1e-4
 RESTARTS = 16
 """Random starts of every number of components; the one with the least squared error is kept."""
 ITERATIONS = 12
+CONVERGED = 1e-3
+"""Centres that move by less than this share of the clients' spread are left; the noise of secure sums is less."""
 FAR = 1e6
 """Where the centres of components that do not exist are put."""
 
@@ -70,24 +72,27 @@ def summed_moments(mean: Float[Tensor, "c d"], variance: Float[Tensor, "c d"], c
     return Moments(share.sum(1), over(mean), over(mean.square()), over(variance))
 
 
-def fit(ask: Ask, latent: int, numbers: Sequence[int], seed: int, start: Tensor | None = None) -> dict[int, Moments]:
+def fit(
+    ask: Ask, latent: int, numbers: Sequence[int], seed: int, start: Tensor | None = None, *, restarts: int = RESTARTS,
+    iterations: int = ITERATIONS,
+) -> dict[int, Moments]:  # fmt: skip
     """Moments of the best components, for every number of them; `start` [m, d] gives the only start's centres.
 
     Starts are drawn from the Gaussian of the clients' means (diagonal). An empty component moves beside the one with the
-    greatest squared error. About `ITERATIONS` exchanges, whatever the number of starts.
+    greatest squared error. At most `iterations` + 2 exchanges, whatever the number of starts.
     """
     if start is None:
         whole = ask(torch.zeros(1, 1, latent))
         centre = (whole.total / whole.weight.clamp_min(1).unsqueeze(-1))[0, 0]
         spread = (whole.squared[0, 0] / whole.weight[0, 0].clamp_min(1) - centre.square()).clamp_min(SMALLEST_VARIANCE).sqrt()
-        starts = _starts(centre, spread, numbers, seed)
+        starts, enough = _starts(centre, spread, numbers, seed, restarts), CONVERGED * float(spread.mean())
     else:
-        starts = start.unsqueeze(0)
+        starts, enough = start.unsqueeze(0), CONVERGED * float(start.std())
     sizes = torch.tensor([n for n in numbers for _ in range(starts.shape[0] // len(numbers))])
-    for iteration in range(ITERATIONS):
+    for iteration in range(iterations):
         found = ask(starts)
         moved = _next_centres(found, starts, sizes, stream(seed, "components", iteration))
-        done = torch.allclose(moved, starts, rtol=0, atol=1e-5)
+        done = bool((moved - starts).abs().max() <= enough)
         starts = moved
         if done:
             break
@@ -101,13 +106,13 @@ def fit(ask: Ask, latent: int, numbers: Sequence[int], seed: int, start: Tensor 
     return out
 
 
-def _starts(centre: Tensor, spread: Tensor, numbers: Sequence[int], seed: int) -> Float[Tensor, "t m d"]:
+def _starts(centre: Tensor, spread: Tensor, numbers: Sequence[int], seed: int, restarts: int) -> Float[Tensor, "t m d"]:
     most = max(numbers)
     generator = stream(seed, "components")
-    draws = torch.randn(len(numbers) * RESTARTS, most, centre.shape[0], generator=generator)
+    draws = torch.randn(len(numbers) * restarts, most, centre.shape[0], generator=generator)
     starts = centre + spread * draws
     for i, number in enumerate(numbers):
-        starts[i * RESTARTS : (i + 1) * RESTARTS, number:] = FAR
+        starts[i * restarts : (i + 1) * restarts, number:] = FAR
     return starts
 
 

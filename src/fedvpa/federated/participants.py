@@ -15,11 +15,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from fedvpa.federated.aggregation import bounded
 from fedvpa.federated.client import LocalSettings, require_finite, stack, train_locally
 from fedvpa.federated.components import Moments, assignments, moments, summed_moments
 from fedvpa.federated.draws import local_draws
 from fedvpa.federated.objective import PRIOR_LOGIT, PROTOTYPES, RoundContext, VariationalObjective, WithFixed
 from fedvpa.federated.population import Scores, summed_scores
+from fedvpa.federated.privacy import Privacy
 from fedvpa.federated.simulation import Simulation
 from fedvpa.federated.store import ClientStore, first_pairs, select
 from fedvpa.functional.preference import mean_choice_loss, predictive_margin
@@ -145,6 +147,7 @@ class ClientSide:
     posterior_from: Literal["broadcast", "local"] = "broadcast"
     withholds: bool = False
     identity: Int[Tensor, "c"] | None = None
+    privacy: Privacy | None = None
     centralised: bool = False
 
     def __len__(self) -> int:
@@ -184,6 +187,8 @@ class ClientSide:
         )
         trained = dict(result.params)
         logit = trained.pop(PRIOR_LOGIT, None)
+        if self.privacy is not None:
+            trained = bounded(broadcast.trainable, trained, self.privacy.clip)
         if logit is not None:
             private["prior_logit"] = logit
         posterior = before
@@ -212,8 +217,13 @@ class ClientSide:
     def _own_moments(self, broadcast: Broadcast, posterior: Posterior) -> Moments | None:
         if self.schedule.prior != "components" or broadcast.prior is None:
             return None
-        share = assignments(posterior.mean, broadcast.prior.mean)
-        return moments(share, posterior.mean, posterior.log_var.exp())
+        mean, variance = self._bounded(posterior)
+        return moments(assignments(mean, broadcast.prior.mean), mean, variance)
+
+    def _bounded(self, posterior: Posterior) -> tuple[Float[Tensor, "c d"], Float[Tensor, "c d"]]:
+        """Means and variances as they enter moments: within the bounds of differential privacy, where it is asked for."""
+        mean, variance = posterior.mean, posterior.log_var.exp()
+        return (mean, variance) if self.privacy is None else self.privacy.clipped_latent(mean, variance)
 
     def _context(self, broadcast: Broadcast, clients: Tensor, pairs: PairBatch, label: Tensor) -> RoundContext:
         """What the clients make of what they were sent besides the parameters."""
@@ -267,7 +277,7 @@ class ClientSide:
     def moments(self, params: Params, centre: Float[Tensor, "t m d"], *, withhold: bool = False) -> Moments:
         """Each client's moments under given centres, added up."""
         _, posterior = self.posteriors(params, withhold=withhold)
-        return summed_moments(posterior.mean, posterior.log_var.exp(), centre)
+        return summed_moments(*self._bounded(posterior), centre)
 
     @torch.no_grad()
     def choice_scores(self, params: Params, populations: Sequence[Population]) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Literal
 
 import torch
@@ -11,12 +13,10 @@ from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from fedvpa.federated.aggregation import ServerOptimiser, WeightedMean
-from fedvpa.federated.algorithm import Payload, tensor_payload
+from fedvpa.federated.aggregation import RobustMean, ServerOptimiser, WeightedMean
+from fedvpa.federated.algorithm import Payload
 from fedvpa.federated.client import require_finite, stack
 from fedvpa.federated.components import (
-    ITERATIONS,
-    RESTARTS,
     Moments,
     adjusted_price,
     best_separated,
@@ -25,6 +25,7 @@ from fedvpa.federated.components import (
     population,
 )
 from fedvpa.federated.draws import stream
+from fedvpa.federated.manifest import payload_rows
 from fedvpa.federated.objective import PROTOTYPES, VariationalObjective
 from fedvpa.federated.participants import Broadcast, Participants, Schedule
 from fedvpa.federated.population import (
@@ -36,6 +37,7 @@ from fedvpa.federated.population import (
     fit_population,
 )
 from fedvpa.federated.predictor import VariationalPredictor
+from fedvpa.federated.privacy import Privacy
 from fedvpa.functional.prototypes import orthogonal_prototypes
 from fedvpa.models.selector import Selector
 from fedvpa.types import MixturePrior, Params, Population, Posterior, ServerState
@@ -59,6 +61,18 @@ class FederatedVariational:
     max_components: int = 128
     inference: Literal["amortised", "population"] = "amortised"
     centralised: bool = False
+    aggregator: Literal["mean", "trimmed-mean", "median", "krum"] = "mean"
+    trim: float = 0.2
+    max_norm: float = 0.0
+    privacy: Privacy | None = None
+    rounds: int = 0
+    secret: bool = False
+
+    def noise(self, *name: object) -> torch.Generator:
+        """Generator of a release's noise: repeatable in a simulation, of the system's entropy in a federation (`secret`)."""
+        if self.secret:
+            return torch.Generator().manual_seed(int.from_bytes(os.urandom(8), "big") >> 1)
+        return stream(self.seed, "noise", *name)
 
     def init(self) -> ServerState:
         """Fresh parameters, nobody seen."""
@@ -69,17 +83,17 @@ class FederatedVariational:
             params[PROTOTYPES] = orthogonal_prototypes(
                 self.modes, self.selector.encoder.latent, self.objective.radius, generator
             )
-        count, latent = len(self.participants), self.selector.encoder.latent
+        number, latent = len(self.participants), self.selector.encoder.latent
         clients: Params = {
-            "mean": torch.zeros(count, latent),
-            "log_var": torch.zeros(count, latent),
-            "seen": torch.full((count,), -1, dtype=torch.long),
-            "label": torch.full((count,), -1, dtype=torch.long),
+            "mean": torch.zeros(number, latent),
+            "log_var": torch.zeros(number, latent),
+            "seen": torch.full((number,), -1, dtype=torch.long),
+            "label": torch.full((number,), -1, dtype=torch.long),
         }
         if self.gumbel:
-            clients["prior_logit"] = torch.zeros(count, self.most_components)
+            clients["prior_logit"] = torch.zeros(number, self.most_components)
         if self.counted:
-            clients["size"] = torch.zeros(count)
+            clients["size"] = torch.zeros(number)
         return ServerState(0, params, self.server.init(self.shared(params)), clients, {})
 
     @property
@@ -150,12 +164,14 @@ class FederatedVariational:
         Raises:
             NonFiniteUpdateError: a client's update holds NaN or Inf; the state is left as it was.
         """
+        if self.privacy is not None:
+            self.privacy.require(state.round + 1, self.planned_fits)
         shared = self.shared(state.params)
-        mean, sums, answered = WeightedMean(), dict[str, float](), 0
+        mean, sums, answered = self._aggregator(), dict[str, float](), 0
         clients = {name: table.clone() for name, table in state.clients.items()}
         found: Moments | None = None
         labelled: Tensor | None = None
-        for index, update in self.participants.train(self.broadcast(state), cohort, state.clients):
+        for index, update in self.participants.train(self.broadcast(state), cohort, state.clients) if cohort else ():
             many = update.together or 1
             answered += index.numel()
             if update.size is not None and self.counted:
@@ -177,12 +193,47 @@ class FederatedVariational:
                 labelled = part_labelled if labelled is None else labelled + part_labelled
             for name, value in update.losses.items():
                 sums[name] = sums.get(name, 0.0) + many * float(value.sum())
-        params, slots = self.server.apply(shared, state.optimiser, mean.mean())
+        step, found, labelled = self._released(state, mean, found, labelled)
+        params, slots = self.server.apply(shared, state.optimiser, step)
         if self.centralised:
             require_finite(stack(params, 1), ["all clients pooled"], state.round)
         components = state.components if found is None else self._refitted(state, found, labelled)
         new = ServerState(state.round + 1, state.params | params, slots, clients, state.population, components)
-        return self._after_round(new), {name: value / answered for name, value in sums.items()}
+        row = {name: value / answered for name, value in sums.items() if answered}
+        if self.privacy is not None:
+            row["epsilon"] = self.privacy.epsilon(new.round, self._fits(new.round))
+        return self._after_round(new), row
+
+    def _aggregator(self) -> WeightedMean | RobustMean:
+        if self.aggregator == "mean":
+            return WeightedMean(max_norm=self.max_norm)
+        return RobustMean(self.aggregator, self.trim, self.max_norm)
+
+    def _released(
+        self, state: ServerState, mean: WeightedMean | RobustMean, found: Moments | None, labelled: Tensor | None
+    ) -> tuple[Params, Moments | None, Tensor | None]:
+        """What is made of the round's contributions: their mean, or with privacy their noised sums (also of nobody)."""
+        if self.privacy is None:
+            return mean.mean(), found, labelled
+        assert isinstance(mean, WeightedMean)
+        generator = self.noise("round", state.round)
+        sums = mean.sums or {name: torch.zeros_like(value) for name, value in self.shared(state.params).items()}
+        noised = self.privacy.noised_params(sums, generator)
+        if found is not None:
+            found = self.privacy.noised_moments(found, generator, fit=False)
+        if labelled is not None:
+            labelled = self.privacy.noised_choices(labelled, generator)
+        return {name: value / self.privacy.expected for name, value in noised.items()}, found, labelled
+
+    @property
+    def planned_fits(self) -> int:
+        """Fits of components that a whole run releases; the budget is kept for them from the start."""
+        return 1 if self.schedule.anchored else 2
+
+    def _fits(self, rounds: int) -> int:
+        """Fits that have been released after so many rounds."""
+        start = self.schedule.prototypes_start if self.schedule.anchored else self.schedule.prior_start
+        return int(rounds >= max(1, start))
 
     def _after_round(self, state: ServerState) -> ServerState:
         """Anchors, components of the prior, or new labels (M6), once their time has come."""
@@ -233,9 +284,20 @@ class FederatedVariational:
         are best separated."""
         latent = self.selector.encoder.latent
 
-        def ask(centre: Tensor, withhold: bool = False) -> Moments:
-            return self.participants.moments(state.params, centre, withhold=withhold)
+        releases = count()
 
+        def ask(centre: Tensor, withhold: bool = False) -> Moments:
+            found = self.participants.moments(state.params, centre, withhold=withhold)
+            if self.privacy is None:
+                return found
+            return self.privacy.noised_moments(found, self.noise("fit", state.round, next(releases)), fit=True)
+
+        if self.privacy is not None:
+            assert self.modes is not None
+            numbers = [self.modes]
+            return fit(
+                ask, latent, numbers, self.seed, restarts=self.privacy.fit_starts, iterations=self.privacy.fit_iterations
+            )[self.modes]
         if self.modes is not None:
             return fit(ask, latent, [self.modes], self.seed)[self.modes]
         numbers = list(range(2, min(MAX_MODES, len(self.participants) // 3) + 1)) or [1]
@@ -276,6 +338,8 @@ class FederatedVariational:
         """The population is fitted to the clients under the final model, unless it is anchored. Where the server sees
         posteriors, clients send them once more."""
         if self.by_sums:
+            if self.privacy is not None and not state.population:
+                self.privacy.require(state.round, self.planned_fits)
             if not state.population:
                 state = replace(state, population=population(self._fitted(state))._asdict())
             own = self.participants.settle(state.params, Population(**state.population))
@@ -297,45 +361,7 @@ class FederatedVariational:
 
     def payload(self, state: ServerState) -> list[Payload]:
         """All that travels; a client's pairs, features, prior logits and optimiser state do not."""
-        d, m = self.selector.encoder.latent, self.modes or MAX_MODES
-        rows = tensor_payload(state.params, "down")
-        numbers = 3 * m * d + 2 * m  # of one set of moments and its prices
-        if self.schedule.prior == "peers":
-            k = min(self.max_components, len(self.participants))
-            rows.append(Payload("prior: peers' means, log-variances, sizes, ids", (k, 2 * d + 2), k * (8 * d + 12), "down"))
-        if self.by_sums and not self.schedule.anchored:
-            rows.append(Payload("prior: components' means, log-variances; prices", (m, 2 * d + 1), 4 * m * (2 * d + 1), "down"))
-            rows.append(Payload("moments of the own latent; component chosen", (numbers,), 4 * numbers, "up"))
-        if self.schedule.orthogonal and not self.by_sums:
-            rows.append(Payload("label", (), 8, "down"))
-        if self.schedule.anchored and state.population:
-            rows += tensor_payload(state.population, "down", "anchors.")
-        rows += tensor_payload(self.shared(state.params), "up", "delta.")
-        rows += [Payload(f"loss: {name}", (), 4, "up") for name in ("recon", "kl, pull, orthonormality, all")]
-        if self.sends_posterior:
-            rows.append(Payload("posterior: mean, log-variance", (2, d), 8 * d, "up"))
-        if self.counted:
-            rows.append(Payload("number of pairs", (), 4, "up"))
-        return rows + self._payload_once(d, m)
-
-    def _payload_once(self, d: int, m: int) -> list[Payload]:
-        """What travels when the population is fitted."""
-        once = "when the population is fitted"
-        rows = []
-        if self.by_sums:
-            starts = RESTARTS * (1 if self.modes is not None else MAX_MODES - 1)
-            size = 4 * starts * m * d
-            rows.append(Payload("centres to try", (starts, m, d), size, "down", f"{ITERATIONS + 2} exchanges {once}"))
-            shape = (starts, m, 3 * d + 1)
-            rows.append(Payload("moments under them", shape, 3 * size + size // d, "up", f"{ITERATIONS + 2} exchanges {once}"))
-        else:
-            rows.append(Payload("posterior under the present model", (2, d), 8 * d, "up", f"{once}, and at the end"))
-        if self.schedule.anchored and self.modes is None:
-            tried = sum(range(2, MAX_MODES + 1))  # components of all populations
-            rows.append(Payload("populations to choose from, at most", (tried, d + 2), 4 * tried * (d + 2), "down", once))
-            answers = (MAX_MODES - 1, MAX_MODES)
-            rows.append(Payload("log-probabilities of withheld choices", answers, 8 * MAX_MODES * (MAX_MODES - 1), "up", once))
-        return rows
+        return payload_rows(self, state)
 
     @property
     def sends_posterior(self) -> bool:

@@ -37,7 +37,7 @@ def expected(tensors: Params, shapes: dict[str, tuple[tuple[int, ...], torch.dty
     return {name: tensors[name] for name in shapes}
 
 
-def checked_update(packet: Packet, broadcast: Broadcast, client: str, counted: bool, latent: int) -> Packet:
+def checked_update(packet: Packet, broadcast: Broadcast, client: str, counted: bool, latent: int, private: bool) -> Packet:
     """A reply to a training request, if it answers this round and holds what it should: with `latent`, a posterior of so many
     dimensions too.
 
@@ -46,7 +46,7 @@ def checked_update(packet: Packet, broadcast: Broadcast, client: str, counted: b
     """
     if packet.header.get("round") != broadcast.round:
         raise WireError(f"client '{client}': answers round {packet.header.get('round')}, but this is round {broadcast.round}")
-    shapes = update_shapes(broadcast, counted)
+    shapes = update_shapes(broadcast, counted, private)
     sent = packet.tensors
     if latent:
         shapes |= {f"posterior/{n}": ((latent,), torch.float32) for n in ("mean", "log_var")}
@@ -59,8 +59,9 @@ def checked_update(packet: Packet, broadcast: Broadcast, client: str, counted: b
     return Packet(packet.header, found)
 
 
-def update_shapes(broadcast: Broadcast, counted: bool) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Names, shapes and types of what every client answers to a broadcast, but for a posterior."""
+def update_shapes(broadcast: Broadcast, counted: bool, private: bool = False) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Names, shapes and types of what every client answers to a broadcast, but for a posterior; no losses where they are to be
+    private."""
     f32 = torch.float32
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         f"delta/{name}": (tuple(value.shape), f32) for name, value in broadcast.trainable.items()
@@ -69,7 +70,7 @@ def update_shapes(broadcast: Broadcast, counted: bool) -> dict[str, tuple[tuple[
     losses += ["pull"] if broadcast.anchors is not None or PROTOTYPES in broadcast.params else []
     losses += ["kl"] if broadcast.anchors is None else []
     losses += ["orthonormality"] if PROTOTYPES in broadcast.params else []
-    shapes |= {f"loss/{name}": ((), f32) for name in losses}
+    shapes |= {} if private else {f"loss/{name}": ((), f32) for name in losses}
     if broadcast.summed and broadcast.prior is not None:
         m, d = broadcast.prior.mean.shape
         shapes |= {f"moments/{n}": ((m, d), f32) for n in ("total", "squared", "variance")} | {"moments/weight": ((m,), f32)}

@@ -65,7 +65,7 @@ class Client:
         self._data = str(folder / settings.data)
         self._config: Config | None = None
         self._identity = ""
-        self._index, self._columns = 0, 0
+        self._index, self._columns, self._clients = 0, 0, 1
         self._features: tuple[ClientPairs, ClientPairs, list[Tensor], str] | None = None
         self._reading: Future[tuple[ClientPairs, ClientPairs, list[Tensor], str]] | None = None
         self._side: tuple[str, ClientSide, ClientSide] | None = None
@@ -95,7 +95,7 @@ class Client:
             reason = f"{type(error).__name__}: {error}"
         except OSError as error:  # a full disk: the state is the old one, and nothing was sent
             reason = f"the client could not save its state: {error}"
-        logger.error("%s: %s", self.settings.name, reason)
+        logger.log(logging.INFO if NOT_READY in reason else logging.ERROR, "%s: %s", self.settings.name, reason)
         return b"\x00" + reason.encode() if secure else pack(Packet({"ok": False, "error": reason}, {}))
 
     def _on_hello(self, packet: Packet) -> Packet:
@@ -108,6 +108,7 @@ class Client:
         if self.settings.name not in h["clients"]:
             raise BadInputError(f"the server does not know a client '{self.settings.name}'; add it to server.yaml")
         self._index, self._columns = int(h["clients"].index(self.settings.name)), int(h["columns"])
+        self._clients = len(h["clients"])
         if self._reading is None:  # computing features may take long; the server asks again
             self._reading = ThreadPoolExecutor(1).submit(self._own_features)
         try:
@@ -158,7 +159,8 @@ class Client:
             tables["label"] = t["label"].view(1)
         ((_, update),) = side.train(broadcast, [0], tables)
         sent = {f"delta/{name}": value[0] - params[name] for name, value in update.params.items()}
-        sent |= {f"loss/{name}": value[0] for name, value in update.losses.items()}
+        if not self._known().privacy.enabled:
+            sent |= {f"loss/{name}": value[0] for name, value in update.losses.items()}
         if update.posterior is not None:
             sent |= under("posterior", {k: v[0] for k, v in update.posterior._asdict().items()})
         if update.moments is not None:
@@ -240,10 +242,9 @@ class Client:
             whitener = load_whitener_file(self._file("whitening"))
             train, held, (own, rest), _ = self._own_features()
             common = build_reward(config).needs_common
-            sides = [
-                replace(build_clients(config, to_store([c], [f], whitener, common)), identity=torch.tensor([self._index]))
-                for c, f in ((train, own), (held, rest))
-            ]
+            stores = [to_store([c], [f], whitener, common) for c, f in ((train, own), (held, rest))]
+            me = torch.tensor([self._index])
+            sides = [replace(build_clients(config, store, self._clients), identity=me) for store in stores]
             self._side = (digest, sides[0], sides[1])
         return self._side[1], self._side[2]
 

@@ -117,5 +117,6 @@ def _reason(log: Path, begin: int) -> str:
     with log.open("rb") as file:
         file.seek(begin)
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
-    reasons = [line for line in lines if line.startswith(("[code:", "Failed", "The SuperNode", "Error")) or "refused" in line]
+    telling = ("[code:", "Failed", "The SuperNode", "Error", "ERROR:")
+    reasons = [line for line in lines if line.startswith(telling) or "refused" in line]
     return " ".join(dict.fromkeys(reasons))[:300]

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -35,6 +35,7 @@ class CohortError(RunError):
     """Too few clients are connected, or answered in time."""
 
 
+@runtime_checkable
 class Transport(Protocol):
     """Carries blobs to nodes and back."""
 
@@ -144,7 +145,7 @@ class NetworkedClients:
 
     def fit_whitening(self) -> Whitener:
         """From the sums of everybody who is connected; handed out to them."""
-        places, h, wide = self.online(), self.width, torch.float64
+        h, wide = self.width, torch.float64
         shapes: dict[str, Any] = {"moment": ((h, h), wide), "total": ((h,), wide), "pairs": ((), wide)}
         if self.settings.secure:  # a secure sum carries numbers of a known size
             count, logs = self._secure_sum("scale", {}, {}, {"scale": ((2, h), wide)})
@@ -156,9 +157,13 @@ class NetworkedClients:
             }
         else:
             found = self._sum("whitening", {}, {}, shapes)
-        self.whitener = Whitener.from_sums(WhiteningSums(**found), self.config.model.inputs)
-        self._hand_out([n for n, p in self._place.items() if p in places])
-        return self.whitener
+        return self.hand_out(Whitener.from_sums(WhiteningSums(**found), self.config.model.inputs))
+
+    def hand_out(self, whitener: Whitener) -> Whitener:
+        """Send a whitening to everybody who is connected, and from now on to everybody who connects."""
+        self.whitener = whitener
+        self._hand_out([n for n in self.transport.nodes() if n in self._place])
+        return whitener
 
     def _hand_out(self, nodes: Sequence[int]) -> None:
         assert self.whitener is not None
@@ -187,10 +192,10 @@ class NetworkedClients:
         if self.settings.secure:
             yield self._train_secretly(broadcast, header, cohort, tensors)
             return
-        latent = self.config.model.latent if self.posterior else 0
+        latent, private = self.config.model.latent if self.posterior else 0, self.config.privacy.enabled
         own = {place: {"label": tables["label"][place]} for place in cohort} if broadcast.price is None else {}
         found = self._answers("train", header, cohort, tensors, own, check=lambda place, p: checked_update(
-            p, broadcast, self.settings.clients[place], self.counted, latent
+            p, broadcast, self.settings.clients[place], self.counted, latent, private
         ))  # fmt: skip
         for place, packet in found:
             yield torch.tensor([place]), _update(packet, broadcast.params)
@@ -199,7 +204,7 @@ class NetworkedClients:
         self, broadcast: Broadcast, header: dict[str, Any], cohort: Sequence[int], tensors: Params
     ) -> tuple[Int[Tensor, "c"], Update]:
         """The cohort's answers added up: one row for all of it."""
-        shapes = update_shapes(broadcast, self.counted)
+        shapes = update_shapes(broadcast, self.counted, self.config.privacy.enabled)
         taken: list[int] = []
         count, found = self._secure_sum("train", header, tensors, shapes, cohort, taken)
         means = {n: v / count if n.partition("/")[0] in ("delta", "loss") else v for n, v in found.items()}

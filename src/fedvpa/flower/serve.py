@@ -9,12 +9,15 @@ import os
 import time
 import uuid
 from pathlib import Path
+from random import SystemRandom
 from typing import Any
 
 from fedvpa.checkpoint import load_checkpoint, write_atomically
 from fedvpa.config import Config
+from fedvpa.data.features import FeatureCache
 from fedvpa.errors import BadInputError, FedvpaError
 from fedvpa.experiment.build import build_variational
+from fedvpa.experiment.dataset import public_whitener
 from fedvpa.experiment.run import ELSEWHERE, RunPaths, load_config, load_whitener, save_config, save_whitener
 from fedvpa.experiment.tracking import open_tracker
 from fedvpa.experiment.train import Journal, manifest, run_rounds
@@ -65,7 +68,7 @@ def _serve(settings: ServerSettings, config: Config, paths: RunPaths, transport:
     started = time.perf_counter()
     identity = _identity(paths, settings, config)
     clients = NetworkedClients(settings, config, transport, identity["run"])
-    algorithm = build_variational(config, clients)
+    algorithm = build_variational(config, clients, secret=True)
     clients.columns = algorithm.most_components if algorithm.gumbel else 0
     clients.counted, clients.posterior = algorithm.counted, algorithm.sends_posterior
     if paths.whitening.is_file():
@@ -74,7 +77,8 @@ def _serve(settings: ServerSettings, config: Config, paths: RunPaths, transport:
     clients.wait(PATIENCE)
     clients.check_backbone(identity.get("signature", ""))
     if clients.whitener is None:
-        whitener = clients.fit_whitening()
+        public = public_whitener(config, FeatureCache(config.features))
+        whitener = clients.fit_whitening() if public is None else clients.hand_out(public)
         save_whitener(paths, whitener)
         _save_identity(paths, identity | {"signature": clients.signature})
     assert clients.whitener is not None
@@ -95,9 +99,14 @@ def _serve(settings: ServerSettings, config: Config, paths: RunPaths, transport:
 
     def cohort(round_number: int) -> list[int]:
         online = clients.wait(PATIENCE)
+        if algorithm.privacy is not None:  # whoever is not connected does not take part: the chance of everybody stays within q
+            chance = SystemRandom()
+            return [place for place in online if chance.random() < algorithm.privacy.rate]
         return [online[i] for i in sample_cohort(config.seed, round_number, len(online), config.federation.cohort)]
 
     def validate(reached: ServerState) -> dict[str, Any]:
+        if config.privacy.enabled:
+            return {}  # it would be a release that nobody accounts for
         return clients.validate(reached.params, Population(**reached.population) if reached.population else None)
 
     seconds: list[float] = []

@@ -65,7 +65,7 @@ def training_config(settings: ServerSettings) -> Config:
         BadInputError: bad settings, or a method that has no private latent to learn.
     """
     data = settings.training.get("data", {})
-    extra = sorted(set(data) - {"validation_share"})
+    extra = sorted(set(data) - {"validation_share", "public"})
     if extra:
         raise BadInputError(f"training.data.{extra[0]}: the data are the clients' (client.yaml says where they are); remove it")
     given = settings.training | {"data": {"source": "federation", "clients": len(settings.clients), **data}}
@@ -80,8 +80,10 @@ def training_config(settings: ServerSettings) -> Config:
     for name in ("min_clients", "min_replies"):
         if getattr(settings, name) > len(settings.clients):
             raise BadInputError(f"{name}: {getattr(settings, name)}, but there are {len(settings.clients)} clients")
-    if settings.secure and (config.prior.kind != "components" or config.federation.aggregation != "uniform"):
+    f = config.federation
+    summed = config.prior.kind == "components" and f.aggregation == "uniform" and f.aggregator == "mean" and not f.max_norm
+    if settings.secure and not summed:
         raise BadInputError(
-            "secure: only sums over clients are known; it goes with prior.kind components and uniform aggregation"
+            "secure: only sums over clients are known; it goes with prior.kind components, uniform aggregation, and the mean"
         )
     return config

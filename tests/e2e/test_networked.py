@@ -1,0 +1,389 @@
+"""The server against clients in this process, behind a transport that can fail: what counts, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from fedvpa.checkpoint import load_checkpoint
+from fedvpa.config import build_config
+from fedvpa.data.preferences import to_record
+from fedvpa.data.reading import read_pairs
+from fedvpa.errors import BadInputError
+from fedvpa.experiment.train import train
+from fedvpa.experiment.use import PreferenceModel
+from fedvpa.flower.client import REPLIES, Client
+from fedvpa.flower.participants import CohortError
+from fedvpa.flower.serve import serve
+from fedvpa.flower.settings import ClientSettings, ServerSettings, read_settings, training_config
+from fedvpa.flower.wire import Packet, WireError, pack, unpack
+
+Tamper = Callable[[int, Packet, Packet], Packet | bytes | str]
+TRAINING: dict[str, Any] = {
+    "method": "fedvpa-gp", "model": {"inputs": 6, "latent": 3}, "prototypes": {"start_round": 2, "modes": 2},
+    "federation": {"rounds": 3, "local_steps": 4, "validate_every": 1, "checkpoint_every": 1},
+}  # fmt: skip
+
+
+@dataclass
+class Loop:
+    """Carries blobs to clients in this process; `tamper(node, request, reply)` may change, spoil or lose a reply."""
+
+    clients: dict[int, Client]
+    tamper: Tamper = lambda node, request, reply: reply
+    away: set[int] = field(default_factory=set)
+    asked: list[tuple[int, str]] = field(default_factory=list)
+    sent: list[Packet] = field(default_factory=list)
+
+    def nodes(self) -> list[int]:
+        return [n for n in self.clients if n not in self.away]
+
+    def ask(self, blobs: Mapping[int, bytes], enough: int) -> dict[int, bytes | str]:
+        out: dict[int, bytes | str] = {}
+        for node, blob in blobs.items():
+            request = unpack(blob)
+            self.asked.append((node, request.header["kind"]))
+            reply = unpack(self.clients[node].answer(blob))
+            self.sent.append(reply)
+            changed = self.tamper(node, request, reply)
+            out[node] = pack(changed) if isinstance(changed, Packet) else changed
+        return out
+
+    def ask_sum(self, blobs: Mapping[int, bytes], size: int) -> tuple[list[int], torch.Tensor]:
+        """As the secure sum does it, but for masks."""
+        total, there = np.zeros(size), []
+        for node, blob in blobs.items():
+            self.asked.append((node, unpack(blob).header["kind"]))
+            answer = self.clients[node].answer(blob)
+            if answer[:1] == b"\x01":
+                vector = np.frombuffer(answer[1:], dtype="<f4")
+                assert vector.shape == (size,)
+                total += vector
+                there.append(node)
+        return there, torch.from_numpy(total)
+
+
+@pytest.fixture
+def make(pair_file: Path, tiny_model: Path, tmp_path: Path) -> Callable[..., tuple[Path, Loop]]:
+    """A project folder and its clients."""
+
+    def build(count: int = 4, training: dict[str, Any] | None = None, **server: Any) -> tuple[Path, Loop]:
+        pairs = read_pairs(str(pair_file), "train").pairs
+        half = len(pairs) // 2
+        names = [f"client-{k}" for k in range(count)]
+        clients = {}
+        for k, name in enumerate(names):
+            home = tmp_path / "clients" / name
+            home.mkdir(parents=True, exist_ok=True)
+            own = (pairs[:half], pairs[half:])[k % 2][k // 2 :: (count + 1) // 2][:12]
+            (home / "pairs.jsonl").write_text("".join(json.dumps(to_record(p)) + "\n" for p in own))
+            clients[100 + k] = Client(ClientSettings(name=name, data="pairs.jsonl"), home)
+        given = TRAINING | {"features": {"backbone": str(tiny_model), "layer": 2}} | (training or {})
+        settings = {"clients": names, "timeout": 1.0, "attempts": 2, "training": given} | server
+        (tmp_path / "server.yaml").write_text(yaml.safe_dump(settings))
+        return tmp_path / "server.yaml", Loop(clients)
+
+    return build
+
+
+def state_of(path: Path) -> Any:
+    return load_checkpoint(path.parent / "run" / "checkpoint.safetensors").state
+
+
+def simulated(path: Path, loop: Loop) -> Any:
+    """The same clients, in the simulator."""
+    settings = read_settings(path, ServerSettings)
+    lines = []
+    for name in settings.clients:
+        for pair in read_pairs(str(path.parent / "clients" / name / "pairs.jsonl")).pairs:
+            lines.append(json.dumps(to_record(replace(pair, client_id=name))))
+    (path.parent / "all.jsonl").write_text("\n".join(lines) + "\n")
+    here = {"data": {"source": str(path.parent / "all.jsonl"), "clients": len(settings.clients)}}
+    given = training_config(settings).model_dump(exclude={"data", "out"}, exclude_unset=True)
+    train(build_config(given, here, {"out": str(path.parent / "sim")}))
+    return load_checkpoint(path.parent / "sim" / "checkpoint.safetensors").state
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "number of components found": {"prototypes": {"start_round": 2}},
+    "gumbel weights over components": {
+        "method": "fedvpl+mix", "prototypes": {"modes": 2}, "prior": {"kind": "components", "weights": "gumbel"},
+    },
+    "orthogonal prototypes with prices": {
+        "method": "fedvpl+ortho", "prototypes": {"kind": "learned", "modes": 2, "radius": 2.0},
+        "prior": {"kind": "components"},
+    },
+    "peers": {"method": "fedvpl+mix", "prototypes": {"modes": 2}, "prior": {"kind": "peers", "weights": "gumbel"}},
+    "peers by size": {
+        "method": "fedvpl+mix", "prototypes": {"modes": 2}, "prior": {"kind": "peers", "weights": "sample-size"},
+        "federation": TRAINING["federation"] | {"aggregation": "samples", "cohort": 3},
+    },
+    "robust": {"federation": TRAINING["federation"] | {"aggregator": "trimmed-mean", "max_norm": 0.05}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_equals_the_simulator(name: str, make: Callable[..., tuple[Path, Loop]]) -> None:
+    path, loop = make(training=VARIANTS[name])
+    serve(path, loop)
+    there, here = state_of(path), simulated(path, loop)
+    for section in ("params", "population", "components"):
+        a, b = getattr(there, section), getattr(here, section)
+        assert a.keys() == b.keys()
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], atol=1e-6, rtol=1e-5, msg=lambda m, n=key: f"{n}: {m}")
+
+
+def test_nothing_leaves_but_what_the_manifest_lists(make: Callable[..., tuple[Path, Loop]]) -> None:
+    path, loop = make()
+    serve(path, loop)
+    manifest = json.loads((path.parent / "run" / "manifest.json").read_text())
+    up = sum(row["bytes"] for row in manifest if row["direction"] == "up" and row["when"] == "every round")
+    for (_, kind), reply in zip(loop.asked, loop.sent):
+        assert {n.partition("/")[0] for n in reply.tensors} <= set(REPLIES[kind])
+        assert set(reply.header) <= {"ok", "name", "signature", "width", "round", "whitening"}
+        if kind == "train":
+            assert sum(v.numel() * v.element_size() for v in reply.tensors.values()) <= up
+            assert not any("posterior" in n or n == "size" for n in reply.tensors)  # sums are fitted, weights are uniform
+        if kind == "moments":  # one client's share of each start is one component: its latent goes into a sum
+            assert reply.tensors["weight"].sum(-1).eq(1).all()
+        words = json.dumps(reply.header)
+        assert "please" not in words
+        assert "pairs" not in words
+    strange = Client(ClientSettings(name="x", data="p"), path.parent)
+    strange._on_settle = lambda packet: Packet({}, {"features": torch.zeros(1)})  # type: ignore[method-assign]
+    refused = unpack(strange.answer(pack(Packet({"kind": "settle"}, {}))))
+    assert "refused to send 'features'" in refused.header["error"]
+    assert not refused.tensors
+
+
+Change = Callable[[dict[str, torch.Tensor], dict[str, Any]], None]
+
+
+def spoilt(change: Change, node: int = 101) -> Tamper:
+
+    def tamper(n: int, request: Packet, reply: Packet) -> Packet:
+        if n != node or request.header["kind"] != "train":
+            return reply
+        tensors, header = dict(reply.tensors), dict(reply.header)
+        change(tensors, header)
+        return Packet(header, tensors)
+
+    return tamper
+
+
+def put(name: str, value: Callable[[torch.Tensor], torch.Tensor]) -> Change:
+    return lambda t, h: t.__setitem__(name, value(t[name]))
+
+
+SPOILT: dict[str, tuple[Change, str]] = {
+    "NaN": (put("delta/reward.weight", lambda v: v * torch.nan), "holds NaN or Inf"),
+    "Inf": (put("delta/reward.weight", lambda v: v + torch.inf), "holds NaN or Inf"),
+    "shape": (put("delta/reward.weight", lambda v: v[:-1]), "has shape (5,), not (6,)"),
+    "type": (put("delta/reward.weight", lambda v: v.double()), "is torch.float64, not torch.float32"),
+    "huge": (put("delta/reward.weight", lambda v: v + 1e9), "holds values beyond"),
+    "missing": (lambda t, h: t.__delitem__("delta/reward.weight"), "'delta/reward.weight' is missing"),
+    "more": (lambda t, h: t.__setitem__("delta/extra", torch.zeros(1)), "'delta/extra' is unexpected"),
+    "an old round": (lambda t, h: h.__setitem__("round", h["round"] - 1), "but this is round"),
+    "loss": (put("loss/loss", lambda v: v * torch.nan), "holds NaN or Inf"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_spoilt_replies_are_refused_with_the_client_named(
+    name: str, make: Callable[..., tuple[Path, Loop]], caplog: pytest.LogCaptureFixture
+) -> None:
+    change, reason = SPOILT[name]
+    path, loop = make(min_replies=3)
+    loop.tamper = spoilt(change)
+    serve(path, loop)
+    assert any("'client-1'" in m and reason in m for m in caplog.messages), caplog.messages
+    assert torch.isfinite(state_of(path).params["reward.weight"]).all()
+
+
+def test_a_spoilt_round_without_enough_replies_changes_nothing_and_can_be_resumed(
+    make: Callable[..., tuple[Path, Loop]],
+) -> None:
+    path, loop = make()
+    loop.tamper = spoilt(SPOILT["NaN"][0])
+    with pytest.raises(CohortError, match="3 usable replies after 2 attempts, 4 are needed; missing: client-1"):
+        serve(path, loop)
+    assert json.loads((path.parent / "run" / "status.json").read_text())["state"] == "failed"
+    loop.tamper = lambda node, request, reply: reply
+    serve(path, loop)
+    whole, (other, again) = state_of(path), make()
+    assert whole.round == 3
+    (path.parent / "run").rename(path.parent / "first")
+    for name in ("client-0", "client-1", "client-2", "client-3"):
+        for folder in (path.parent / "clients" / name / "state").iterdir():
+            folder.rename(folder.with_name(folder.name + "-old"))
+    serve(other, again)
+    for key, value in state_of(other).params.items():
+        torch.testing.assert_close(value, whole.params[key], atol=1e-6, rtol=0)
+
+
+def test_a_reply_that_is_lost_once_is_asked_for_again_and_counts_once(make: Callable[..., tuple[Path, Loop]]) -> None:
+    path, loop = make()
+    lost = [0]
+
+    def lose(node: int, request: Packet, reply: Packet) -> Packet | str:
+        if node == 102 and request.header["kind"] == "train" and request.header["round"] == 1 and not lost[0]:
+            lost[0] += 1
+            return "no reply within 1 s"
+        return reply
+
+    loop.tamper = lose
+    serve(path, loop)
+    assert lost[0] == 1
+    there, here = state_of(path), simulated(path, loop)
+    for key, value in there.params.items():
+        torch.testing.assert_close(value, here.params[key], atol=1e-6, rtol=1e-5)
+
+
+def test_a_restarted_client_goes_on_from_its_own_state(make: Callable[..., tuple[Path, Loop]]) -> None:
+    training = VARIANTS["gumbel weights over components"]
+    path, loop = make(training=training)
+
+    def restart(node: int, request: Packet, reply: Packet) -> Packet:
+        if node == 101 and request.header["kind"] == "train":  # killed after its answer, with nothing left in memory
+            old = loop.clients[101]
+            loop.clients[101] = Client(old.settings, path.parent / "clients" / "client-1")
+        return reply
+
+    loop.tamper = restart
+    serve(path, loop)
+    there, here = state_of(path), simulated(path, loop)
+    for key, value in there.params.items():
+        torch.testing.assert_close(value, here.params[key], atol=1e-6, rtol=1e-5)
+
+
+def test_a_full_disk_on_a_client_loses_nothing(
+    make: Callable[..., tuple[Path, Loop]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from fedvpa.flower import client as module
+
+    path, loop = make()
+    full, write = [0], module.write_atomically
+
+    def fail_once(target: Path, content: bytes) -> None:
+        if "client-2" in str(target) and target.name == "private.safetensors" and full[0] < 1:
+            full[0] += 1
+            raise OSError(28, "No space left on device")
+        write(target, content)
+
+    monkeypatch.setattr(module, "write_atomically", fail_once)
+    serve(path, loop)
+    assert full[0] == 1
+    assert any("No space left on device" in m for m in caplog.messages)
+    there, here = state_of(path), simulated(path, loop)
+    for key, value in there.params.items():
+        torch.testing.assert_close(value, here.params[key], atol=1e-6, rtol=1e-5)
+
+
+def test_replayed_requests_and_unknown_ones_are_refused_by_the_client(make: Callable[..., tuple[Path, Loop]]) -> None:
+    path, loop = make()
+    requests = []
+
+    def keep(node: int, request: Packet, reply: Packet) -> Packet:
+        if node == 100 and request.header["kind"] == "train":
+            requests.append(request)
+        return reply
+
+    loop.tamper = keep
+    serve(path, loop)
+    old = unpack(loop.clients[100].answer(pack(requests[0])))
+    assert "a replayed request" in old.header["error"]
+    assert not old.tensors
+    assert "unknown request" in unpack(loop.clients[100].answer(pack(Packet({"kind": "dump"}, {})))).header["error"]
+    assert "not a fedvpa message" in unpack(loop.clients[100].answer(b"\x00" * 30)).header["error"]
+
+
+def test_who_is_not_a_client_is_refused(make: Callable[..., tuple[Path, Loop]], caplog: pytest.LogCaptureFixture) -> None:
+    path, loop = make()
+    twin = loop.clients[100]
+    loop.clients[200] = Client(twin.settings, path.parent / "clients" / "client-0")
+    loop.clients[201] = Client(ClientSettings(name="stranger", data="pairs.jsonl"), path.parent / "clients" / "client-0")
+
+    def other_backbone(node: int, request: Packet, reply: Packet) -> Packet:
+        return reply
+
+    loop.tamper = other_backbone
+    serve(path, loop)
+    assert any("a client of that name is connected already" in m for m in caplog.messages)
+    assert any("does not know a client 'stranger'" in m for m in caplog.messages)
+    assert {n for n, kind in loop.asked if kind == "train"} == {100, 101, 102, 103}
+
+
+def test_secure_sums_give_the_same_and_the_server_sees_no_single_reply(make: Callable[..., tuple[Path, Loop]]) -> None:
+    path, loop = make(secure=True)
+    serve(path, loop)
+    there, here = state_of(path), simulated(path, loop)
+    for key, value in there.params.items():
+        torch.testing.assert_close(value, here.params[key], atol=2e-4, rtol=2e-3)
+    assert all(not reply.tensors for reply in loop.sent)  # in the clear: greetings and thanks alone
+
+
+def test_a_federation_of_private_clients_sends_no_loss(make: Callable[..., tuple[Path, Loop]], pair_file: Path) -> None:
+    private = {
+        "data": {"public": str(pair_file / "kind" / "test.jsonl")}, "privacy": {"enabled": True, "noise": 0.5},
+        "federation": TRAINING["federation"] | {"cohort": 3},
+    }  # fmt: skip
+    path, loop = make(training=private, min_replies=1)
+    serve(path, loop)
+    kinds = {kind for _, kind in loop.asked}
+    assert "whitening" not in kinds
+    assert "validate" not in kinds
+    assert not any("loss" in name for reply in loop.sent for name in reply.tensors)
+    history = load_checkpoint(path.parent / "run" / "checkpoint.safetensors").history
+    assert [row["epsilon"] for row in history] == sorted(row["epsilon"] for row in history)
+
+
+def test_the_run_serves_a_user_like_any_other(make: Callable[..., tuple[Path, Loop]], pair_file: Path) -> None:
+    longer = {
+        "prototypes": {"start_round": 6, "modes": 2},
+        "federation": {"rounds": 8, "local_steps": 30, "learning_rate": 0.02},
+    }
+    path, loop = make(training=longer)
+    serve(path, loop)
+    model = PreferenceModel(path.parent / "run")
+    kind = model.personalize(read_pairs(str(pair_file / "kind" / "test.jsonl")).pairs[:8])
+    blunt = model.personalize(read_pairs(str(pair_file / "blunt" / "test.jsonl")).pairs[:8])
+    assert kind.nearest != blunt.nearest
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"training": {"method": "fedavg-btl"}}, "does not run as a federation"),
+        ({"training": {"data": {"source": "x"}}}, "the data are the clients'"),
+        ({"clients": ["a", "a"]}, "'a' is named twice"),
+        ({"min_replies": 9}, "min_replies: 9, but there are 4 clients"),
+        ({"secure": True, "training": {"prior": {"kind": "peers"}}}, "secure: only sums over clients are known"),
+        ({"rounds": 3}, "rounds: unknown setting"),
+        ({"secure": True, "training": {"federation": {"aggregator": "median"}}}, "secure: only sums"),
+    ],
+)
+def test_bad_settings(change: dict[str, Any], message: str, make: Callable[..., tuple[Path, Loop]]) -> None:
+    path, loop = make()
+    given = yaml.safe_load(path.read_text()) | change
+    path.write_text(yaml.safe_dump(given))
+    with pytest.raises(BadInputError, match=message):
+        serve(path, loop)
+    assert not (path.parent / "run" / "config.yaml").exists()
+
+
+def test_broken_blobs_are_one_kind_of_error() -> None:
+    good = pack(Packet({"kind": "x"}, {"a": torch.ones(2)}))
+    assert torch.equal(unpack(good).tensors["a"], torch.ones(2))
+    for blob in (b"", good[:-1], good[:20], b"\xff" * 64, good.replace(b"fedvpa", b"fedvpx")):
+        with pytest.raises(WireError, match="not a fedvpa message"):
+            unpack(blob)

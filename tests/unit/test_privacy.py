@@ -1,0 +1,137 @@
+"""Differential privacy: bounds hold, noise is what it should be, and epsilon is that of the published accountant."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedvpa.config import build_config
+from fedvpa.errors import BadInputError
+from fedvpa.experiment.build import build_algorithm, build_privacy
+from fedvpa.federated.aggregation import bounded
+from fedvpa.federated.algorithm import poisson_cohort
+from fedvpa.federated.components import Moments
+from fedvpa.federated.draws import stream
+from fedvpa.federated.privacy import BudgetError, Privacy, noise_for
+from tests.conftest import synthetic_store
+
+pytest.importorskip("dp_accounting")
+PRIVACY = Privacy(rate=0.1, clients=1000)
+
+
+def test_one_client_moves_a_sum_by_its_bound_at_the_most() -> None:
+    generator = stream(0, "bound")
+    start = {"a": torch.randn(3, 2, generator=generator), "b": torch.randn(4, generator=generator)}
+    trained = {n: v + 10 ** torch.arange(-3.0, 3.0).view(-1, *[1] * v.dim()) for n, v in start.items()}
+    kept = bounded(start, trained, PRIVACY.clip)
+    norms = sum((kept[n] - start[n]).flatten(1).square().sum(1) for n in start).sqrt()
+    assert norms.max() <= PRIVACY.clip * (1 + 1e-5)
+    torch.testing.assert_close(kept["a"][0], trained["a"][0])  # a short update is left alone
+    moved, shortened = (trained["a"] - start["a"]).flatten(1), (kept["a"] - start["a"]).flatten(1)
+    direction = torch.nn.functional.cosine_similarity(moved, shortened)
+    torch.testing.assert_close(direction, torch.ones(6))
+    mean, variance = PRIVACY.clipped_latent(100 * torch.randn(5, 16, generator=generator), torch.full((5, 16), 9.0))
+    assert mean.norm(dim=1).max() <= PRIVACY.latent_clip * (1 + 1e-5)
+    assert mean.square().norm(dim=1).max() <= PRIVACY.latent_clip**2 * (1 + 1e-5)
+    assert variance.norm(dim=1).max() <= PRIVACY.variance_clip * (1 + 1e-5)
+
+
+def test_noise_has_the_deviation_that_is_accounted_for() -> None:
+    zero = {"a": torch.zeros(200, 200)}
+    noised = PRIVACY.noised_params(zero, stream(0, "n"))["a"]
+    assert noised.std() == pytest.approx(PRIVACY.noise * PRIVACY.clip, rel=0.02)
+    empty = Moments(torch.full((100,), 1e6), *(torch.full((100, 50), 1e6) for _ in range(3)))
+    found = PRIVACY.noised_moments(empty, stream(0, "m"), fit=True)
+    for value, bound in zip(found, (1, 2, 4, 4)):
+        assert (value - 1e6).std() == pytest.approx(PRIVACY.fit_noise * bound, rel=0.2 if value.dim() == 1 else 0.03)
+
+
+def test_epsilon_is_that_of_the_gaussian_mechanism_and_grows() -> None:
+    one = Privacy(rate=1.0, clients=10, noise=2.0)
+    # the exact curve of one Gaussian mechanism (Balle & Wang, 2018, theorem 8)
+    epsilon = one.epsilon(1, 0)
+
+    def phi(x: float) -> float:
+        return 0.5 * math.erfc(-x / math.sqrt(2))
+
+    delta = phi(1 / (2 * 2.0) - epsilon * 2.0) - math.exp(epsilon) * phi(-1 / (2 * 2.0) - epsilon * 2.0)
+    assert delta == pytest.approx(1e-5, rel=0.02)
+    curve = [PRIVACY.epsilon(r, 1) for r in (1, 10, 50)]
+    assert curve == sorted(curve)
+    assert PRIVACY.epsilon(50, 0) < PRIVACY.epsilon(50, 1) < replace(PRIVACY, rate=0.5).epsilon(50, 1)
+    assert replace(PRIVACY, moments_every_round=True).epsilon(10, 0) > PRIVACY.epsilon(10, 0)
+    assert replace(PRIVACY, noise=0.0).epsilon(1, 0) == math.inf
+    assert PRIVACY.epsilon(0, 0) == 0
+
+
+def test_plan_gives_the_least_noise_within_the_target() -> None:
+    noise = noise_for(PRIVACY, 30, 1, 6.0)
+    assert replace(PRIVACY, noise=noise).epsilon(30, 1) <= 6.0 < replace(PRIVACY, noise=noise / 1.03).epsilon(30, 1)
+    with pytest.raises(BadInputError, match="the fits alone cost"):
+        noise_for(replace(PRIVACY, fit_noise=1.0), 30, 1, 1.0)
+
+
+def test_cohorts_are_independent_draws() -> None:
+    sizes = torch.tensor([len(poisson_cohort(stream(0, "cohort", r), 1000, 0.1)) for r in range(200)]).double()
+    assert sizes.mean() == pytest.approx(100, abs=3)
+    assert sizes.var() == pytest.approx(90, rel=0.35)
+
+
+def private_config(**privacy: float):
+    return build_config(
+        {
+            "method": "fedvpa-gp", "model": {"inputs": 8, "latent": 4, "encoder_hidden": (6,)},
+            "data": {"public": "p", "clients": 40}, "prior": {"kind": "components"},
+            "prototypes": {"modes": 2, "start_round": 2},
+            "federation": {"rounds": 4, "cohort": 10, "local_steps": 3},
+            "privacy": {"enabled": True, **privacy},
+        }
+    )  # fmt: skip
+
+
+def test_a_private_run_reports_epsilon_and_stops_at_its_budget() -> None:
+    config = private_config(noise=1.0)
+    store = synthetic_store(clients=40)
+    privacy = build_privacy(config, 40)
+    assert privacy is not None
+    algorithm, state, seen = build_algorithm(config, store), build_algorithm(config, store).init(), []
+    for r in range(4):
+        state, row = algorithm.apply(state, poisson_cohort(stream(0, "cohort", r), 40, privacy.rate))
+        seen.append(row["epsilon"])
+    assert seen == sorted(seen)
+    assert seen[-1] == pytest.approx(privacy.epsilon(4, 1))
+    assert seen[0] == pytest.approx(privacy.epsilon(1, 0))
+    assert state.population["mean"].shape == (2, 4)
+    empty, _ = algorithm.apply(state, [])  # nobody was drawn: noise alone
+    assert empty.round == 5
+    budget = (privacy.epsilon(2, 1) + privacy.epsilon(3, 1)) / 2
+    stopping = build_algorithm(private_config(noise=1.0, budget=budget), store)
+    state = stopping.init()
+    for _ in range(2):
+        state, _ = stopping.apply(state, range(10))
+    with pytest.raises(BudgetError, match="is spent: round 3 would take it"):
+        stopping.apply(state, range(10))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prior": {"kind": "gaussian"}}, "prior.kind must be components"),
+        ({"prototypes": {"modes": "auto"}}, "modes must be a number"),
+        ({"data": {"public": None}}, "data.public must name"),
+        ({"federation": {"aggregator": "median"}}, "aggregator must be mean"),
+        ({"privacy": {"enabled": False, "noise": 2.0}}, "privacy.enabled is false"),
+        ({"method": "fedavg-btl", "prior": {}, "prototypes": {}}, "."),
+    ],
+)
+def test_what_privacy_does_not_go_with(change: dict, message: str) -> None:  # type: ignore[type-arg]
+    given = {
+        "method": "fedvpa-gp", "data": {"public": "p"}, "prior": {"kind": "components"}, "prototypes": {"modes": 2},
+        "privacy": {"enabled": True},
+    }  # fmt: skip
+    build_config(given)
+    with pytest.raises(BadInputError, match=message):
+        build_config(given, change)
