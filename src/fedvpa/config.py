@@ -21,6 +21,8 @@ Method = Literal[
     "fedbiscuit", "local", "centralised-vpl", "oracle-group", "oracle-bayes",
 ]  # fmt: skip
 METHODS: tuple[str, ...] = get_args(Method)
+FEDERATION = "federation"
+"""Stands for a source of data that the clients of a federation keep."""
 VARIATIONAL: tuple[str, ...] = ("fedvpa-gp", "fedvpl", "fedvpl+mix", "fedvpl+ortho", "centralised-vpl")
 
 Positive = Annotated[int, Field(gt=0)]

@@ -18,6 +18,7 @@ from fedvpa.config import build_config
 from fedvpa.data.preferences import to_record
 from fedvpa.data.reading import read_pairs
 from fedvpa.errors import BadInputError
+from fedvpa.experiment.evaluate import EvaluationSettings, evaluate
 from fedvpa.experiment.train import train
 from fedvpa.experiment.use import PreferenceModel
 from fedvpa.flower.client import REPLIES, Client
@@ -358,6 +359,13 @@ def test_the_run_serves_a_user_like_any_other(make: Callable[..., tuple[Path, Lo
     kind = model.personalize(read_pairs(str(pair_file / "kind" / "test.jsonl")).pairs[:8])
     blunt = model.personalize(read_pairs(str(pair_file / "blunt" / "test.jsonl")).pairs[:8])
     assert kind.nearest != blunt.nearest
+    settings = EvaluationSettings(str(pair_file), "test", clients=4, context=4)
+    results = evaluate(str(path.parent / "run"), settings).results
+    assert results["accuracy"]["own"]["mean"] > 0.9
+    assert results["seen"] is None
+    assert results["data"]["dropped_because_trained_on"] is None
+    with pytest.raises(BadInputError, match="are its clients'"):
+        evaluate(str(path.parent / "run"), EvaluationSettings())
 
 
 @pytest.mark.parametrize(

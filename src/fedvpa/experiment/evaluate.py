@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from fedvpa import __version__
-from fedvpa.config import DataConfig
+from fedvpa.config import FEDERATION, DataConfig
 from fedvpa.data.features import FeatureCache
 from fedvpa.errors import BadInputError
 from fedvpa.evaluation.diagnostics import (
@@ -37,6 +38,7 @@ from fedvpa.evaluation.protocol import (
 )
 from fedvpa.evaluation.statistics import interval
 from fedvpa.experiment.dataset import (
+    TrainingData,
     features_of,
     held_out_pairs,
     to_store,
@@ -87,23 +89,30 @@ class Evaluation:
 def evaluate(directory: str, settings: EvaluationSettings, progress: Progress | None = None) -> Evaluation:
     """Evaluate the run in `directory`; nothing is trained, and no target pair is in any context or training set.
 
+    Of a run of a federation only unseen clients can be evaluated; whether its clients hold pairs of the evaluation data, nobody
+    here can tell.
+
     Raises:
         BadInputError: no run there, or unusable evaluation data.
         CheckpointError: the run is unfinished or damaged.
     """
-    run = open_run(directory, with_clients=True, progress=progress)
+    run = open_run(directory, progress=progress)
+    elsewhere = run.config.data.source == FEDERATION  # the clients' pairs are not here: nothing can be said of seen clients
+    if not elsewhere:
+        run = open_run(directory, with_clients=True, progress=progress)
     data = _evaluation_data(run.config.data, settings)
-    trained = training_data(run.config)
+    trained = TrainingData([], [], Counter(), []) if elsewhere else training_data(run.config)
     everything = [*trained.train, *trained.validation]
     raw_unseen, skipped = unseen_clients(data, run.config.seed, settings.clients, settings.context, set(run.store.names))
     unseen, dropped = without_overlap(raw_unseen, everything)
-    held_out, dropped_seen = without_overlap(held_out_pairs(data, run.config.seed, trained.train), everything)
+    held_raw = [] if elsewhere else held_out_pairs(data, run.config.seed, trained.train)
+    held_out, dropped_seen = without_overlap(held_raw, everything)
     held_out = [replace(c, pairs=()) if t.corrupted else c for c, t in zip(held_out, trained.train)]
     cache = FeatureCache(run.config.features)
     features, _, signature = features_of([*unseen, *held_out], cache, progress)
     _same_backbone(run, signature)
     unseen_store = to_store(unseen, features[: len(unseen)], run.whitener, run.needs_common)
-    held_out_store = to_store(held_out, features[len(unseen) :], run.whitener, run.needs_common)
+    held_out_store = to_store(held_out, features[len(unseen) :], run.whitener, run.needs_common) if held_out else None
     names = run.store.group_index()[0]  # a model that knows groups knows these, in this order
     names += sorted({g for g in unseen_store.groups if g is not None} - set(names))
     seen_group, unseen_group = _group_of(run.store, names), _group_of(unseen_store, names)
@@ -115,7 +124,8 @@ def evaluate(directory: str, settings: EvaluationSettings, progress: Progress | 
         sizes.append(settings.context)
     unseen_part, scores = _part(predictor, trials, unseen_group, names, sizes, settings.seed)
     seen_part: dict[str, Any] | None = None
-    if int(held_out_store.sizes.sum()):
+    held_out_pairs_scored = 0 if held_out_store is None else int(held_out_store.sizes.sum())
+    if held_out_store is not None and held_out_pairs_scored:
         seen_part, _ = _part(predictor, [given_trial(run.store, held_out_store)], seen_group, names, sizes, settings.seed)
     history = run.checkpoint.history
     results: dict[str, Any] = {
@@ -126,8 +136,9 @@ def evaluate(directory: str, settings: EvaluationSettings, progress: Progress | 
         },
         "data": {
             "source": data.source, "split": data.split, "unseen_clients": len(unseen_store),
-            "unseen_pairs": int(unseen_store.sizes.sum()), "held_out_pairs_of_seen_clients": int(held_out_store.sizes.sum()),
-            "dropped_because_trained_on": dropped + dropped_seen, "skipped": dict(skipped), "groups": names,
+            "unseen_pairs": int(unseen_store.sizes.sum()), "held_out_pairs_of_seen_clients": held_out_pairs_scored,
+            "dropped_because_trained_on": None if elsewhere else dropped + dropped_seen, "skipped": dict(skipped),
+            "groups": names,
         },
         "protocol": {
             "context": settings.context, "repeats": settings.repeats, "disjoint": True,
@@ -140,7 +151,7 @@ def evaluate(directory: str, settings: EvaluationSettings, progress: Progress | 
     }  # fmt: skip
     seen = unseen_posterior = prototypes = None
     algorithm = run.algorithm
-    if isinstance(algorithm, FederatedVariational) and isinstance(predictor, VariationalPredictor):
+    if not elsewhere and isinstance(algorithm, FederatedVariational) and isinstance(predictor, VariationalPredictor):
         seen = algorithm.posteriors(run.checkpoint.state)
         unseen_posterior = predictor.amortised(trials[0].context)
         prototypes = _prototypes(run)
@@ -225,6 +236,8 @@ def _evaluation_data(trained: DataConfig, settings: EvaluationSettings) -> DataC
     }  # fmt: skip
     if settings.data is not None:
         update["source"] = settings.data
+    elif trained.source == FEDERATION:
+        raise BadInputError("evaluate: the pairs of a federation are its clients'; say which data to evaluate on, --data")
     elif settings.split is None and trained.source != "personas":
         raise BadInputError("evaluate: say which data, --data (and --split NAME); the training pairs must not be scored")
     return trained.model_copy(update=update)
@@ -261,7 +274,7 @@ def _prototypes(run: Run) -> Tensor | None:
 def _prior_weights(algorithm: FederatedVariational, run: Run, group: Int[Tensor, "k"]) -> dict[str, float] | None:
     state = run.checkpoint.state
     prior = algorithm.prior(state)
-    if prior is None:
+    if prior is None or algorithm.by_sums:
         return None
     everyone = torch.arange(len(run.store))
     log_weight = algorithm.objective.log_weight(state.clients.get("prior_logit"), prior, everyone, None)

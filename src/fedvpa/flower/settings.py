@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, ValidationError
 
-from fedvpa.config import VARIATIONAL, Config, Section, build_config, explain, merged, read_yaml
+from fedvpa.config import FEDERATION, VARIATIONAL, Config, Section, build_config, explain, merged, read_yaml
 from fedvpa.errors import BadInputError
 
 T = TypeVar("T", bound=Section)
@@ -68,7 +68,7 @@ def training_config(settings: ServerSettings) -> Config:
     extra = sorted(set(data) - {"validation_share", "public"})
     if extra:
         raise BadInputError(f"training.data.{extra[0]}: the data are the clients' (client.yaml says where they are); remove it")
-    given = settings.training | {"data": {"source": "federation", "clients": len(settings.clients), **data}}
+    given = settings.training | {"data": {"source": FEDERATION, "clients": len(settings.clients), **data}}
     if settings.training.get("method", "fedvpa-gp") in VARIATIONAL:  # nobody's latent is shown to anybody, unless asked for
         given = merged({"prior": {"kind": "components"}}, given)
     config = build_config(given)

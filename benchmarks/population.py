@@ -1,0 +1,67 @@
+"""Clients of the persona generator, for the benchmarks of privacy, attacks and robustness.
+
+The features are whitened by the pairs of other users (seed 1), which stand for public data: no client contributes to it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedvpa.config import Config, build_config, merged
+from fedvpa.data.features import FeatureCache
+from fedvpa.evaluation.protocol import Scores, given_trial
+from fedvpa.experiment.dataset import Whitener, features_of, to_store, training_data
+from fedvpa.federated.store import ClientStore
+from fedvpa.federated.variational import FederatedVariational
+from fedvpa.types import ServerState
+
+
+@dataclass(frozen=True)
+class Data:
+    """Whitened pairs of the clients, the pairs that they hold out, and their true groups."""
+
+    train: ClientStore
+    held: ClientStore
+    group: Tensor
+
+
+def configuration(clients: int, more: Mapping[str, Any] | None = None) -> Config:
+    """fedvpa-gp on personas of two groups, ten pairs each, a fifth of them held out."""
+    data = {"clients": clients, "personas": {"groups": 2, "pairs": 10}, "validation_share": 0.2}
+    return build_config(merged({"method": "fedvpa-gp", "prototypes": {"modes": 2}, "data": data}, more or {}))
+
+
+def prepare(clients: int, seed: int = 0) -> Data:
+    """Features come from the cache, or are computed."""
+    config = configuration(clients, {"seed": seed})
+    cache = FeatureCache(config.features)
+
+    def progress(done: int, total: int, speed: float) -> None:
+        sys.stderr.write(f"\rfeatures {done}/{total} {speed:.0f} tokens/s")
+
+    found = training_data(config)
+    others = training_data(configuration(60, {"seed": 1}))
+    features, _, _ = features_of([*found.train, *found.validation], cache, progress)
+    public, _, _ = features_of(others.train, cache, progress)
+    whitener = Whitener.fit(torch.cat(public), config.model.inputs)
+    half = len(found.train)
+    train = to_store(found.train, features[:half], whitener, False)
+    held = to_store(found.validation, features[half:], whitener, False)
+    return Data(train, held, train.group_index()[1])
+
+
+def accuracy(algorithm: FederatedVariational, state: ServerState, data: Data, clients: Sequence[int] | None = None) -> float:
+    """Mean accuracy of some clients (all) on their held-out pairs, z being inferred from their training pairs."""
+    predictor = algorithm.predictor(state)
+    trial = given_trial(data.train, data.held)
+    scores = Scores.empty(len(data.train))
+    scores.add(predictor.margin(predictor.adapt(trial.context, data.group), trial.target), trial.target.mask)
+    each = torch.as_tensor(scores.accuracy())
+    chosen = each if clients is None else each[torch.as_tensor(clients)]
+    return float(chosen[~chosen.isnan()].mean())

@@ -1,0 +1,118 @@
+"""Accuracy of the honest clients against the share of attackers, by aggregator: personas, fedvpa-gp.
+
+python -m benchmarks.robustness [--clients 100] [--seeds 3]. Attackers, whose share is what the aggregators are told of:
+
+* `sign-flip`: send the update that they were to send, reversed and five times as long;
+* `noise`: send Gaussian noise ten times as long as their update;
+* `label-flip`: train on their pairs with every label reversed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.population import Data, accuracy, configuration, prepare
+from fedvpa.evaluation.statistics import interval
+from fedvpa.experiment.build import build_algorithm
+from fedvpa.federated.algorithm import sample_cohort
+from fedvpa.federated.draws import stream
+from fedvpa.federated.participants import Broadcast, Participants, Update
+from fedvpa.federated.variational import FederatedVariational
+from fedvpa.types import Params
+
+AGGREGATORS: dict[str, dict[str, Any]] = {
+    "mean": {},
+    "mean, norm bound 0.5": {"max_norm": 0.5},
+    "trimmed-mean": {"aggregator": "trimmed-mean"},
+    "median": {"aggregator": "median"},
+    "krum": {"aggregator": "krum"},
+}
+SHARES = (0.0, 0.1, 0.2, 0.3, 0.4)
+
+
+@dataclass
+class Poisoned:
+    """Clients some of whom answer otherwise than they should."""
+
+    inner: Participants
+    attackers: frozenset[int]
+    kind: str
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def train(self, broadcast: Broadcast, cohort: Sequence[int], tables: Params) -> Iterator[tuple[Tensor, Update]]:
+        """One round, with the attackers' answers changed."""
+        for index, update in self.inner.train(broadcast, cohort, tables):
+            bad = torch.tensor([int(c) in self.attackers for c in index])
+            params = {}
+            for name, value in update.params.items():
+                start, rows = broadcast.params[name], bad.view(-1, *[1] * (value.dim() - 1))
+                changed = start - 5 * (value - start)
+                if self.kind == "noise":
+                    noise = torch.randn(value.shape, generator=stream(self.seed, broadcast.round, name, int(index[0])))
+                    changed = start + 10 * (value - start).abs().mean() * noise
+                params[name] = torch.where(rows, changed, value)
+            yield index, update if self.kind == "label-flip" else update._replace(params=params)
+
+
+def run(data: Data, kind: str, aggregator: dict[str, Any], share: float, seed: int) -> float:
+    """Accuracy of those who are honest."""
+    clients = len(data.train)
+    federation = {"rounds": 50, "cohort": clients // 2, **aggregator}
+    if aggregator.get("aggregator") in ("trimmed-mean", "krum"):
+        federation["trim"] = min(0.45, max(0.1, share))
+    config = configuration(clients, {"seed": seed, "prior": {"kind": "components"}, "federation": federation})
+    chosen = torch.randperm(clients, generator=stream(seed, "attackers"))[: round(share * clients)].tolist()
+    store = data.train
+    if kind == "label-flip":
+        difference = store.difference.clone()
+        for c in chosen:
+            difference[int(store.offset[c]) : int(store.offset[c + 1])] *= -1
+        store = replace(store, difference=difference)
+    algorithm = build_algorithm(config, store)
+    assert isinstance(algorithm, FederatedVariational)
+    algorithm = replace(algorithm, participants=Poisoned(algorithm.participants, frozenset(chosen), kind, seed))
+    state = algorithm.init()
+    for r in range(config.federation.rounds):
+        state, _ = algorithm.apply(state, sample_cohort(seed, r, clients, config.federation.cohort))
+    honest = [c for c in range(clients) if c not in set(chosen)]
+    return accuracy(algorithm, algorithm.finalise(state), data, honest)
+
+
+def main() -> None:
+    """The table, and JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=int, default=100)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    sets = {seed: prepare(arguments.clients, seed) for seed in range(arguments.seeds)}
+    rows = []
+    for kind in ("sign-flip", "noise", "label-flip"):
+        print(f"{kind}: share of attackers {', '.join(map(str, SHARES))}")
+        for name, aggregator in AGGREGATORS.items():
+            cells = []
+            for share in SHARES:
+                found = interval([run(data, kind, aggregator, share, seed) for seed, data in sets.items()])
+                rows.append({"attack": kind, "aggregator": name, "share": share, "accuracy": found})
+                cells.append(f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]")
+            print(f"  {name}: " + "; ".join(cells), flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
