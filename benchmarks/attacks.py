@@ -37,7 +37,10 @@ from fedvpa.federated.variational import FederatedVariational
 from fedvpa.types import Params
 
 COMPONENTS: dict[str, Any] = {"prior": {"kind": "components"}}
-PRIVATE: dict[str, Any] = COMPONENTS | {"data": {"public": "personas"}, "privacy": {"enabled": True, "noise": 1.0}}
+PRIVATE: dict[str, Any] = COMPONENTS | {
+    "data": {"public": "personas"},
+    "privacy": {"enabled": True, "noise": 1.0, "fit_noise": 10.0},
+}
 PROTECTIONS: dict[str, tuple[dict[str, Any], bool]] = {
     "peers": ({"method": "fedvpl+mix", "prior": {"kind": "peers"}}, False),
     "components": (COMPONENTS, False),
@@ -123,6 +126,8 @@ def membership(data: Data, directions: Tensor) -> float:
     found = []
     for k in range(len(data.train)):
         own, held = data.train.batch([k]), data.held.batch([k])
+        if not held.mask.any():  # what it holds out, another client trains on
+            continue
         inside, outside = own.difference[0][own.mask[0]] @ directions[k], held.difference[0][held.mask[0]] @ directions[k]
         label = torch.cat([torch.ones(len(inside)), torch.zeros(len(outside))])
         found.append(float(roc_auc_score(label.numpy(), torch.cat([inside, outside]).numpy())))

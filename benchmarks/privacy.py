@@ -61,9 +61,9 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--clip", type=float, default=0.5)
-    parser.add_argument("--fit-noise", type=float, default=20.0)
-    parser.add_argument("--epsilons", default="inf,16,8,4,2")
+    parser.add_argument("--clip", type=float, default=1.0)
+    parser.add_argument("--fit-noise", type=float, default=40.0)
+    parser.add_argument("--epsilons", default="inf,8,4,2,1")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     rows = []

@@ -196,8 +196,8 @@ class PrivacyConfig(Section):
 
     enabled: bool = Field(False, description="clip what a client contributes, noise the sums, account for epsilon")
     noise: NonNegative = Field(1.0, description="of a round, in multiples of the bounds; see `fedvpa privacy plan`")
-    clip: Annotated[float, Field(gt=0)] = Field(0.5, description="L2 bound of a client's update")
-    fit_noise: NonNegative = Field(20.0, description="of every sum from which components are fitted")
+    clip: Annotated[float, Field(gt=0)] = Field(1.0, description="L2 bound of a client's update")
+    fit_noise: NonNegative = Field(40.0, description="of every sum from which components are fitted")
     latent_clip: Annotated[float, Field(gt=0)] = Field(2.0, description="L2 bound of a client's latent mean, in these sums")
     variance_clip: Annotated[float, Field(gt=0)] = Field(4.0, description="L2 bound of its posterior variance, in these sums")
     delta: Annotated[float, Field(gt=0, lt=1)] = Field(1e-5, description="delta, well under one over the number of clients")

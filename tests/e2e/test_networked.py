@@ -335,7 +335,8 @@ def test_secure_sums_give_the_same_and_the_server_sees_no_single_reply(make: Cal
 
 def test_a_federation_of_private_clients_sends_no_loss(make: Callable[..., tuple[Path, Loop]], pair_file: Path) -> None:
     private = {
-        "data": {"public": str(pair_file / "kind" / "test.jsonl")}, "privacy": {"enabled": True, "noise": 0.5},
+        "data": {"public": str(pair_file / "kind" / "test.jsonl")},
+        "privacy": {"enabled": True, "noise": 0.5, "fit_noise": 0.5},
         "federation": TRAINING["federation"] | {"cohort": 3},
     }  # fmt: skip
     path, loop = make(training=private, min_replies=1)

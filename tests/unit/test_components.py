@@ -64,6 +64,23 @@ def test_the_prior_has_the_spread_of_means_and_of_posteriors() -> None:
     assert prior.client.tolist() == [-1]
 
 
+def test_a_component_of_noise_is_not_kept() -> None:
+    """With noise on every sum, all components found hold clients, at the groups' places."""
+    mean, variance = groups(2, 400)
+    generator = stream(3, "noise")
+
+    def noisy(centre: torch.Tensor) -> Moments:
+        found = summed_moments(mean, variance, centre)
+        noised = [v + 20 * torch.randn(v.shape, generator=generator) for v in found]
+        return Moments(noised[0].clamp_min(0), noised[1], noised[2].clamp_min(0), noised[3].clamp_min(0))
+
+    for seed in range(8):
+        found = population(fit(noisy, 5, [2], seed, restarts=2, iterations=3, least=60.0)[2])
+        assert found.weight.min() > 0.4
+        nearest = torch.cdist(found.mean, torch.stack([mean[:400].mean(0), mean[400:].mean(0)])).min(1).values
+        assert nearest.max() < 0.6
+
+
 def test_number_of_components_from_sums() -> None:
     for count in (2, 3, 5):
         mean, variance = groups(count, 15)

@@ -93,7 +93,7 @@ def private_config(**privacy: float):
 
 
 def test_a_private_run_reports_epsilon_and_stops_at_its_budget() -> None:
-    config = private_config(noise=1.0)
+    config = private_config(noise=1.0, fit_noise=2.0)
     store = synthetic_store(clients=40)
     privacy = build_privacy(config, 40)
     assert privacy is not None
@@ -108,7 +108,7 @@ def test_a_private_run_reports_epsilon_and_stops_at_its_budget() -> None:
     empty, _ = algorithm.apply(state, [])  # nobody was drawn: noise alone
     assert empty.round == 5
     budget = (privacy.epsilon(2, 1) + privacy.epsilon(3, 1)) / 2
-    stopping = build_algorithm(private_config(noise=1.0, budget=budget), store)
+    stopping = build_algorithm(private_config(noise=1.0, fit_noise=2.0, budget=budget), store)
     state = stopping.init()
     for _ in range(2):
         state, _ = stopping.apply(state, range(10))
@@ -135,3 +135,8 @@ def test_what_privacy_does_not_go_with(change: dict, message: str) -> None:  # t
     build_config(given)
     with pytest.raises(BadInputError, match=message):
         build_config(given, change)
+
+
+def test_noise_that_hides_every_component_is_refused() -> None:
+    with pytest.raises(BadInputError, match=r"at most 6\.67 for 40 clients and 2 components"):
+        build_privacy(private_config(fit_noise=40.0), 40)

@@ -45,6 +45,7 @@ def register(commands: Any) -> None:
     client.add_argument("directory", type=Path, metavar="DIR", help="the client's folder, with client.yaml in it")
     client.add_argument("--min-cohort", type=int, default=3, help="refuse secure sums over fewer clients (default: 3)")
     client.add_argument("--patience", type=float, default=math.inf, help="give up after so many seconds without a server")
+    client.add_argument("--cold", action="store_true", help="let Flower start a process for every message by itself")
     add_common(client)
     client.set_defaults(run=run_client_command)
 
@@ -115,7 +116,7 @@ def run_client_command(arguments: argparse.Namespace, reporter: Reporter) -> int
     if arguments.min_cohort < 3:
         raise BadInputError("--min-cohort: at least 3; a sum over two tells each the other's part")
     _stop_on_terminate()
-    run_client(arguments.directory / "client.yaml", arguments.min_cohort, arguments.patience)
+    run_client(arguments.directory / "client.yaml", arguments.min_cohort, arguments.patience, arguments.cold)
     return 0
 
 

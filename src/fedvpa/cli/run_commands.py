@@ -96,7 +96,8 @@ def run_train(arguments: argparse.Namespace, reporter: Reporter) -> int:
         def on_round(done: int, total: int, row: dict[str, Any]) -> None:
             loss = f"loss {row['loss']:.4f}" if "loss" in row else ""
             accuracy = f" validation {row['validation_accuracy']:.3f}" if "validation_accuracy" in row else ""
-            bar.update(done, total, loss + accuracy)
+            spent = f" epsilon {row['epsilon']:.2f} (delta {config.privacy.delta:g})" if "epsilon" in row else ""
+            bar.update(done, total, loss + accuracy + spent)
 
         result = train(config, resume=arguments.resume, on_round=on_round, on_features=on_features, on_data=on_data)
     last = next((row for row in reversed(result.history) if "validation_accuracy" in row), None)

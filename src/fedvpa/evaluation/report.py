@@ -101,6 +101,9 @@ def _cards(results: dict[str, Any]) -> list[dict[str, str]]:
         cards.append(card("own z, seen", results["seen"]["accuracy"]["own"]))
     if "latent" in results and results["latent"]["ari"] is not None:
         cards.append({"label": "ARI, seen clients", "value": f"{results['latent']['ari']:.2f}", "detail": "k-means on means"})
+    if "privacy" in results:
+        spent = results["privacy"]
+        cards.append({"label": "epsilon, a client", "value": f"{spent['epsilon']:.2f}", "detail": f"delta {spent['delta']:g}"})
     if "posterior" in results:
         p = results["posterior"]
         cards.append({"label": "active units", "value": str(p["active_units"]), "detail": f"of {p['dimensions']}"})

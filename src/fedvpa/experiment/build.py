@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from fedvpa.config import Config
+from fedvpa.errors import BadInputError
 from fedvpa.federated.aggregation import ServerOptimiser
 from fedvpa.federated.algorithm import Algorithm
 from fedvpa.federated.client import LocalSettings
@@ -78,6 +79,12 @@ def build_privacy(config: Config, clients: int) -> Privacy | None:
     p = config.privacy
     if not p.enabled:
         return None
+    modes = _modes(config) or 1
+    if 3 * p.fit_noise * modes >= clients:
+        raise BadInputError(
+            f"privacy.fit_noise: noise of {p.fit_noise:g} hides components of about {clients / modes:g} clients each; at most "
+            f"{clients / modes / 3:.3g} for {clients} clients and {modes} components (epsilon grows), or more clients"
+        )
     summed = config.prior.kind == "components" and config.prototypes.kind != "anchored"
     return Privacy(
         rate=min(1.0, (config.federation.cohort or clients) / clients),

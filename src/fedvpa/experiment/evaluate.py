@@ -175,6 +175,8 @@ def evaluate(directory: str, settings: EvaluationSettings, progress: Progress | 
         if corrupted.any():
             results["corrupted"] = _corrupted(predictor, run.store, corrupted)
         results["prior_weights"] = _prior_weights(algorithm, run, seen_group)
+    if run.config.privacy.enabled and history:
+        results["privacy"] = {"epsilon": history[-1]["epsilon"], "delta": run.config.privacy.delta, "unit": "client"}
     payload = manifest(algorithm, run.checkpoint.state, run.whitener)
     results["communication"] = {
         "down_bytes_per_client_and_round": _bytes_a_round(payload, "down"),

@@ -74,12 +74,13 @@ def summed_moments(mean: Float[Tensor, "c d"], variance: Float[Tensor, "c d"], c
 
 def fit(
     ask: Ask, latent: int, numbers: Sequence[int], seed: int, start: Tensor | None = None, *, restarts: int = RESTARTS,
-    iterations: int = ITERATIONS,
+    iterations: int = ITERATIONS, least: float = 0.0,
 ) -> dict[int, Moments]:  # fmt: skip
     """Moments of the best components, for every number of them; `start` [m, d] gives the only start's centres.
 
     Starts are drawn from the Gaussian of the clients' means (diagonal). An empty component moves beside the one with the
-    greatest squared error. At most `iterations` + 2 exchanges, whatever the number of starts.
+    greatest squared error; with noised sums, so does one of no more than `least` clients, which is likely to be noise. At most
+    `iterations` + 2 exchanges, whatever the number of starts.
     """
     if start is None:
         whole = ask(torch.zeros(1, 1, latent))
@@ -91,13 +92,14 @@ def fit(
     sizes = torch.tensor([n for n in numbers for _ in range(starts.shape[0] // len(numbers))])
     for iteration in range(iterations):
         found = ask(starts)
-        moved = _next_centres(found, starts, sizes, stream(seed, "components", iteration))
+        moved = _next_centres(found, starts, sizes, least, stream(seed, "components", iteration))
         done = bool((moved - starts).abs().max() <= enough)
         starts = moved
         if done:
             break
     found = ask(starts)
-    error = squared_error(found).sum(-1)
+    hollow = _hollow(found, sizes, least).any(-1) if least else torch.zeros(len(sizes), dtype=torch.bool)
+    error = torch.where(hollow, torch.inf, squared_error(found).sum(-1))
     out = {}
     for number in numbers:
         mine = (sizes == number).nonzero().squeeze(-1)
@@ -121,14 +123,18 @@ def squared_error(found: Moments) -> Float[Tensor, "*t m"]:
     return (found.squared - found.total.square() / found.weight.clamp_min(1e-9).unsqueeze(-1)).sum(-1).clamp_min(0)
 
 
-def _next_centres(found: Moments, centre: Tensor, sizes: Tensor, generator: torch.Generator) -> Tensor:
+def _hollow(found: Moments, sizes: Tensor, least: float) -> Tensor:
+    """Which components [t, m] exist but hold (next to) nobody."""
+    return (found.weight <= least) & (torch.arange(found.weight.shape[1]) < sizes.unsqueeze(-1))
+
+
+def _next_centres(found: Moments, centre: Tensor, sizes: Tensor, least: float, generator: torch.Generator) -> Tensor:
     """Each component's mean; an empty one goes beside the component with the greatest squared error."""
     new = torch.where(found.weight.unsqueeze(-1) > 0, found.total / found.weight.clamp_min(1e-9).unsqueeze(-1), centre)
     error = squared_error(found)
-    column = torch.arange(new.shape[1])
-    empty = (found.weight <= 0) & (column < sizes.unsqueeze(-1))
+    empty = _hollow(found, sizes, least)
     for t, m in empty.nonzero().tolist():
-        worst = int(error[t].argmax())
+        worst = int(torch.where(empty[t], -1.0, error[t]).argmax())
         count = found.weight[t, worst].clamp_min(1)
         spread = (found.squared[t, worst] / count - new[t, worst].square()).clamp_min(0).sqrt()
         new[t, m] = new[t, worst] + spread * torch.randn(new.shape[-1], generator=generator)
@@ -138,6 +144,7 @@ def _next_centres(found: Moments, centre: Tensor, sizes: Tensor, generator: torc
 def population(found: Moments) -> Population:
     """Centres, spherical variances of the means, and shares of clients; components without a client are left out."""
     kept = found.weight > 0.5
+    kept[found.weight.argmax()] = True
     count = found.weight[kept]
     centre = found.total[kept] / count.unsqueeze(-1)
     squared = (found.squared[kept] / count.unsqueeze(-1) - centre.square()).mean(-1)

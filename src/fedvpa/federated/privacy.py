@@ -38,11 +38,11 @@ class Privacy:
 
     rate: float
     clients: int
-    clip: float = 0.5
+    clip: float = 1.0
     noise: float = 1.0
     latent_clip: float = 2.0
     variance_clip: float = 4.0
-    fit_noise: float = 20.0
+    fit_noise: float = 40.0
     fit_starts: int = 2
     fit_iterations: int = 3
     delta: float = 1e-5

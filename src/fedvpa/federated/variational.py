@@ -296,7 +296,13 @@ class FederatedVariational:
             assert self.modes is not None
             numbers = [self.modes]
             return fit(
-                ask, latent, numbers, self.seed, restarts=self.privacy.fit_starts, iterations=self.privacy.fit_iterations
+                ask,
+                latent,
+                numbers,
+                self.seed,
+                restarts=self.privacy.fit_starts,
+                iterations=self.privacy.fit_iterations,
+                least=3 * self.privacy.fit_noise,
             )[self.modes]
         if self.modes is not None:
             return fit(ask, latent, [self.modes], self.seed)[self.modes]

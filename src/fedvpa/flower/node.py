@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from multiprocessing.connection import Listener
 from pathlib import Path
 from threading import Thread
@@ -27,9 +28,9 @@ STEADY_SECONDS = 20.0
 """A node that ran for so long had a server."""
 
 
-def run_client(settings_path: Path, min_cohort: int = 3, patience: float = math.inf) -> None:
+def run_client(settings_path: Path, min_cohort: int = 3, patience: float = math.inf, cold: bool = False) -> None:
     """Serve until interrupted. `min_cohort`: secure sums over fewer clients are refused; `patience`: seconds without a server
-    after which it gives up.
+    after which it gives up; `cold`: Flower starts its processes by itself, for each message.
 
     Raises:
         BadInputError: unusable settings, missing keys or certificates.
@@ -53,13 +54,20 @@ def run_client(settings_path: Path, min_cohort: int = 3, patience: float = math.
     try:
         with Listener(str(relay / "relay"), family="AF_UNIX") as listener:
             Thread(target=_answer_all, args=(client, listener), daemon=True).start()
-            warm = start([sys.executable, "-m", "fedvpa.flower.warm", str(install(relay))], folder / LOG, folder / ".flwr")
-            try:
+            with _forks(relay, folder) if not cold else nullcontext():
                 _keep_node(settings, folder, relay, min_cohort, patience)
-            finally:
-                stop(warm)
     finally:
         shutil.rmtree(relay, ignore_errors=True)
+
+
+@contextmanager
+def _forks(relay: Path, folder: Path) -> Iterator[None]:
+    """While this lasts, Flower's ClientApps are forks of a process that has loaded Flower."""
+    warm = start([sys.executable, "-m", "fedvpa.flower.warm", str(install(relay))], folder / LOG, folder / ".flwr")
+    try:
+        yield
+    finally:
+        stop(warm)
 
 
 def _answer_all(client: Client, listener: Listener) -> None:
@@ -69,8 +77,7 @@ def _answer_all(client: Client, listener: Listener) -> None:
             with listener.accept() as connection:
                 connection.send_bytes(client.answer(connection.recv_bytes()))
         except (OSError, EOFError) as error:
-            if os.environ.get("FEDVPA_DEBUG"):
-                logger.debug("relay: %s", error)
+            logger.debug("relay: %s", error)
             time.sleep(0.05)
 
 

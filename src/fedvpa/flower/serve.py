@@ -94,7 +94,7 @@ def _serve(settings: ServerSettings, config: Config, paths: RunPaths, transport:
         state, history = algorithm.init(), []
     paths.write_json("manifest.json", manifest(algorithm, state, clients.whitener))
     paths.write_json("data.json", _described(settings, clients.signature))
-    for line in describe(manifest(algorithm, state, clients.whitener)):
+    for line in describe(manifest(algorithm, state, clients.whitener), settings.secure):
         logger.info("%s", line)
 
     def cohort(round_number: int) -> list[int]:
@@ -115,7 +115,9 @@ def _serve(settings: ServerSettings, config: Config, paths: RunPaths, transport:
         seconds.append(row["seconds"])
         status.say("running", round=done, seconds=row["seconds"], loss=row.get("loss"))
         accuracy = f", validation {row['validation_accuracy']:.3f}" if "validation_accuracy" in row else ""
-        logger.info("round %d of %d: %.1f s, loss %.4f%s", done, total, row["seconds"], row.get("loss", float("nan")), accuracy)
+        loss = f", loss {row['loss']:.4f}" if "loss" in row else ""
+        spent = f", epsilon {row['epsilon']:.2f} (delta {config.privacy.delta:g})" if "epsilon" in row else ""
+        logger.info("round %d of %d: %.1f s%s%s%s", done, total, row["seconds"], loss, accuracy, spent)
 
     with open_tracker(config.tracker, paths.root, config) as tracker:
         journal = Journal(paths, fingerprint, tracker, on_round)
@@ -133,7 +135,7 @@ def _serve(settings: ServerSettings, config: Config, paths: RunPaths, transport:
     return result
 
 
-def describe(rows: list[dict[str, Any]]) -> list[str]:
+def describe(rows: list[dict[str, Any]], secure: bool = False) -> list[str]:
     """The payload manifest in words: what travels between a client and the server, and how large it is."""
     out = ["what travels between a client and the server, and nothing else:"]
     for direction, word in (("down", "to the client"), ("up", "to the server")):
@@ -141,6 +143,8 @@ def describe(rows: list[dict[str, Any]]) -> list[str]:
         each = sum(row["bytes"] for row in mine if row["when"] == "every round")
         out.append(f"  {word}: {each:,} bytes every round")
         out += [f"    {row['name']} {list(row['shape'])}: {row['bytes']:,} bytes, {row['when']}" for row in mine]
+    if secure:
+        out.append("  to the server all of it is masked, eight bytes a number, and only its sum over clients can be opened")
     return out
 
 
