@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
+from fedvpa.alignment.align import Candidate, choose
 from fedvpa.alignment.conditioning import PreferenceConditioner, attach
 from fedvpa.alignment.dpo import ConditionalDPOTrainer, PreferenceCollator, last_checkpoint
 from fedvpa.alignment.export import export_adapter, export_merged
@@ -36,6 +38,8 @@ from fedvpa.alignment.prompts import in_style, read_prompts, read_styles
 from fedvpa.alignment.sampling import draw_from_nucleus
 from fedvpa.alignment.training import by_prompt
 from fedvpa.errors import BadInputError
+from fedvpa.experiment.use import SharedRewardModel
+from fedvpa.models.backbone import Item
 from fedvpa.types import Message
 
 FORMS = ("gate", "prefix", "shift")
@@ -408,3 +412,26 @@ def test_opposite_preferences_on_a_prompt_are_trained_on_side_by_side() -> None:
     assert [ordered[i]["prompt"] for i in range(0, 8, 2)] == [ordered[i]["prompt"] for i in range(1, 8, 2)]
     assert sorted(str(r) for r in ordered) == sorted(str(r) for r in rows)
     assert by_prompt(rows, 0) == ordered != by_prompt(rows, 1)
+
+
+class _Longest(SharedRewardModel):
+    """Stands for a selector that prefers long responses under z > 0, short ones under z < 0."""
+
+    def __init__(self) -> None:
+        pass
+
+    def score(self, items: Sequence[Item], z: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([float(len(item.response)) for item in items]) * z[:, 0].sign()
+
+
+@pytest.mark.parametrize("ended_only", [False, True])
+def test_what_the_limit_cut_off_may_be_rejected_but_not_chosen(ended_only: bool) -> None:
+    prompts = [(Message("user", "a"),)]
+    drawn = [[Candidate("x" * n, n < 4) for n in (1, 2, 3, 4, 5, 6)]]
+    z = {"long": torch.ones(1, 1), "short": -torch.ones(1, 1)}
+    rows, counts = choose(_Longest(), prompts, dict.fromkeys(z, drawn), z, 0.1, 2, ended_only)
+    pairs = {(r["preference"][0] > 0, len(r["chosen"][0]["content"]), len(r["rejected"][0]["content"])) for r in rows}
+    short = {(False, 1, 6), (False, 2, 5)}
+    # the second best that ended is no longer than the second worst: nothing to be learned from it
+    assert pairs == short | ({(True, 3, 1)} if ended_only else {(True, 6, 1), (True, 5, 2)})
+    assert counts["dropped_under_margin"] == int(ended_only)
