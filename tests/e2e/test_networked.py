@@ -211,6 +211,20 @@ def test_spoilt_replies_are_refused_with_the_client_named(
     assert torch.isfinite(state_of(path).params["reward.weight"]).all()
 
 
+def test_a_client_that_lies_about_its_pairs_does_not_outweigh_the_others(
+    make: Callable[..., tuple[Path, Loop]], caplog: pytest.LogCaptureFixture
+) -> None:
+    path, loop = make(training={"federation": TRAINING["federation"] | {"aggregation": "samples"}})
+    loop.tamper = spoilt(put("size", lambda v: v * 1e4))
+    serve(path, loop)
+    assert any("client 'client-1' says it holds" in m and "it counts as 55" in m for m in caplog.messages)
+    loop.tamper = spoilt(put("size", lambda v: v * 0))
+    (path.parent / "run").rename(path.parent / "first")
+    with pytest.raises(CohortError):
+        serve(path, loop)
+    assert any("says it holds 0 pairs" in m for m in caplog.messages)
+
+
 def test_a_spoilt_round_without_enough_replies_changes_nothing_and_can_be_resumed(
     make: Callable[..., tuple[Path, Loop]],
 ) -> None:

@@ -27,6 +27,8 @@ from fedvpa.types import Params, Population, Posterior
 logger = logging.getLogger("fedvpa")
 
 
+MOST_TIMES_MEDIAN = 5.0
+"""A client counts for at most so many times the median of its cohort, where clients are weighted by their pairs."""
 REFUSED_SECONDS = 30.0
 """A node that was refused may try again after so long: what was wrong with it may have been put right."""
 
@@ -197,8 +199,19 @@ class NetworkedClients:
         found = self._answers("train", header, cohort, tensors, own, check=lambda place, p: checked_update(
             p, broadcast, self.settings.clients[place], self.counted, latent, private
         ))  # fmt: skip
+        most = self._most_pairs([packet for _, packet in found])
         for place, packet in found:
+            if self.counted and float(packet.tensors["size"]) > most:
+                name, size = self.settings.clients[place], float(packet.tensors["size"])
+                logger.warning("client '%s' says it holds %g pairs; it counts as %g", name, size, most)
+                packet = Packet(packet.header, packet.tensors | {"size": torch.tensor(most)})
             yield torch.tensor([place]), _update(packet, broadcast.params)
+
+    def _most_pairs(self, packets: Sequence[Packet]) -> float:
+        """The largest number of pairs that counts: a few times the cohort's median, so that nobody outweighs it by a lie."""
+        if not self.counted:
+            return math.inf
+        return MOST_TIMES_MEDIAN * float(torch.stack([p.tensors["size"] for p in packets]).median())
 
     def _train_secretly(
         self, broadcast: Broadcast, header: dict[str, Any], cohort: Sequence[int], tensors: Params
