@@ -118,7 +118,7 @@ def test_broken_files_are_refused_with_name_and_line_and_nothing_is_written(
     [
         (["--rounds", "0"], "federation.rounds: Input should be greater than 0"),
         (["--method", "fedavg-btl", "--prior.kind", "peers"], "prior.kind is set but would not be read"),
-        (["--prior.weights", "uniform"], "prior.weights is set but would not be read: prior.kind is gaussian"),
+        (["--prior.weights", "uniform"], "prior.weights is set but would not be read: the prior of the KL is no mixture"),
         (["--data", "nowhere/at/all.jsonl"], "nowhere/at/all.jsonl: no such file or folder"),
         (["--prototypes.kind", "fixed"], "need a number of modes"),
         (["--tracker", "paper"], "tracker: Input should be 'none'"),

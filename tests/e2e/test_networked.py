@@ -58,7 +58,7 @@ class Loop:
             out[node] = pack(changed) if isinstance(changed, Packet) else changed
         return out
 
-    def ask_sum(self, blobs: Mapping[int, bytes], size: int) -> tuple[list[int], torch.Tensor]:
+    def ask_sum(self, blobs: Mapping[int, bytes], size: int, least: int) -> tuple[list[int], torch.Tensor]:
         """As the secure sum does it, but for masks."""
         total, there = np.zeros(size), []
         for node, blob in blobs.items():
@@ -69,6 +69,7 @@ class Loop:
                 assert vector.shape == (size,)
                 total += vector
                 there.append(node)
+        assert len(there) >= least
         return there, torch.from_numpy(total)
 
 

@@ -120,3 +120,8 @@ def test_two_processes_share_a_cache_and_a_killed_one_harms_nothing(tiny_model: 
     )
     assert computed == 0
     assert values.isfinite().all()
+
+
+def test_a_policy_s_base_model_has_one_name_in_every_number_type(tiny_model: Path) -> None:
+    names = {load_causal_model(str(tiny_model), dtype, "cpu").revision for dtype in (torch.float32, torch.bfloat16)}
+    assert len(names) == 1

@@ -15,7 +15,7 @@ from fedvpa.federated.aggregation import bounded
 from fedvpa.federated.algorithm import poisson_cohort
 from fedvpa.federated.components import Moments
 from fedvpa.federated.draws import stream
-from fedvpa.federated.privacy import BudgetError, Privacy, noise_for
+from fedvpa.federated.privacy import BudgetError, Privacy, noise_for, secret_normal, seeded_normal
 from tests.conftest import synthetic_store
 
 pytest.importorskip("dp_accounting")
@@ -41,10 +41,10 @@ def test_one_client_moves_a_sum_by_its_bound_at_the_most() -> None:
 
 def test_noise_has_the_deviation_that_is_accounted_for() -> None:
     zero = {"a": torch.zeros(200, 200)}
-    noised = PRIVACY.noised_params(zero, stream(0, "n"))["a"]
+    noised = PRIVACY.noised_params(zero, seeded_normal(stream(0, "n")))["a"]
     assert noised.std() == pytest.approx(PRIVACY.noise * PRIVACY.clip, rel=0.02)
     empty = Moments(torch.full((100,), 1e6), *(torch.full((100, 50), 1e6) for _ in range(3)))
-    found = PRIVACY.noised_moments(empty, stream(0, "m"), fit=True)
+    found = PRIVACY.noised_moments(empty, seeded_normal(stream(0, "m")), fit=True)
     for value, bound in zip(found, (1, 2, 4, 4)):
         assert (value - 1e6).std() == pytest.approx(PRIVACY.fit_noise * bound, rel=0.2 if value.dim() == 1 else 0.03)
 
@@ -103,7 +103,7 @@ def test_a_private_run_reports_epsilon_and_stops_at_its_budget() -> None:
         seen.append(row["epsilon"])
     assert seen == sorted(seen)
     assert seen[-1] == pytest.approx(privacy.epsilon(4, 1))
-    assert seen[0] == pytest.approx(privacy.epsilon(1, 0))
+    assert seen[0] == pytest.approx(privacy.epsilon(1, 1))  # the fit counts from the start
     assert state.population["mean"].shape == (2, 4)
     empty, _ = algorithm.apply(state, [])  # nobody was drawn: noise alone
     assert empty.round == 5
@@ -140,3 +140,17 @@ def test_what_privacy_does_not_go_with(change: dict, message: str) -> None:  # t
 def test_noise_that_hides_every_component_is_refused() -> None:
     with pytest.raises(BadInputError, match=r"at most 6\.67 for 40 clients and 2 components"):
         build_privacy(private_config(fit_noise=40.0), 40)
+
+
+def test_secret_noise_is_normal_and_is_not_drawn_twice() -> None:
+    first, second = secret_normal(torch.Size([50001])), secret_normal(torch.Size([50001]))
+    assert not torch.equal(first, second)
+    both = torch.cat([first, second]).double().sort().values
+    ideal = torch.distributions.Normal(0.0, 1.0).cdf(both.float()).double()
+    assert (ideal - torch.linspace(0, 1, len(both), dtype=torch.float64)).abs().max() < 0.01  # Kolmogorov-Smirnov
+    assert secret_normal(torch.Size([3, 0, 2])).shape == (3, 0, 2)
+    assert secret_normal(torch.Size([])).shape == ()
+
+
+def test_rounds_that_may_have_been_released_before_a_crash_count() -> None:
+    assert replace(PRIVACY, lost_rounds=2, lost_fits=1).epsilon(10, 1) == PRIVACY.epsilon(12, 2)

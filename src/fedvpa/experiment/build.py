@@ -50,9 +50,11 @@ def build_algorithm(config: Config, store: ClientStore) -> Algorithm:
     )  # fmt: skip
 
 
-def build_variational(config: Config, participants: Participants, *, secret: bool = False) -> FederatedVariational:
+def build_variational(
+    config: Config, participants: Participants, *, secret: bool = False, together: bool = False
+) -> FederatedVariational:
     """The server's side of a variational method, over clients in this process or elsewhere; `secret`: privacy's noise cannot be
-    repeated."""
+    repeated; `together`: participants answer with sums."""
     return FederatedVariational(
         participants,
         _selector(config),
@@ -71,6 +73,7 @@ def build_variational(config: Config, participants: Participants, *, secret: boo
         privacy=build_privacy(config, len(participants)),
         rounds=config.federation.rounds,
         secret=secret,
+        together=together,
     )
 
 

@@ -10,9 +10,12 @@ everybody, several times; these releases are composed with the rounds. Neighbour
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -25,6 +28,28 @@ MOMENT_BLOCKS = 4
 """Parts of a set of moments (weight, total, squared, variance), each clipped to its own bound."""
 
 
+Normal = Callable[[torch.Size], Tensor]
+"""Draws independent standard normal numbers of a shape."""
+
+
+def secret_normal(shape: torch.Size) -> Tensor:
+    """Standard normal numbers that nobody can draw again: Box-Muller in float64 on 53 bits each of the system's entropy.
+
+    (Torch's generator on the CPU keeps 32 bits of its seed, which can be tried out: the sum would tell.)
+    """
+    half = (math.prod(shape) + 1) // 2
+    raw = np.frombuffer(os.urandom(16 * half), dtype="<u8").reshape(2, half) >> np.uint64(11)
+    first, second = (raw.astype(np.float64) + 0.5) * 2.0**-53
+    radius, angle = np.sqrt(-2 * np.log(first)), 2 * np.pi * second
+    both = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[: math.prod(shape)]
+    return torch.from_numpy(both).float().view(shape)
+
+
+def seeded_normal(generator: torch.Generator) -> Normal:
+    """Repeatable normal numbers, for a simulation."""
+    return lambda shape: torch.randn(shape, generator=generator)
+
+
 class BudgetError(RunError):
     """The privacy budget does not allow the next release."""
 
@@ -34,6 +59,7 @@ class Privacy:
     """Bounds and noise; `rate` is the probability with which a client takes part in a round.
 
     Noise is in multiples of the bound of what it is added to: of a round's contributions, and (`fit_noise`) of those to a fit.
+    `lost_rounds` and `lost_fits` were begun before a crash and may have been released: they count as if they had been.
     """
 
     rate: float
@@ -49,6 +75,8 @@ class Privacy:
     budget: float = math.inf
     moments_every_round: bool = False
     choices_every_round: bool = False
+    lost_rounds: int = 0
+    lost_fits: int = 0
 
     @property
     def expected(self) -> float:
@@ -71,25 +99,26 @@ class Privacy:
         """Means within `latent_clip` and variances within `variance_clip` (L2 norms)."""
         return _within(mean, self.latent_clip), _within(variance, self.variance_clip)
 
-    def noised_params(self, sums: Params, generator: torch.Generator) -> Params:
+    def noised_params(self, sums: Params, draw: Normal) -> Params:
         """The round's sum of clipped updates, with noise."""
         std = self.noise * self.clip
-        return {n: v + std * torch.randn(v.shape, generator=generator) for n, v in sums.items()}
+        return {n: v + std * draw(v.shape) for n, v in sums.items()}
 
-    def noised_moments(self, found: Moments, generator: torch.Generator, *, fit: bool) -> Moments:
+    def noised_moments(self, found: Moments, draw: Normal, *, fit: bool) -> Moments:
         """Moments of a round or of a fit, with noise; a sum of no clients is possible, a negative one is not."""
         noise = self.fit_noise if fit else self.noise
         bounds = (1.0, self.latent_clip, self.latent_clip**2, self.variance_clip)
-        noised = [v + noise * b * torch.randn(v.shape, generator=generator) for v, b in zip(found, bounds)]
+        noised = [v + noise * b * draw(v.shape) for v, b in zip(found, bounds)]
         weight = noised[0].clamp_min(0.0)
         return Moments(weight, noised[1], noised[2].clamp_min(0.0), noised[3].clamp_min(0.0))
 
-    def noised_choices(self, labelled: Float[Tensor, "m"], generator: torch.Generator) -> Float[Tensor, "m"]:
+    def noised_choices(self, labelled: Float[Tensor, "m"], draw: Normal) -> Float[Tensor, "m"]:
         """How many clients chose each component, with noise."""
-        return (labelled + self.noise * torch.randn(labelled.shape, generator=generator)).clamp_min(0.0)
+        return (labelled + self.noise * draw(labelled.shape)).clamp_min(0.0)
 
     def epsilon(self, rounds: int, fits: int) -> float:
         """Epsilon at `delta` of so many rounds and fits together."""
+        rounds, fits = rounds + self.lost_rounds, fits + self.lost_fits
         if rounds == 0 and fits == 0:
             return 0.0
         if (self.noise == 0 and rounds) or (self.fit_noise == 0 and fits):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -37,7 +36,7 @@ from fedvpa.federated.population import (
     fit_population,
 )
 from fedvpa.federated.predictor import VariationalPredictor
-from fedvpa.federated.privacy import Privacy
+from fedvpa.federated.privacy import Normal, Privacy, secret_normal, seeded_normal
 from fedvpa.functional.prototypes import orthogonal_prototypes
 from fedvpa.models.selector import Selector
 from fedvpa.types import MixturePrior, Params, Population, Posterior, ServerState
@@ -67,12 +66,11 @@ class FederatedVariational:
     privacy: Privacy | None = None
     rounds: int = 0
     secret: bool = False
+    together: bool = False
 
-    def noise(self, *name: object) -> torch.Generator:
-        """Generator of a release's noise: repeatable in a simulation, of the system's entropy in a federation (`secret`)."""
-        if self.secret:
-            return torch.Generator().manual_seed(int.from_bytes(os.urandom(8), "big") >> 1)
-        return stream(self.seed, "noise", *name)
+    def noise(self, *name: object) -> Normal:
+        """Draws a release's noise: repeatable in a simulation, of the system's entropy in a federation (`secret`)."""
+        return secret_normal if self.secret else seeded_normal(stream(self.seed, "noise", *name))
 
     def init(self) -> ServerState:
         """Fresh parameters, nobody seen."""
@@ -184,7 +182,7 @@ class FederatedVariational:
                 clients[name][index] = rows
             if update.posterior is not None:
                 clients["mean"][index], clients["log_var"][index] = update.posterior
-            clients["seen"][index] = state.round
+            clients["seen"][index if self.privacy is None else slice(None)] = state.round  # who took part is private, too
             if update.moments is not None:
                 part = Moments(*(value.sum(0) for value in update.moments))
                 found = part if found is None else found.plus(part)
@@ -201,12 +199,13 @@ class FederatedVariational:
         new = ServerState(state.round + 1, state.params | params, slots, clients, state.population, components)
         row = {name: value / answered for name, value in sums.items() if answered}
         if self.privacy is not None:
-            row["epsilon"] = self.privacy.epsilon(new.round, self._fits(new.round))
+            row["epsilon"] = self.privacy.epsilon(new.round, self.planned_fits)
         return self._after_round(new), row
 
     def _aggregator(self) -> WeightedMean | RobustMean:
         if self.aggregator == "mean":
-            return WeightedMean(max_norm=self.max_norm)
+            bounds = [b for b in (self.max_norm, self.privacy.clip if self.privacy and not self.together else 0.0) if b]
+            return WeightedMean(max_norm=min(bounds, default=0.0))
         return RobustMean(self.aggregator, self.trim, self.max_norm)
 
     def _released(
@@ -216,24 +215,19 @@ class FederatedVariational:
         if self.privacy is None:
             return mean.mean(), found, labelled
         assert isinstance(mean, WeightedMean)
-        generator = self.noise("round", state.round)
+        draw = self.noise("round", state.round)
         sums = mean.sums or {name: torch.zeros_like(value) for name, value in self.shared(state.params).items()}
-        noised = self.privacy.noised_params(sums, generator)
+        noised = self.privacy.noised_params(sums, draw)
         if found is not None:
-            found = self.privacy.noised_moments(found, generator, fit=False)
+            found = self.privacy.noised_moments(found, draw, fit=False)
         if labelled is not None:
-            labelled = self.privacy.noised_choices(labelled, generator)
+            labelled = self.privacy.noised_choices(labelled, draw)
         return {name: value / self.privacy.expected for name, value in noised.items()}, found, labelled
 
     @property
     def planned_fits(self) -> int:
-        """Fits of components that a whole run releases; the budget is kept for them from the start."""
+        """Fits of components that a whole run releases; they count from the first round on."""
         return 1 if self.schedule.anchored else 2
-
-    def _fits(self, rounds: int) -> int:
-        """Fits that have been released after so many rounds."""
-        start = self.schedule.prototypes_start if self.schedule.anchored else self.schedule.prior_start
-        return int(rounds >= max(1, start))
 
     def _after_round(self, state: ServerState) -> ServerState:
         """Anchors, components of the prior, or new labels (M6), once their time has come."""
@@ -331,7 +325,7 @@ class FederatedVariational:
     def _refitted(self, state: ServerState, found: Moments, labelled: Tensor | None) -> Params:
         """One step of EM on the cohort's moments; a component that nobody of the cohort fell to stays. Prices follow."""
         before = _moments(state)
-        kept = found.weight > 0
+        kept = found.weight > (3 * self.privacy.noise if self.privacy is not None else 0)
         merged = Moments(*(torch.where(kept.view(-1, *[1] * (b.dim() - 1)), f, b) for f, b in zip(found, before)))
         price = state.components["price"]
         return dict(merged._asdict()) | {"price": price if labelled is None else adjusted_price(price, labelled, merged)}

@@ -12,6 +12,7 @@ from fedvpa.types import Params
 LARGEST = 1e6
 """No parameter, latent or loss of a sane client is larger."""
 MOST_PAIRS = 1e6
+LARGEST_LATENT = 1e3
 
 
 def expected(tensors: Params, shapes: dict[str, tuple[tuple[int, ...], torch.dtype]], client: str) -> Params:
@@ -79,3 +80,26 @@ def update_shapes(broadcast: Broadcast, counted: bool, private: bool = False) ->
     if counted:
         shapes["size"] = ((), f32)
     return shapes
+
+
+def sensible(kind: str, found: Params, client: str) -> None:
+    """Refuse numbers of the right shape that no client could have arrived at.
+
+    Raises:
+        WireError: naming the client and what is wrong.
+    """
+    fine = True
+    if kind == "moments":
+        weight = found["weight"]
+        one = (weight == 0).logical_or(weight == 1).all() and bool((weight.sum(-1) == 1).all())
+        inside = (found["total"].abs() <= weight.unsqueeze(-1) * LARGEST_LATENT).all()
+        fine = bool(one and inside and (found["squared"] >= 0).all() and (found["variance"] >= 0).all())
+    elif kind in ("scores", "validate"):
+        fine = float(found["clients"]) in (0.0, 1.0) and bool((found.get("accuracy", torch.zeros(())) <= 1).all())
+    elif kind == "whitening":
+        moment, pairs = found["moment"], float(found["pairs"])
+        symmetric = bool((moment - moment.T).abs().max() <= 1e-6 * moment.abs().max() + 1e-12)
+        fine = symmetric and 1 <= pairs <= MOST_PAIRS
+        fine = fine and float(torch.linalg.eigvalsh(moment)[0]) >= -1e-6 * float(moment.diagonal().sum())
+    if not fine:
+        raise WireError(f"client '{client}': its answer to '{kind}' is not one that a client could have")

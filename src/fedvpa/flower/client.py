@@ -31,6 +31,7 @@ from fedvpa.evaluation.protocol import given_trial
 from fedvpa.experiment.build import build_clients, build_reward
 from fedvpa.experiment.dataset import Whitener, WhiteningSums, to_store
 from fedvpa.experiment.run import load_whitener_file, whitener_bytes
+from fedvpa.federated.objective import PROTOTYPES
 from fedvpa.federated.participants import Broadcast, ClientSide
 from fedvpa.federated.predictor import VariationalPredictor
 from fedvpa.flower.settings import ClientSettings
@@ -54,6 +55,10 @@ REPLIES: dict[str, tuple[str, ...]] = {
     "validate": ("clients", "accuracy", "nll"),
 }
 """What a reply to each request may hold; nothing else is sent."""
+
+
+IN_THE_CLEAR = frozenset({"hello", "prepare", "settle"})
+"""Requests whose answers say nothing of a client's pairs."""
 
 
 class Client:
@@ -84,6 +89,8 @@ class Client:
             handler: Callable[[Packet], Packet] | None = getattr(self, f"_on_{kind}", None)
             if kind not in REPLIES or handler is None:
                 raise WireError(f"unknown request '{kind}'")
+            if self.settings.secure_only and not secure and kind not in IN_THE_CLEAR:
+                raise WireError(f"client '{self.settings.name}' answers '{kind}' in secure sums alone (secure_only)")
             reply = handler(packet)
             strange = [name for name in reply.tensors if name.partition("/")[0] not in REPLIES[kind]]
             if strange:
@@ -95,6 +102,9 @@ class Client:
             reason = f"{type(error).__name__}: {error}"
         except OSError as error:  # a full disk: the state is the old one, and nothing was sent
             reason = f"the client could not save its state: {error}"
+        except Exception as error:  # a message of another version, say: it must not end the client, nor tell what it holds
+            logger.exception("%s: a request could not be answered", self.settings.name)
+            reason = f"the request could not be answered ({type(error).__name__})"
         logger.log(logging.INFO if NOT_READY in reason else logging.ERROR, "%s: %s", self.settings.name, reason)
         return b"\x00" + reason.encode() if secure else pack(Packet({"ok": False, "error": reason}, {}))
 
@@ -152,7 +162,12 @@ class Client:
         prior = section(t, "prior")
         anchors = section(t, "anchors")
         broadcast = Broadcast(
-            number, params, MixturePrior(**prior) if prior else None, Population(**anchors) if anchors else None, t.get("price")
+            number,
+            params,
+            MixturePrior(**prior) if prior else None,
+            Population(**anchors) if anchors else None,
+            t.get("price"),
+            (PROTOTYPES,) if side.schedule.prototypes == "fixed" else (),
         )
         tables = self._tables_before(number)
         if "label" in t:
@@ -188,9 +203,7 @@ class Client:
     def _on_settle(self, packet: Packet) -> Packet:
         """Note which component this client belongs to; the answer stays here."""
         own = self._sides()[0].settle(section(packet.tensors, "params"), _populations(packet)[0])
-        number = int(packet.header["round"])
-        before = self._tables_before(number)
-        self._save_tables(number, before, before | own)
+        write_atomically(self._file("settled"), save(own))
         return Packet({}, {})
 
     def _on_validate(self, packet: Packet) -> Packet:

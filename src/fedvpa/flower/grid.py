@@ -45,10 +45,10 @@ class GridTransport:
             out[node] = blob if isinstance(blob, bytes) else "the reply holds no blob"
         return out
 
-    def ask_sum(self, blobs: Mapping[int, bytes], size: int) -> tuple[list[int], Float[Tensor, "n"]]:
+    def ask_sum(self, blobs: Mapping[int, bytes], size: int, least: int) -> tuple[list[int], Float[Tensor, "n"]]:
         """Who took part, and the secure sum of the vectors (entries within -1 and 1) that they answered with."""
         contents = {node: RecordDict({RECORD: ConfigRecord({"blob": blob})}) for node, blob in blobs.items()}
-        return secure_sum(contents, size, lambda messages: self.exchange(messages, "train", len(messages)))
+        return secure_sum(contents, size, lambda messages: self.exchange(messages, "train", len(messages)), least)
 
     def exchange(self, contents: Mapping[int, RecordDict], kind: str, enough: int) -> dict[int, RecordDict | str]:
         """Send a message to each node; what came back, or why nothing did."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from typing import Any
 from fedvpa.checkpoint import write_atomically
 from fedvpa.errors import BadInputError, RunError
 from fedvpa.flower.processes import port_is_free, program, run, settings_line, start, stop, tail, wait_for_port
-from fedvpa.flower.serve import LOG
+from fedvpa.flower.serve import BOUND, LOG
 from fedvpa.flower.settings import ServerSettings, read_settings, training_config
 
 logger = logging.getLogger("fedvpa")
@@ -48,15 +49,30 @@ def run_server(settings_path: Path) -> dict[str, Any]:
     try:
         wait_for_port(local, settings.port, link, log)
         keys = {client: str(folder / "keys" / f"{client}.pub") for client in settings.clients}
-        commands = [["supernode", "register", key, "fedvpa", "--name", client] for client, key in keys.items()]
+        flags = ["--format", "json"]
+        commands = [["supernode", "register", key, "fedvpa", "--name", client, *flags] for client, key in keys.items()]
+        said_nodes = run([sys.executable, "-m", "fedvpa.flower.submit"], home, json.dumps(commands))
+        write_atomically(folder / BOUND, json.dumps(dict(zip(keys, _node_ids(said_nodes)))).encode())
         said = folder / settings.run / LOG
         begin = said.stat().st_size if said.is_file() else 0
         given = settings_line({"settings": str(settings_path)})
-        commands.append(["run", str(folder / "app"), "fedvpa", "--run-config", given])
-        run([sys.executable, "-m", "fedvpa.flower.submit"], home, json.dumps(commands))
+        begin_run = ["run", str(folder / "app"), "fedvpa", "--run-config", given]
+        run([sys.executable, "-m", "fedvpa.flower.submit"], home, json.dumps([begin_run]))
         return _follow(link, log, begin, folder / settings.run)
     finally:
         stop(link)
+
+
+def _node_ids(said: str) -> list[int]:
+    """Ids of the nodes that `flwr supernode register --format json` has registered, in their order.
+
+    Raises:
+        RunError: it says none.
+    """
+    found = [int(node) for node in re.findall(r'"node-id":\s*"?(\d+)', said)]
+    if not found:
+        raise RunError(f"registering the clients gave no node ids: {' '.join(said.split())[-300:]}")
+    return found
 
 
 def command(settings: ServerSettings, folder: Path) -> list[str]:

@@ -15,7 +15,13 @@ from numpy.typing import NDArray
 
 
 def keystream(seed: bytes, num_range: int, dimensions_list: list[tuple[int, ...]]) -> list[NDArray[np.int64]]:
-    """Uniform integers below `num_range` (a power of two, at most 2^32) of given shapes; the same for the same secret."""
+    """Uniform integers below `num_range` (a power of two, at most 2^32) of given shapes; the same for the same secret.
+
+    Raises:
+        ValueError: another range.
+    """
+    if not 0 < num_range <= 1 << 32 or num_range & (num_range - 1):
+        raise ValueError(f"masks are uniform below a power of two of at most 2^32, not {num_range}")
     from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
     sizes = [int(np.prod(shape, dtype=np.int64)) for shape in dimensions_list]

@@ -19,7 +19,7 @@ from fedvpa.experiment.dataset import Whitener, WhiteningSums
 from fedvpa.federated.components import Moments
 from fedvpa.federated.participants import Broadcast, Update
 from fedvpa.federated.population import Scores
-from fedvpa.flower.checks import checked_update, expected, update_shapes
+from fedvpa.flower.checks import checked_update, expected, sensible, update_shapes
 from fedvpa.flower.settings import ServerSettings
 from fedvpa.flower.wire import NOT_READY, UNGREETED, Packet, WireError, pack, section, under, unflatten, unpack
 from fedvpa.types import Params, Population, Posterior
@@ -29,6 +29,7 @@ logger = logging.getLogger("fedvpa")
 
 MOST_TIMES_MEDIAN = 5.0
 """A client counts for at most so many times the median of its cohort, where clients are weighted by their pairs."""
+MOST_WIDTH = 1 << 16
 REFUSED_SECONDS = 30.0
 """A node that was refused may try again after so long: what was wrong with it may have been put right."""
 
@@ -49,8 +50,9 @@ class Transport(Protocol):
         """Replies by node: a blob, or why there is none. Waits for all; once `enough` are there, for a grace period more."""
         ...
 
-    def ask_sum(self, blobs: Mapping[int, bytes], size: int) -> tuple[list[int], Float[Tensor, "n"]]:
-        """Who took part, and the secure sum of the flat vectors that they answered with."""
+    def ask_sum(self, blobs: Mapping[int, bytes], size: int, least: int) -> tuple[list[int], Float[Tensor, "n"]]:
+        """Who took part, and the secure sum of the flat vectors that they answered with; none is opened over fewer than
+        `least` clients."""
         ...
 
 
@@ -68,6 +70,7 @@ class NetworkedClients:
     whitener: Whitener | None = None
     _place: dict[int, int] = field(default_factory=dict)
     _again: dict[int, float] = field(default_factory=dict)
+    bound: dict[str, int] = field(default_factory=dict)
     signature: str = ""
     width: int = 0
     traffic: dict[str, int] = field(default_factory=lambda: {"down": 0, "up": 0})
@@ -134,6 +137,8 @@ class NetworkedClients:
         if name not in self.settings.clients:
             raise WireError(f"calls itself '{name}', which is not one of the clients in server.yaml")
         place = self.settings.clients.index(name)
+        if self.bound and self.bound.get(name) != node:
+            raise WireError(f"calls itself '{name}', but its key is not the one that '{name}' was registered with")
         holders = [n for n, p in self._place.items() if p == place and n != node]
         if any(n in self.transport.nodes() for n in holders):
             raise WireError(f"calls itself '{name}', but a client of that name is connected already")
@@ -142,7 +147,10 @@ class NetworkedClients:
         signature = str(header.get("signature"))
         if self.signature and signature != self.signature:
             raise WireError(f"client '{name}' reads its features from another backbone, or from other weights of it")
-        self.signature, self.width = signature, int(header.get("width", 0))
+        width = header.get("width")
+        if not isinstance(width, int) or not 0 < width <= MOST_WIDTH or (self.width and width != self.width):
+            raise WireError(f"client '{name}' has features of width {width!r}" + (f", not {self.width}" if self.width else ""))
+        self.signature, self.width = signature, width
         return place
 
     def fit_whitening(self) -> Whitener:
@@ -248,8 +256,7 @@ class NetworkedClients:
 
     def settle(self, params: Params, population: Population) -> Params:
         """Every client notes its component for itself: nothing comes back."""
-        header = {"round": self.config.federation.rounds}
-        self._everybody("settle", header, under("params", params) | _numbered([population]), {})
+        self._everybody("settle", {}, under("params", params) | _numbered([population]), {})
         return {}
 
     def validate(self, params: Params, population: Population | None) -> dict[str, float]:
@@ -285,18 +292,16 @@ class NetworkedClients:
             chosen = [p for p in (self.online() if places is None else places) if p in online]
             blob = pack(Packet({"kind": kind, "secure": True, **header}, tensors))
             try:
-                nodes, vector = self.transport.ask_sum({node_of[p]: blob for p in chosen}, size)
-            except RunError as error:
+                nodes, vector = self.transport.ask_sum({node_of[p]: blob for p in chosen}, size, self.settings.min_replies)
+            except RunError as error:  # nothing was opened
                 logger.warning("%s: %s; asking again", kind, error)
+                self._forget([node_of[p] for p in chosen])
                 continue
+            self._forget([node_of[p] for p in chosen if node_of[p] not in nodes])
             self.traffic["down"] += len(blob) * len(chosen)
             self.traffic["up"] += 8 * (size + 1) * len(nodes)  # masked numbers travel as int64
-            wanted = min(self.settings.min_replies, len(chosen))
-            if len(nodes) < wanted:
-                logger.warning("%s: %d of %d replies that are needed; asking again", kind, len(nodes), wanted)
-                continue
             if taken is not None:
-                taken[:] = sorted(self._place[n] for n in nodes)
+                taken[:] = sorted(p for p in chosen if node_of[p] in nodes)
             found = unflatten(vector, {name: shape for name, (shape, _) in shapes.items()}, dtype)
             return len(nodes), expected(found, shapes, "the sum over all")
         raise CohortError(f"'{kind}': no secure sum in {self.settings.attempts} attempts; nothing of this round was used")
@@ -308,7 +313,9 @@ class NetworkedClients:
         clients = self.settings.clients
 
         def check(place: int, packet: Packet) -> Packet:
-            return Packet(packet.header, expected(packet.tensors, shapes, clients[place]))
+            found = expected(packet.tensors, shapes, clients[place])
+            sensible(kind, found, clients[place])
+            return Packet(packet.header, found)
 
         found = self._answers(kind, header, self.online(), tensors, check=check)
         return [(place, packet.tensors) for place, packet in found]
@@ -352,6 +359,11 @@ class NetworkedClients:
             f"'{kind}': {len(usable)} usable replies after {self.settings.attempts} attempts, {wanted} are needed; missing: "
             f"{', '.join(missing[:5])}; nothing of this round was used, and the run can be resumed"
         )
+
+    def _forget(self, nodes: Sequence[int]) -> None:
+        """Greet these again before they are asked the next time: they may have been restarted."""
+        for node in nodes:
+            self._place.pop(node, None)
 
     def _ask(self, blobs: Mapping[int, bytes], enough: int | None = None) -> dict[int, bytes | str]:
         if not blobs:

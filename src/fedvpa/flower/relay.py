@@ -53,14 +53,18 @@ def _secure(message: Message, context: Context, call_next: Any) -> Message:
 
     module = importlib.import_module("flwr.client.mod.secure_aggregation.secaggplus_mod")  # its package hides it by a function
     replace_generator(module)
+    least = int(context.node_config.get("min-cohort", 3))
     stage = message.content.config_records[RECORD_KEY_CONFIGS]
     if stage.get(Key.STAGE) == Stage.SETUP:
         count, threshold = int(stage[Key.SAMPLE_NUMBER]), int(stage[Key.THRESHOLD])
-        least = int(context.node_config.get("min-cohort", 3))
-        if count < least or 2 * threshold <= count:
+        if count < least or 2 * threshold <= count or int(stage[Key.SHARE_NUMBER]) != count:
             raise RuntimeError(f"refused: a sum over {count} clients with threshold {threshold} (at least {least}, over half)")
+        if int(stage[Key.MOD_RANGE]) != 1 << 32 or int(stage[Key.TARGET_RANGE]) != 1 << 22:
+            raise RuntimeError("refused: masks of another range, which would hide less")
     if stage.get(Key.STAGE) == Stage.UNMASK:
         active, dead = stage[Key.ACTIVE_NODE_ID_LIST], stage[Key.DEAD_NODE_ID_LIST]
+        if len(set(active)) < least:
+            raise RuntimeError(f"refused: the sum would be opened over {len(set(active))} clients (at least {least})")
         if set(active) & set(dead):
             raise RuntimeError("refused: the server asked for both secrets of a client, which would unmask it")
     return module.secaggplus_mod(message, context, call_next)

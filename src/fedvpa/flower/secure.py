@@ -41,12 +41,28 @@ class SecureSumError(RunError):
     """Too many clients dropped out: the sum cannot be opened, and nothing is known of it."""
 
 
-def secure_sum(requests: Mapping[int, RecordDict], size: int, exchange: Exchange) -> tuple[list[int], Float[Tensor, "n"]]:
+def secure_sum(
+    requests: Mapping[int, RecordDict], size: int, exchange: Exchange, least: int = 0
+) -> tuple[list[int], Float[Tensor, "n"]]:
     """Who took part, and the sum of their vectors of `size` entries within -1 and 1 (each rounded at random to 2^-21).
 
+    A sum over fewer than `least` clients is not opened: opening another one of the same vectors would show their difference.
+
     Raises:
-        SecureSumError: fewer clients than the threshold (two thirds, at least three) are left.
+        SecureSumError: fewer clients than that, or than the threshold (two thirds, at least three), are left, or one of them
+            answers what cannot be read.
     """
+    try:
+        return _secure_sum(requests, size, exchange, least)
+    except SecureSumError:
+        raise
+    except Exception as error:  # shares, keys or vectors that a client made up
+        raise SecureSumError(f"a client answered what cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _secure_sum(
+    requests: Mapping[int, RecordDict], size: int, exchange: Exchange, least: int
+) -> tuple[list[int], Float[Tensor, "n"]]:
     nodes = list(requests)
     if not LEAST_CLIENTS <= len(nodes) <= MOST_CLIENTS:
         raise SecureSumError(f"{len(nodes)} clients: secure sums take from {LEAST_CLIENTS} to {MOST_CLIENTS}")
@@ -56,10 +72,11 @@ def secure_sum(requests: Mapping[int, RecordDict], size: int, exchange: Exchange
         Key.STAGE: Stage.SETUP, Key.SAMPLE_NUMBER: len(nodes), Key.SHARE_NUMBER: len(nodes), Key.THRESHOLD: threshold,
         Key.CLIPPING_RANGE: 1.0, Key.TARGET_RANGE: LEVELS, Key.MOD_RANGE: MODULUS, Key.MAX_WEIGHT: 1.0,
     }  # fmt: skip
-    replies = _stage(exchange, {node: _message(setup) for node in nodes}, threshold)
+    replies = _stage(exchange, {node: _message(setup) for node in nodes}, threshold, Key.PUBLIC_KEY_1, Key.PUBLIC_KEY_2)
     keys = {node: [reply[Key.PUBLIC_KEY_1], reply[Key.PUBLIC_KEY_2]] for node, reply in replies.items()}
     content = {str(node): pair for node, pair in keys.items()} | {Key.STAGE: Stage.SHARE_KEYS}
-    replies = _stage(exchange, {node: _message(content) for node in keys}, threshold)
+    shared = (Key.DESTINATION_LIST, Key.CIPHERTEXT_LIST)
+    replies = _stage(exchange, {node: _message(content) for node in keys}, threshold, *shared)
     sources: dict[int, list[int]] = {node: [] for node in replies}
     ciphertexts: dict[int, list[bytes]] = {node: [] for node in replies}
     for source, reply in replies.items():
@@ -76,11 +93,15 @@ def secure_sum(requests: Mapping[int, RecordDict], size: int, exchange: Exchange
             Key.SOURCE_LIST: sources[node],
         }
         messages[node] = RecordDict({**requests[node], RECORD_KEY_CONFIGS: ConfigRecord(stage)})
-    masked = {node: _vector(reply, size) for node, reply in _stage(exchange, messages, threshold).items()}
+    replies = _stage(exchange, messages, threshold, Key.MASKED_PARAMETERS)
+    masked = {node: _vector(reply, size) for node, reply in replies.items()}
     active = list(masked)
+    if len(active) < least:
+        raise SecureSumError(f"{len(active)} clients are left, {least} are asked for: the sum is not opened")
     dead = [node for node in sharers if node not in masked]
     content = {Key.STAGE: Stage.UNMASK, Key.ACTIVE_NODE_ID_LIST: active, Key.DEAD_NODE_ID_LIST: dead}
-    replies = _stage(exchange, {node: _message(content) for node in active}, threshold)
+    told = (Key.NODE_ID_LIST, Key.SHARE_LIST)
+    replies = _stage(exchange, {node: _message(content) for node in active}, threshold, *told)
     total = np.sum(list(masked.values()), axis=0)
     opened = (total - _masks(replies, active, dead, keys, threshold, total.shape)) & (MODULUS - 1)
     # the first entry is the sum of weights (LEVELS each), the rest are levels above -1
@@ -99,7 +120,8 @@ def _masks(
     shares: dict[int, list[bytes]] = {node: [] for node in [*active, *dead]}
     for reply in replies.values():
         for owner, share in zip(reply[Key.NODE_ID_LIST], reply[Key.SHARE_LIST]):
-            shares[owner].append(share)
+            if owner in shares:
+                shares[owner].append(share)
     total = np.zeros(shape, dtype=np.int64)
     for node, parts in shares.items():
         if len(parts) < threshold:
@@ -119,14 +141,16 @@ def _message(stage: Mapping[str, Any]) -> RecordDict:
     return RecordDict({RECORD_KEY_CONFIGS: ConfigRecord(dict(stage))})
 
 
-def _stage(exchange: Exchange, messages: Mapping[int, RecordDict], threshold: int) -> dict[int, Any]:
-    """One stage; the configuration records of those who answered."""
+def _stage(exchange: Exchange, messages: Mapping[int, RecordDict], threshold: int, *needs: str) -> dict[int, Any]:
+    """One stage; the configuration records of those who answered with what it needs."""
     found, failed = {}, []
     for node, reply in exchange(messages).items():
         if isinstance(reply, str):
             failed.append(reply)
-        elif RECORD_KEY_CONFIGS in reply.config_records:
+        elif RECORD_KEY_CONFIGS in reply.config_records and set(needs) <= set(reply.config_records[RECORD_KEY_CONFIGS]):
             found[node] = reply.config_records[RECORD_KEY_CONFIGS]
+        else:
+            failed.append(f"node {node} answered what it was not asked")
     if len(found) < threshold:
         why = f" (one of them: {failed[0]})" if failed else ""
         raise SecureSumError(f"{len(found)} of {len(messages)} clients are left, {threshold} are needed{why}")

@@ -8,6 +8,7 @@ import logging
 import os
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from random import SystemRandom
 from typing import Any
@@ -28,6 +29,8 @@ from fedvpa.types import Population, ServerState
 
 logger = logging.getLogger("fedvpa")
 
+BOUND = "nodes.json"
+"""Which node each client's key was registered as, beside `server.yaml`."""
 LOG = "log.txt"
 """What the run says, in its directory."""
 PATIENCE = 600.0
@@ -64,11 +67,32 @@ class Status:
         write_atomically(self._path, (json.dumps(line) + "\n").encode())
 
 
+class Ledger:
+    """How many rounds were begun, written down before anything of them can be released: a round that a crash undid counts."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def begun(self) -> int:
+        """Rounds that were begun in all, those done again included."""
+        return int(json.loads(self._path.read_text())["begun"]) if self._path.is_file() else 0
+
+    def begin(self) -> None:
+        """One more."""
+        write_atomically(self._path, (json.dumps({"begun": self.begun() + 1}) + "\n").encode())
+
+    def lost(self, done: int) -> int:
+        """Rounds that were begun and are not among the `done` ones of the state."""
+        return max(0, self.begun() - done)
+
+
 def _serve(settings: ServerSettings, config: Config, paths: RunPaths, transport: Transport, status: Status) -> dict[str, Any]:
     started = time.perf_counter()
     identity = _identity(paths, settings, config)
-    clients = NetworkedClients(settings, config, transport, identity["run"])
-    algorithm = build_variational(config, clients, secret=True)
+    bound = paths.root.parent / BOUND
+    nodes = json.loads(bound.read_text()) if bound.is_file() else {}
+    clients = NetworkedClients(settings, config, transport, identity["run"], bound=nodes)
+    algorithm = build_variational(config, clients, secret=True, together=settings.secure)
     clients.columns = algorithm.most_components if algorithm.gumbel else 0
     clients.counted, clients.posterior = algorithm.counted, algorithm.sends_posterior
     if paths.whitening.is_file():
@@ -83,6 +107,7 @@ def _serve(settings: ServerSettings, config: Config, paths: RunPaths, transport:
         _save_identity(paths, identity | {"signature": clients.signature})
     assert clients.whitener is not None
     fingerprint = _fingerprint(config, settings, identity["run"])
+    ledger = Ledger(paths.root / "ledger.json")
     if paths.checkpoint.is_file():
         found = load_checkpoint(paths.checkpoint, fingerprint)
         state, history = found.state, found.history
@@ -92,6 +117,10 @@ def _serve(settings: ServerSettings, config: Config, paths: RunPaths, transport:
             return {"run": str(paths.root), "rounds": state.round}
     else:
         state, history = algorithm.init(), []
+    if algorithm.privacy is not None:
+        lost = ledger.lost(state.round)
+        lost_fits = 0 if state.population or not lost else lost  # a fit may have been part of any of them
+        algorithm = replace(algorithm, privacy=replace(algorithm.privacy, lost_rounds=lost, lost_fits=lost_fits))
     paths.write_json("manifest.json", manifest(algorithm, state, clients.whitener))
     paths.write_json("data.json", _described(settings, clients.signature))
     for line in describe(manifest(algorithm, state, clients.whitener), settings.secure):
@@ -101,6 +130,7 @@ def _serve(settings: ServerSettings, config: Config, paths: RunPaths, transport:
         online = clients.wait(PATIENCE)
         if algorithm.privacy is not None:  # whoever is not connected does not take part: the chance of everybody stays within q
             chance = SystemRandom()
+            ledger.begin()
             return [place for place in online if chance.random() < algorithm.privacy.rate]
         return [online[i] for i in sample_cohort(config.seed, round_number, len(online), config.federation.cohort)]
 
@@ -121,13 +151,14 @@ def _serve(settings: ServerSettings, config: Config, paths: RunPaths, transport:
 
     with open_tracker(config.tracker, paths.root, config) as tracker:
         journal = Journal(paths, fingerprint, tracker, on_round)
-        state, history = run_rounds(config.federation, algorithm, (state, history), cohort, validate, journal)
+        every_round = config.federation.model_copy(update={"checkpoint_every": 1})  # clients remember one round back
+        state, history = run_rounds(every_round, algorithm, (state, history), cohort, validate, journal)
     paths.write_json("history.json", history)
     paths.write_json("manifest.json", manifest(algorithm, state, clients.whitener))
     result = {
         "run": str(paths.root), "rounds": state.round, "clients": len(clients),
         "seconds": time.perf_counter() - started, "seconds_per_round": sorted(seconds)[len(seconds) // 2] if seconds else None,
-        "bytes": clients.traffic,
+        "bytes": None if algorithm.privacy is not None else clients.traffic,  # they tell how many took part
     }  # fmt: skip
     paths.write_json("federation.json", result | {"history_rounds": len(history)})
     status.say("finished", round=state.round)

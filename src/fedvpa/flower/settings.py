@@ -12,6 +12,9 @@ from fedvpa.errors import BadInputError
 
 T = TypeVar("T", bound=Section)
 
+LEAST_EXPECTED = 20
+"""Clients that a random cohort has on average, with secure sums: fewer than three are then as good as never drawn."""
+
 Port = Annotated[int, Field(gt=0, lt=65536)]
 
 
@@ -43,6 +46,7 @@ class ClientSettings(Section):
     state: str = Field("state", description="folder for its private state and its socket")
     runtime_port: Port = Field(9094, description="port on loopback between node and its processes")
     certificate: str | None = Field(None, description="certificate of this node's own runtime address")
+    secure_only: bool = Field(False, description="refuse every request that would show this client's own numbers")
     certificate_key: str | None = Field(None, description="key of that certificate")
 
 
@@ -86,4 +90,11 @@ def training_config(settings: ServerSettings) -> Config:
         raise BadInputError(
             "secure: only sums over clients are known; it goes with prior.kind components, uniform aggregation, and the mean"
         )
+    if settings.secure and config.privacy.enabled:
+        expected = min(1.0, (f.cohort or len(settings.clients)) / len(settings.clients)) * len(settings.clients)
+        if expected < LEAST_EXPECTED:
+            raise BadInputError(
+                f"secure with privacy: a random cohort of {expected:g} clients on average is at times too small for a secure "
+                f"sum; federation.cohort: at least {LEAST_EXPECTED}"
+            )
     return config

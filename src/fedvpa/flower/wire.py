@@ -51,6 +51,8 @@ def unpack(blob: bytes) -> Packet:
         (length,) = struct.unpack("<Q", blob[:8])
         metadata = json.loads(blob[8 : 8 + length]).get("__metadata__", {})
         header = json.loads(metadata["fedvpa"])
+        if not isinstance(header, dict):
+            raise TypeError("the header is no mapping")
         return Packet(header, safetensors.torch.load(blob))
     except (SafetensorError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WireError(f"not a fedvpa message: {type(error).__name__}: {error}") from error

@@ -14,7 +14,7 @@ import os
 import shutil
 import socket
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def load_causal_model(name: str, dtype: torch.dtype | None, device: str) -> Load
     loaded = _load(AutoModelForCausalLM, name, dtype or preferred_dtype(device), device)
     if not loaded.tokenizer.chat_template:
         raise BadInputError(f"'{name}': its tokenizer has no chat template; name an instruction-tuned model")
-    return loaded
+    return replace(loaded, revision=_fingerprint(loaded.module, torch.bfloat16))  # a policy may be opened in either type
 
 
 def _load(kind: Any, name: str, dtype: torch.dtype, device: str) -> LoadedModel:
@@ -189,11 +189,12 @@ def _converted_smollm2() -> Path:
     return target
 
 
-def _fingerprint(module: torch.nn.Module) -> str:
-    """Hash of every parameter's name, shape and a sample of its values: names the weights, wherever they came from."""
+def _fingerprint(module: torch.nn.Module, rounding: torch.dtype = torch.float32) -> str:
+    """Hash of every parameter's name, shape and a sample of its values: names the weights, wherever they came from, and with
+    `rounding` bfloat16 whichever number type they were loaded in."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         flat = value.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.float32).cpu().numpy()
+        sample = flat[:: max(1, flat.numel() // 64)][:64].to(rounding).to(torch.float32).cpu().numpy()
         digest.update(f"{name}{tuple(value.shape)}".encode() + sample.tobytes())
     return digest.hexdigest()[:16]
