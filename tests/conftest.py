@@ -29,6 +29,15 @@ def _quiet_machine(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.Tem
     monkeypatch.setenv("FEDVPA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _same_arithmetic() -> Iterator[None]:
+    """Models compute in float32 unless a test says otherwise, also where bfloat16 is native: the same results everywhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("fedvpa.models.loading", "fedvpa.models.backbone"):
+            patch.setattr(f"{module}.preferred_dtype", lambda device: torch.float32, raising=False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with a random two-layer Llama of width 32 and a tokenizer with a chat template."""

@@ -40,7 +40,7 @@ def pairs_of(folder: Path, count: int) -> dict[str, list[PreferencePair]]:
 
 
 def test_equals_the_simulator(pair_file: Path, tiny_model: Path, tmp_path: Path) -> None:
-    training = TRAINING | {"features": {"backbone": str(tiny_model), "layer": 2}}
+    training = TRAINING | {"features": {"backbone": str(tiny_model), "layer": 2, "dtype": "float32"}}
     own = pairs_of(pair_file, 3)
     with Federation(tmp_path / "f", own, training) as federation:
         federation.start()
@@ -71,7 +71,7 @@ def test_secure_sums_over_processes(pair_file: Path, tiny_model: Path, tmp_path:
     training = {
         "method": "fedvpl+ortho", "model": {"inputs": 4, "latent": 2}, "prototypes": {"start_round": 1, "modes": 1},
         "federation": {"rounds": 2, "local_steps": 4, "validate_every": 9},
-        "features": {"backbone": str(tiny_model), "layer": 2},
+        "features": {"backbone": str(tiny_model), "layer": 2, "dtype": "float32"},
     }  # fmt: skip
     own = pairs_of(pair_file, 3)
     with Federation(tmp_path / "f", own, training, secure=True) as federation:
@@ -95,7 +95,7 @@ def test_survives_kills_and_refuses_strangers(pair_file: Path, tiny_model: Path,
     training = {
         "method": "fedvpl", "prior": {"kind": "gaussian"}, "model": {"inputs": 6, "latent": 3}, "prototypes": {"modes": 2},
         "federation": {"rounds": 8, "local_steps": 4, "validate_every": 9, "checkpoint_every": 1},
-        "features": {"backbone": str(tiny_model), "layer": 2},
+        "features": {"backbone": str(tiny_model), "layer": 2, "dtype": "float32"},
     }  # fmt: skip
     own = pairs_of(pair_file, 3)
     settings = {"min_clients": 2, "min_replies": 2, "grace": 1.0, "timeout": 15.0}

@@ -12,6 +12,7 @@ from fedvpa.config import FeaturesConfig
 from fedvpa.data.features import FeatureCache
 from fedvpa.errors import BadInputError
 from fedvpa.models.backbone import Backbone, Item, Tap
+from fedvpa.models.loading import load_causal_model
 from fedvpa.types import Message
 from tests.conftest import WORDS
 
