@@ -53,6 +53,7 @@ def register(commands: Any) -> None:
 def run_init(arguments: argparse.Namespace, reporter: Reporter) -> int:
     """Write the project."""
     from fedvpa.flower.project import init_project
+    from fedvpa.flower.settings import ServerSettings, training_config
 
     given = settings_given(arguments)
     pairs: dict[str, str] = {}
@@ -69,6 +70,8 @@ def run_init(arguments: argparse.Namespace, reporter: Reporter) -> int:
     share = given.get("data", {}).get("validation_share")
     if share is not None:
         trained["data"] = {"validation_share": float(share)}
+    names = list(pairs) or ["client"]
+    training_config(ServerSettings(clients=tuple(names), secure=arguments.secure, training=_plain(trained)))  # or it is refused
     options = {"host": arguments.host, "port": arguments.port, "secure": arguments.secure}
     if arguments.trial:
         whole = build_config(given)
