@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fedvpa.checkpoint import load_checkpoint
 from fedvpa.cli.main import main
@@ -217,3 +218,42 @@ def test_personas_are_written_with_their_truth_and_read_back(tmp_path: Path, cap
     assert (found["pairs"], found["clients"], len(found["groups"])) == (20, 4, 4)
     assert found["leaks"]["pairs"] == 0
     assert main(["data", "personas", "--out", str(out)]) == 2
+
+
+def test_a_federation_s_project_is_whole_or_is_not_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = tmp_path / "p.jsonl"
+    pairs.write_text("{}\n")
+    named = ["--client", f"a={pairs}", "--client", f"b={pairs}"]
+    for arguments, message in (
+        (["--trial", "--method", "fedavg-btl"], "does not run as a federation"),
+        ([], "name the clients with --client"),
+        (["--client", "a=nowhere"], "a file or folder that exists"),
+        ([*named, "--client", f"a={pairs}"], "'a' is given twice"),
+        (["--client", f"a b={pairs}"], "letters, digits"),
+        ([*named, "--secure", "--prior.kind", "peers"], "secure: only sums"),
+        ([*named, "--rounds", "0"], "federation.rounds"),
+    ):
+        assert main(["federation", "init", str(tmp_path / "f"), *arguments]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "f").exists()
+    assert main(["federation", "init", str(tmp_path / "f"), *named, "--rounds", "7", "--quiet"]) == 0
+    settings = yaml.safe_load((tmp_path / "f" / "server.yaml").read_text())
+    assert settings["training"] == {"federation": {"rounds": 7}}
+    assert (tmp_path / "f" / "clients" / "a" / "node.key").stat().st_mode & 0o077 == 0
+    assert main(["federation", "init", str(tmp_path / "f"), *named]) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert main(["server", str(tmp_path / "f" / "clients")]) == 2
+    assert main(["client", str(tmp_path / "f")]) == 2
+    (tmp_path / "f" / "clients" / "a" / "node.key").unlink()
+    assert main(["client", str(tmp_path / "f" / "clients" / "a")]) == 2
+    assert "node.key: no such file" in capsys.readouterr().err
+
+
+def test_a_privacy_plan_keeps_to_its_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = ["privacy", "plan", "--clients", "500", "--cohort", "50", "--rounds", "10", "--quiet"]
+    assert main([*plan, "--epsilon", "6", "--json", str(tmp_path / "plan.json")]) == 0
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["path"][-1] == {"round": 10, "epsilon": pytest.approx(6, rel=0.02)}
+    for arguments, message in ((["--epsilon", "0"], "above 0"), (["--epsilon", "5", "--delta", "0.1"], "is no privacy")):
+        assert main([*plan, *arguments]) == 2
+        assert message in capsys.readouterr().err
