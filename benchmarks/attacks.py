@@ -14,7 +14,6 @@ guessing is a little above 1/2 as well; `chance` says how much.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from benchmarks.population import Data, accuracy, configuration, prepare
+from fedvpa.checkpoint import plain_json
 from fedvpa.config import merged
 from fedvpa.evaluation.statistics import interval
 from fedvpa.experiment.build import build_algorithm, build_privacy
@@ -193,7 +193,7 @@ def main() -> None:
         cells = [f"{key} {v['mean']:.2f} [{v['low']:.2f}, {v['high']:.2f}]" for key, v in results[name].items()]
         print(f"{name}: " + "; ".join(cells))
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+        arguments.json.write_bytes(plain_json(results))
 
 
 if __name__ == "__main__":

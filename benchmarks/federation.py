@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fedvpa.checkpoint import plain_json
 from fedvpa.flower.processes import environment, program
 
 
@@ -76,7 +77,7 @@ def main() -> None:
                 print(name, json.dumps(results[name]), flush=True)
     print(f"start of flwr-clientapp: {results['start of flwr-clientapp']:.2f} s")
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+        arguments.json.write_bytes(plain_json(results))
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ says. Clip and noise of the fit were chosen on clients of seed 9; the figures ar
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.population import accuracy, configuration, prepare
+from fedvpa.checkpoint import plain_json
 from fedvpa.config import merged
 from fedvpa.evaluation.statistics import interval
 from fedvpa.experiment.build import build_algorithm, build_privacy
@@ -75,7 +75,7 @@ def main() -> None:
         rows.append({"epsilon": epsilon, "spent": found[0][1], "noise": noise, "accuracy": mean})
         print(f"epsilon {epsilon:g} (noise {noise:.2f}): {mean['mean']:.3f} [{mean['low']:.3f}, {mean['high']:.3f}]")
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+        arguments.json.write_bytes(plain_json(rows))
 
 
 if __name__ == "__main__":

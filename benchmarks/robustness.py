@@ -10,7 +10,6 @@ python -m benchmarks.robustness [--clients 100] [--seeds 3]. Attackers, whose sh
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.population import Data, accuracy, configuration, prepare
+from fedvpa.checkpoint import plain_json
 from fedvpa.evaluation.statistics import interval
 from fedvpa.experiment.build import build_algorithm
 from fedvpa.federated.algorithm import sample_cohort
@@ -111,7 +111,7 @@ def main() -> None:
                 cells.append(f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]")
             print(f"  {name}: " + "; ".join(cells), flush=True)
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+        arguments.json.write_bytes(plain_json(rows))
 
 
 if __name__ == "__main__":
