@@ -29,7 +29,7 @@ def run(folder: Path, clients: int, rounds: int, cold: bool, secure: bool) -> di
     """One federation from its first round to its last."""
     settings = ["--method", "fedvpl", "--prior.kind", "components" if secure else "gaussian", "--rounds", str(rounds)]
     settings += ["--data", "personas", "--clients", str(clients), "--pairs", "10", "--validate-every", "999", "--modes", "2"]
-    settings += ["--prior.start-round", "999"] if secure else []
+    settings += ["--prior.start_round", "999"] if secure else []
     init = [*fedvpa("federation", "init", str(folder), "--trial", "--quiet"), *settings, *(["--secure"] if secure else [])]
     subprocess.run(init, check=True)
     nodes = [

@@ -71,7 +71,6 @@ def build_variational(
         trim=config.federation.trim,
         max_norm=config.federation.max_norm,
         privacy=build_privacy(config, len(participants)),
-        rounds=config.federation.rounds,
         secret=secret,
         together=together,
     )

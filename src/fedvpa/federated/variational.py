@@ -64,7 +64,6 @@ class FederatedVariational:
     trim: float = 0.2
     max_norm: float = 0.0
     privacy: Privacy | None = None
-    rounds: int = 0
     secret: bool = False
     together: bool = False
 
