@@ -239,6 +239,10 @@ def test_a_federation_s_project_is_whole_or_is_not_written(tmp_path: Path, capsy
     assert main(["federation", "init", str(tmp_path / "f"), *named, "--rounds", "7", "--quiet"]) == 0
     settings = yaml.safe_load((tmp_path / "f" / "server.yaml").read_text())
     assert settings["training"] == {"federation": {"rounds": 7}}
+    public = ["--public", str(pairs), "--validation-share", "0.2", "--quiet"]
+    assert main(["federation", "init", str(tmp_path / "g"), *named, *public]) == 0
+    written = yaml.safe_load((tmp_path / "g" / "server.yaml").read_text())["training"]
+    assert written == {"data": {"public": str(pairs), "validation_share": 0.2}}
     assert (tmp_path / "f" / "clients" / "a" / "node.key").stat().st_mode & 0o077 == 0
     assert main(["federation", "init", str(tmp_path / "f"), *named]) == 2
     assert "not empty" in capsys.readouterr().err

@@ -67,9 +67,11 @@ def run_init(arguments: argparse.Namespace, reporter: Reporter) -> int:
     if bool(pairs) == arguments.trial:
         raise BadInputError("name the clients with --client NAME=PAIRS (once for each), or let --trial make them")
     trained = {section: value for section, value in given.items() if section != "data"}
-    share = given.get("data", {}).get("validation_share")
-    if share is not None:
-        trained["data"] = {"validation_share": float(share)}
+    kept = {name: value for name, value in given.get("data", {}).items() if name in ("validation_share", "public")}
+    if "public" in kept and Path(kept["public"]).exists():  # the server reads it, from wherever it is started
+        kept["public"] = str(Path(kept["public"]).resolve())
+    if kept:
+        trained["data"] = kept
     names = list(pairs) or ["client"]
     training_config(ServerSettings(clients=tuple(names), secure=arguments.secure, training=_plain(trained)))  # or it is refused
     options = {"host": arguments.host, "port": arguments.port, "secure": arguments.secure}
