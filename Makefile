@@ -19,7 +19,7 @@ demo: env
 	  --data.personas.pairs 10 --layer 10 --rounds 40 --unseen-clients 10 --context 8 --out runs/demo
 
 test: env
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 lint: env
 	$(BIN)/ruff check .

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,8 +92,9 @@ def test_secure_sums_over_processes(pair_file: Path, tiny_model: Path, tmp_path:
 
 
 def test_survives_kills_and_refuses_strangers(pair_file: Path, tiny_model: Path, tmp_path: Path) -> None:
-    """A client killed in a round and started again, a server killed with -9 and started again: no round is lost or counted
-    twice. Meanwhile a node of an unknown key, and one that does not trust the server's certificate, are not let in."""
+    """A client killed in a round and started again, one that stands still, a server killed with -9 and started again: no
+    round is lost or counted twice. Meanwhile a node of an unknown key, and one that does not trust the server's certificate,
+    are not let in."""
     training = {
         "method": "fedvpl", "prior": {"kind": "gaussian"}, "model": {"inputs": 6, "latent": 3}, "prototypes": {"modes": 2},
         "federation": {"rounds": 8, "local_steps": 4, "validate_every": 9, "checkpoint_every": 1},
@@ -119,6 +122,11 @@ def test_survives_kills_and_refuses_strangers(pair_file: Path, tiny_model: Path,
         assert federation.server is not None
         federation.kill(federation.server)
         federation.start_server()
+        federation.wait_for("goes on after round")
+        slow = federation.clients["client-2"]
+        os.killpg(slow.pid, signal.SIGSTOP)  # slower than any round waits for
+        federation.wait_for("round 6 of 8")
+        os.killpg(slow.pid, signal.SIGCONT)
         assert federation.wait(300) == 0, federation.out()
         assert [process.wait(60) for process in strangers] == [1, 1]
     found = load_checkpoint(federation.run / "checkpoint.safetensors")

@@ -145,9 +145,13 @@ def test_equals_the_simulator(name: str, make: Callable[..., tuple[Path, Loop]])
             torch.testing.assert_close(a[key], b[key], atol=1e-6, rtol=1e-5, msg=lambda m, n=key: f"{n}: {m}")
 
 
-def test_nothing_leaves_but_what_the_manifest_lists(make: Callable[..., tuple[Path, Loop]]) -> None:
+def test_nothing_leaves_but_what_the_manifest_lists(
+    make: Callable[..., tuple[Path, Loop]], caplog: pytest.LogCaptureFixture
+) -> None:
     path, loop = make()
+    caplog.set_level("INFO", "fedvpa")
     serve(path, loop)
+    assert sum("what travels" in m for m in caplog.messages) == 5  # on both sides: the server, and four clients
     manifest = json.loads((path.parent / "run" / "manifest.json").read_text())
     up = sum(row["bytes"] for row in manifest if row["direction"] == "up" and row["when"] == "every round")
     for (_, kind), reply in zip(loop.asked, loop.sent):

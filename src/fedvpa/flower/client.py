@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -28,12 +28,15 @@ from fedvpa.data.reading import read_pairs
 from fedvpa.errors import BadInputError, FedvpaError
 from fedvpa.evaluation.protocol import Scores as Choices
 from fedvpa.evaluation.protocol import given_trial
-from fedvpa.experiment.build import build_clients, build_reward
+from fedvpa.experiment.build import build_clients, build_reward, build_variational
 from fedvpa.experiment.dataset import Whitener, WhiteningSums, to_store
 from fedvpa.experiment.run import load_whitener_file, whitener_bytes
+from fedvpa.experiment.train import manifest
 from fedvpa.federated.objective import PROTOTYPES
 from fedvpa.federated.participants import Broadcast, ClientSide
 from fedvpa.federated.predictor import VariationalPredictor
+from fedvpa.federated.store import build_store
+from fedvpa.flower.serve import describe
 from fedvpa.flower.settings import ClientSettings
 from fedvpa.flower.wire import NOT_READY, UNGREETED, Packet, WireError, flatten, pack, section, under, unpack
 from fedvpa.types import MixturePrior, Params, Population
@@ -75,6 +78,7 @@ class Client:
         self._reading: Future[tuple[ClientPairs, ClientPairs, list[Tensor], str]] | None = None
         self._side: tuple[str, ClientSide, ClientSide] | None = None
         self._one_at_a_time = Lock()
+        self._told = ""
 
     def answer(self, blob: bytes) -> bytes:
         """Reply to one request; what went wrong is a reply too, with the reason and without any data."""
@@ -129,7 +133,20 @@ class Client:
             self._reading = None  # a file that was missing may be there the next time
             raise
         width = self._own_features()[2][0].shape[-1]
+        if self._told != self._identity:  # what leaves, by this client's own reckoning
+            self._told = self._identity
+            for line in self._leaves(h["clients"], width):
+                logger.info("%s", line)
         return Packet({"name": self.settings.name, "signature": signature, "width": width}, {})
+
+    def _leaves(self, names: Sequence[str], width: int) -> list[str]:
+        """The payload manifest of these settings, in words."""
+        config = self._known()
+        empty = [torch.zeros(0, config.model.inputs)] * len(names)
+        store = build_store(names, [None] * len(names), empty, None, [torch.zeros(0)] * len(names))
+        algorithm = build_variational(config, build_clients(config, store))
+        whitener = Whitener(torch.zeros(width), torch.zeros(width, config.model.inputs))
+        return describe(manifest(algorithm, algorithm.init(), whitener), self.settings.secure_only)
 
     def _on_scale(self, packet: Packet) -> Packet:
         """Logarithms of the size of every dimension of dh and of h, so that secure sums of them can be scaled."""
