@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,11 @@ def run_server(settings_path: Path) -> dict[str, Any]:
         write_atomically(folder / BOUND, json.dumps(dict(zip(keys, _node_ids(said_nodes)))).encode())
         said = folder / settings.run / LOG
         begin = said.stat().st_size if said.is_file() else 0
-        given = settings_line({"settings": str(settings_path)})
+        attempt = uuid.uuid4().hex
+        given = settings_line({"settings": str(settings_path), "attempt": attempt})
         begin_run = ["run", str(folder / "app"), "fedvpa", "--run-config", given]
         run([sys.executable, "-m", "fedvpa.flower.submit"], home, json.dumps([begin_run]))
-        return _follow(link, log, begin, folder / settings.run)
+        return _follow(link, log, begin, folder / settings.run, attempt)
     finally:
         stop(link)
 
@@ -91,11 +93,12 @@ def _connection(settings: ServerSettings, folder: Path, host: str) -> str:
     return f'[superlink]\ndefault = "fedvpa"\n\n[superlink.fedvpa]\naddress = {address}\nroot-certificates = {root}\n'
 
 
-def _follow(link: subprocess.Popen[bytes], log: Path, begin: int, root: Path) -> dict[str, Any]:
-    """Repeat what the run says, until it is over."""
+def _follow(link: subprocess.Popen[bytes], log: Path, begin: int, root: Path, attempt: str) -> dict[str, Any]:
+    """Repeat what the run says, until this attempt at it is over."""
     started, status, said = time.monotonic(), root / "status.json", root / LOG
     while True:
         now = json.loads(status.read_text()) if status.is_file() else {}
+        now = now if now.get("attempt") == attempt else {}
         if said.is_file():
             with said.open("rb") as file:
                 file.seek(begin)

@@ -37,6 +37,7 @@ clientapp = "federation_app.client:app"
 
 [tool.flwr.app.config]
 settings = "server.yaml"
+attempt = ""
 """
 _PART = '"""{about}."""\n\nfrom fedvpa.flower import {module}\n\napp = {module}.app\n'
 

@@ -37,8 +37,9 @@ PATIENCE = 600.0
 """Seconds that a run waits for its clients to connect."""
 
 
-def serve(settings_path: Path, transport: Transport) -> dict[str, Any]:
-    """Run the federation of a `server.yaml` to its end, from its last checkpoint if there is one.
+def serve(settings_path: Path, transport: Transport, attempt: str = "") -> dict[str, Any]:
+    """Run the federation of a `server.yaml` to its end, from its last checkpoint if there is one. `attempt` marks what this
+    process says of itself: one that dies with its SuperLink may still say something when the next has begun.
 
     Raises:
         BadInputError: unusable settings, or a run directory of other settings.
@@ -47,7 +48,7 @@ def serve(settings_path: Path, transport: Transport) -> dict[str, Any]:
     settings = read_settings(settings_path, ServerSettings)
     config = training_config(settings)
     paths = RunPaths(settings_path.parent / settings.run)
-    status = Status(paths.root / "status.json", config.federation.rounds)
+    status = Status(paths.root / "status.json", config.federation.rounds, attempt)
     try:
         return _serve(settings, config, paths, transport, status)
     except BaseException as error:
@@ -58,12 +59,12 @@ def serve(settings_path: Path, transport: Transport) -> dict[str, Any]:
 class Status:
     """What the run is doing, in a small file that others may read."""
 
-    def __init__(self, path: Path, rounds: int) -> None:
-        self._path, self._rounds = path, rounds
+    def __init__(self, path: Path, rounds: int, attempt: str) -> None:
+        self._path, self._rounds, self._attempt = path, rounds, attempt
 
     def say(self, state: str, **more: Any) -> None:
         """Replace the file."""
-        line = {"state": state, "rounds": self._rounds, "pid": os.getpid(), **more}
+        line = {"state": state, "rounds": self._rounds, "pid": os.getpid(), "attempt": self._attempt, **more}
         write_atomically(self._path, (json.dumps(line) + "\n").encode())
 
 

@@ -26,4 +26,4 @@ def main(grid: Grid, context: Context) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     ours.setLevel(logging.INFO)
     ours.addHandler(handler)
-    serve(path, GridTransport(grid, settings))
+    serve(path, GridTransport(grid, settings), str(context.run_config["attempt"]))
