@@ -20,8 +20,9 @@ from fedvpa.federated.components import Moments
 from fedvpa.federated.participants import Broadcast, Update
 from fedvpa.federated.population import Scores
 from fedvpa.flower.checks import checked_update, expected, sensible, update_shapes
+from fedvpa.flower.records import numbered, opened, update
 from fedvpa.flower.settings import ServerSettings
-from fedvpa.flower.wire import NOT_READY, UNGREETED, Packet, WireError, pack, section, under, unflatten, unpack
+from fedvpa.flower.wire import NOT_READY, UNGREETED, Packet, WireError, pack, under, unflatten
 from fedvpa.types import Params, Population, Posterior
 
 logger = logging.getLogger("fedvpa")
@@ -119,7 +120,7 @@ class NetworkedClients:
         lacking = []
         for node, reply in self._ask(dict.fromkeys(nodes, blob)).items():
             try:
-                packet = _opened(reply)
+                packet = opened(reply)
                 place = self._admitted(node, packet.header)
             except WireError as error:
                 waits = NOT_READY in str(error)
@@ -181,7 +182,7 @@ class NetworkedClients:
         blob = pack(Packet({"kind": "prepare"}, tensors))
         for node, reply in self._ask(dict.fromkeys(nodes, blob)).items():
             try:
-                _opened(reply)
+                opened(reply)
             except WireError as error:
                 logger.warning("client '%s' could not be prepared: %s", self.settings.clients[self._place.pop(node)], error)
 
@@ -213,7 +214,7 @@ class NetworkedClients:
                 name, size = self.settings.clients[place], float(packet.tensors["size"])
                 logger.warning("client '%s' says it holds %g pairs; it counts as %g", name, size, most)
                 packet = Packet(packet.header, packet.tensors | {"size": torch.tensor(most)})
-            yield torch.tensor([place]), _update(packet, broadcast.params)
+            yield torch.tensor([place]), update(packet, broadcast.params)
 
     def _most_pairs(self, packets: Sequence[Packet]) -> float:
         """The largest number of pairs that counts: a few times the cohort's median, so that nobody outweighs it by a lie."""
@@ -229,8 +230,8 @@ class NetworkedClients:
         taken: list[int] = []
         count, found = self._secure_sum("train", header, tensors, shapes, cohort, taken)
         means = {n: v / count if n.partition("/")[0] in ("delta", "loss") else v for n, v in found.items()}
-        update = _update(Packet({}, means), broadcast.params)
-        return torch.tensor(taken), update._replace(together=count)
+        summed = update(Packet({}, means), broadcast.params)
+        return torch.tensor(taken), summed._replace(together=count)
 
     def posteriors(self, params: Params, *, withhold: bool = False) -> tuple[Int[Tensor, "c"], Posterior]:
         """Those of everybody who is connected and answers."""
@@ -251,17 +252,17 @@ class NetworkedClients:
         """Sum over everybody who is connected and answers."""
         t = len(populations)
         shapes = {"clients": (), "total": (t,), "outer": (t, t)}
-        tensors = under("params", params) | _numbered(populations)
+        tensors = under("params", params) | numbered(populations)
         return Scores(**self._sum("scores", {}, tensors, {k: (v, torch.float64) for k, v in shapes.items()}))
 
     def settle(self, params: Params, population: Population) -> Params:
         """Every client notes its component for itself: nothing comes back."""
-        self._everybody("settle", {}, under("params", params) | _numbered([population]), {})
+        self._everybody("settle", {}, under("params", params) | numbered([population]), {})
         return {}
 
     def validate(self, params: Params, population: Population | None) -> dict[str, float]:
         """Mean accuracy and NLL of the clients on pairs that they hold out."""
-        tensors = under("params", params) | ({} if population is None else _numbered([population]))
+        tensors = under("params", params) | ({} if population is None else numbered([population]))
         shapes: dict[str, Any] = dict.fromkeys(("clients", "accuracy", "nll"), ((), torch.float64))
         total = self._sum("validate", {}, tensors, shapes)
         count = float(total["clients"])
@@ -346,7 +347,7 @@ class NetworkedClients:
             for node, reply in self._ask(blobs, max(1, wanted - len(usable))).items():
                 place = asked[node]
                 try:
-                    packet = _opened(reply)
+                    packet = opened(reply)
                     usable[place] = packet if check is None else check(place, packet)
                 except WireError as error:
                     logger.warning("%s: the reply of '%s' does not count: %s", kind, self.settings.clients[place], error)
@@ -381,39 +382,3 @@ class NetworkedClients:
         """
         if signature and self.signature and signature != self.signature:
             raise BadInputError("the clients' features come from another backbone than when this run was begun")
-
-
-def _opened(reply: bytes | str) -> Packet:
-    """The packet of a reply.
-
-    Raises:
-        WireError: there is none, it cannot be read, or it says that the client failed.
-    """
-    if isinstance(reply, str):
-        raise WireError(reply)
-    packet = unpack(reply)
-    if not packet.header.get("ok"):
-        raise WireError(str(packet.header.get("error", "failed without a reason")))
-    return packet
-
-
-def _update(packet: Packet, params: Params) -> Update:
-    """One client's answer in the form that the simulator's clients answer in."""
-    delta, t = section(packet.tensors, "delta"), packet.tensors
-    trained = {name: (params[name] + value).unsqueeze(0) for name, value in delta.items()}
-    losses = {name: value.unsqueeze(0) for name, value in section(t, "loss").items()}
-    posterior = section(t, "posterior")
-    moments = section(t, "moments")
-    return Update(
-        trained,
-        Posterior(**{k: v.unsqueeze(0) for k, v in posterior.items()}) if posterior else None,
-        losses,
-        {},
-        t["size"].view(1) if "size" in t else None,
-        Moments(**{k: v.unsqueeze(0) for k, v in moments.items()}) if moments else None,
-        t["labelled"].unsqueeze(0) if "labelled" in t else None,
-    )
-
-
-def _numbered(populations: Sequence[Population]) -> Params:
-    return {f"population{i}/{name}": value for i, p in enumerate(populations) for name, value in p._asdict().items()}
