@@ -55,6 +55,7 @@ class Federation:
         self.change(**server)
         self.clients: dict[str, subprocess.Popen[bytes]] = {}
         self.server: subprocess.Popen[bytes] | None = None
+        self.launched: list[subprocess.Popen[bytes]] = []
 
     def change(self, **server: Any) -> None:
         """Change settings of the server."""
@@ -65,7 +66,7 @@ class Federation:
         return self
 
     def __exit__(self, *_: object) -> None:
-        processes = [*self.clients.values(), *([self.server] if self.server else [])]
+        processes = self.launched
         for process in processes:
             process.terminate()
         for process in processes:
@@ -121,4 +122,6 @@ class Federation:
         command = [sys.executable, "-m", "fedvpa.cli.main", *arguments]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with out.open("ab") as file:
-            return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=environment)
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=environment)
+        self.launched.append(process)
+        return process

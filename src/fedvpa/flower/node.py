@@ -105,18 +105,29 @@ def _keep_node(settings: ClientSettings, folder: Path, relay: Path, min_cohort: 
         began, size = time.monotonic(), log.stat().st_size if log.is_file() else 0
         node = start(command(settings, folder, relay / "relay", min_cohort), log, folder / ".flwr", first=relay)
         try:
-            code = node.wait()
+            while node.poll() is None:  # while a server cannot be reached, a node tries for ever
+                if time.monotonic() - since > patience and not _connected(log, size):
+                    break
+                time.sleep(0.5)
+            code = node.poll()
         finally:
             stop(node)
         if time.monotonic() - began > STEADY_SECONDS:
             since = time.monotonic()
-        why = _reason(log, size) or f"it ended with code {code}"
+        why = _reason(log, size) or ("no answer" if code is None else f"it ended with code {code}")
         if time.monotonic() - since > patience:
             raise RunError(f"{settings.server} has not taken '{settings.name}' for {patience:.0f} s: {why}; see {log}")
         if why != said:
             logger.warning("client '%s' is not connected: %s; trying again", settings.name, why)
             said = why
         time.sleep(RETRY_SECONDS)
+
+
+def _connected(log: Path, begin: int) -> bool:
+    """Whether the node says that a server has taken it."""
+    with log.open("rb") as file:
+        file.seek(begin)
+        return b"SuperNode ID" in file.read()
 
 
 def _reason(log: Path, begin: int) -> str:
