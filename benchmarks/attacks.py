@@ -1,13 +1,17 @@
-"""How well the server, or a peer, infers a client's group, or whether a pair is among a client's, from what it sees.
+"""How well the server, or a peer, infers a client's group, or whether a pair is among a client's,
+from what it sees.
 
-python -m benchmarks.attacks [--clients 100] [--seeds 3]: areas under the ROC curve (1/2: nothing is learned), 95 % intervals
-over seeds. Attacks are unsupervised: nothing is known of anybody's group, and an area below 1/2 is turned around, so that
-guessing is a little above 1/2 as well; `chance` says how much.
+python -m benchmarks.attacks [--clients 100] [--seeds 3]: areas under the ROC curve (1/2: nothing is
+learned), 95 % intervals over seeds. Attacks are unsupervised: nothing is known of anybody's group,
+and an area below 1/2 is turned around, so that guessing is a little above 1/2 as well; `chance`
+says how much.
 
-* group, server: the first principal component of what it holds of each client (posterior means; else the mean of the updates it
-  can tell apart: of the client itself, or of the rounds that the client took part in).
+* group, server: the first principal component of what it holds of each client (posterior means;
+  else the mean of the updates it can tell apart: of the client itself, or of the rounds that the
+  client took part in).
 * group, peer: the same of what is broadcast.
-* membership, server: the alignment of these updates of the reward with the pair, which was trained on or held out.
+* membership, server: the alignment of these updates of the reward with the pair, which was trained
+  on or held out.
 * membership, peer: the alignment of the shared reward's whole movement with the pair.
 """
 
@@ -66,7 +70,9 @@ class Transcript:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def train(self, broadcast: Broadcast, cohort: Sequence[int], tables: Params) -> Iterator[tuple[Tensor, Update]]:
+    def train(
+        self, broadcast: Broadcast, cohort: Sequence[int], tables: Params
+    ) -> Iterator[tuple[Tensor, Update]]:
         """One round; rewards' and all updates of each client, or of the round."""
         self.broadcasts.append(broadcast)
         clients: list[int] = []
@@ -85,15 +91,17 @@ class Transcript:
         self.rounds.append((clients, all_of, rewards))
 
     def moments(self, params: Params, centre: Tensor, *, withhold: bool = False) -> Moments:
-        """Asked of each client, these are its latent; only a secure sum hides them from the server."""
+        """Asked of each client, these are its latent; only a secure sum hides them from the
+        server."""
         if not self.summed:
             index, posterior = self.inner.posteriors(params, withhold=withhold)
             self.posterior |= dict(zip(index.tolist(), posterior.mean))
         return self.inner.moments(params, centre, withhold=withhold)
 
     def of_each(self, part: int) -> Tensor:
-        """What the server can hold against each client: the mean of its updates less that of the others in the round, or of the
-        sums of the rounds it took part in less that of all rounds."""
+        """What the server can hold against each client: the mean of its updates less that of the
+        others in the round, or of the sums of the rounds it took part in less that of all rounds.
+        """
         if self.summed:
             sums = torch.stack([row[part][0] for row in self.rounds])
             present = torch.zeros(len(self.rounds), len(self))
@@ -101,8 +109,12 @@ class Transcript:
                 present[r, clients] = 1
             centred = present - present.mean(0)
             ridge = centred.T @ centred + 1e-3 * torch.eye(len(self))
-            return torch.linalg.solve(ridge, centred.T @ (sums - sums.mean(0)))  # least squares: who moves the sum how
-        total, count = torch.zeros(len(self), self.rounds[0][part].shape[1]), torch.zeros(len(self), 1)
+            # least squares: who moves the sum how
+            return torch.linalg.solve(ridge, centred.T @ (sums - sums.mean(0)))
+        total, count = (
+            torch.zeros(len(self), self.rounds[0][part].shape[1]),
+            torch.zeros(len(self), 1),
+        )
         for row in self.rounds:
             total[row[0]] += row[part] - row[part].mean(0)
             count[row[0]] += 1
@@ -122,13 +134,17 @@ def area(label: Tensor, score: Tensor) -> float:
 
 
 def membership(data: Data, directions: Tensor) -> float:
-    """Mean area over clients: their own pairs against those that they hold out, by alignment with a direction each."""
+    """Mean area over clients: their own pairs against those that they hold out, by alignment with a
+    direction each."""
     found = []
     for k in range(len(data.train)):
         own, held = data.train.batch([k]), data.held.batch([k])
         if not held.mask.any():  # what it holds out, another client trains on
             continue
-        inside, outside = own.difference[0][own.mask[0]] @ directions[k], held.difference[0][held.mask[0]] @ directions[k]
+        inside, outside = (
+            own.difference[0][own.mask[0]] @ directions[k],
+            held.difference[0][held.mask[0]] @ directions[k],
+        )
         label = torch.cat([torch.ones(len(inside)), torch.zeros(len(outside))])
         found.append(float(roc_auc_score(label.numpy(), torch.cat([inside, outside]).numpy())))
     return sum(found) / len(found)
@@ -154,14 +170,23 @@ def attack(name: str, clients: int, seed: int) -> dict[str, float]:
             cohort = sample_cohort(seed, r, clients, config.federation.cohort)
         state, row = algorithm.apply(state, cohort)
         epsilon = row.get("epsilon", epsilon)
-    if privacy is not None:  # what the server publishes, or keeps if the noise is added before it sees the sum
-        noisy = [(c, _noised(a, privacy, seed, r), _noised(w, privacy, seed, r)) for r, (c, a, w) in enumerate(seen.rounds)]
+    # what the server publishes, or keeps if the noise is added before it sees the sum
+    if privacy is not None:
+        noisy = [
+            (c, _noised(a, privacy, seed, r), _noised(w, privacy, seed, r))
+            for r, (c, a, w) in enumerate(seen.rounds)
+        ]
         seen.rounds = noisy
     final = algorithm.finalise(state)
-    held = torch.stack([seen.posterior[k] for k in range(clients)]) if len(seen.posterior) == clients else seen.of_each(1)
+    held = (
+        torch.stack([seen.posterior[k] for k in range(clients)])
+        if len(seen.posterior) == clients
+        else seen.of_each(1)
+    )
     prior = seen.broadcasts[-1].prior
     told = torch.zeros(clients)
-    if prior is not None and (prior.client >= 0).all():  # a peer is told everybody's posterior, with a name on it
+    # a peer is told everybody's posterior, with a name on it
+    if prior is not None and (prior.client >= 0).all():
         told[prior.client] = first_component(prior.mean)
     moved = (final.params["reward.weight"] - start).expand(clients, -1)
     return {
@@ -176,12 +201,16 @@ def attack(name: str, clients: int, seed: int) -> dict[str, float]:
 
 
 def _noised(sums: Tensor, privacy: Privacy, seed: int, r: int) -> Tensor:
-    return sums + privacy.noise * privacy.clip * torch.randn(sums.shape, generator=stream(seed, "seen", r, sums.shape[1]))
+    return sums + privacy.noise * privacy.clip * torch.randn(
+        sums.shape, generator=stream(seed, "seen", r, sums.shape[1])
+    )
 
 
 def main() -> None:
     """Every protection, every seed; a table, and JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--clients", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path)
@@ -190,7 +219,10 @@ def main() -> None:
     for name in PROTECTIONS:
         runs = [attack(name, arguments.clients, seed) for seed in range(arguments.seeds)]
         results[name] = {key: interval([run[key] for run in runs]) for key in runs[0]}
-        cells = [f"{key} {v['mean']:.2f} [{v['low']:.2f}, {v['high']:.2f}]" for key, v in results[name].items()]
+        cells = [
+            f"{key} {v['mean']:.2f} [{v['low']:.2f}, {v['high']:.2f}]"
+            for key, v in results[name].items()
+        ]
         print(f"{name}: " + "; ".join(cells))
     if arguments.json:
         arguments.json.write_bytes(plain_json(results))

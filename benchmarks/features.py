@@ -1,10 +1,12 @@
-"""Tokens a second of the feature extraction, against encoding prompt + response for each response, padded to the longest.
+"""Tokens a second of the feature extraction, against encoding prompt + response for each response,
+padded to the longest.
 
     python -m benchmarks.features --data DIR [--split train] [--pairs 64]
 
-Both run the same layers of the same model on the same pairs, in batches of at most the same number of padded tokens; plain
-batches are formed in the order of the file, as a loader without bucketing would. Speed counts the tokens of prompt + response
-for every response, so that reading a prompt once shows as speed.
+Both run the same layers of the same model on the same pairs, in batches of at most the same number
+of padded tokens; plain batches are formed in the order of the file, as a loader without bucketing
+would. Speed counts the tokens of prompt + response for every response, so that reading a prompt
+once shows as speed.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     pairs = random.Random(0).sample(pairs, min(arguments.pairs, len(pairs)))
     items = [Item(p.prompt, r) for p in pairs for r in (p.chosen, p.rejected)]
     backbone, tap = Backbone(arguments.backbone), Tap(arguments.layer, "mean")
-    tokens = sum(len(backbone.prompt_ids(i.prompt)) + len(backbone.response_ids(i.response)) for i in items)
+    tokens = sum(
+        len(backbone.prompt_ids(i.prompt)) + len(backbone.response_ids(i.response)) for i in items
+    )
     backbone.encode(items[:4], [tap])
 
     start = time.perf_counter()
@@ -45,15 +49,22 @@ def main(argv: list[str] | None = None) -> int:
     slow = tokens / (time.perf_counter() - start)
     gap = float((ours - plain).abs().max() / plain.abs().max())
     print(f"{len(pairs)} pairs, {tokens} tokens of prompt + response, {backbone.dtype}")
-    print(f"plain {slow:,.0f} tokens/s, fedvpa {fast:,.0f} tokens/s, ratio {fast / slow:.2f}, largest relative gap {gap:.1e}")
+    print(
+        f"plain {slow:,.0f} tokens/s, fedvpa {fast:,.0f} tokens/s, ratio {fast / slow:.2f}, largest"
+        f" relative gap {gap:.1e}"
+    )
     return 0
 
 
 def encode_plainly(backbone: Backbone, items: list[Item], tap: Tap, batch: int = 8) -> torch.Tensor:
-    """Every response in a row of its own, behind its prompt; rows of a batch padded to the longest."""
+    """Every response in a row of its own, behind its prompt; rows of a batch padded to the
+    longest."""
     packed, backbone.packed = backbone.packed, False
     try:
-        parts = [backbone.encode(items[i : i + batch], [tap], token_budget=1 << 30)[:, 0] for i in range(0, len(items), batch)]
+        parts = [
+            backbone.encode(items[i : i + batch], [tap], token_budget=1 << 30)[:, 0]
+            for i in range(0, len(items), batch)
+        ]
     finally:
         backbone.packed = packed
     return torch.cat(parts).unsqueeze(1)

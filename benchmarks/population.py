@@ -1,6 +1,7 @@
 """Clients of the persona generator, for the benchmarks of privacy, attacks and robustness.
 
-The features are whitened by the pairs of other users (seed 1), which stand for public data: no client contributes to it.
+The features are whitened by the pairs of other users (seed 1), which stand for public data: no
+client contributes to it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ class Data:
 def configuration(clients: int, more: Mapping[str, Any] | None = None) -> Config:
     """fedvpa-gp on personas of two groups, ten pairs each, a fifth of them held out."""
     data = {"clients": clients, "personas": {"groups": 2, "pairs": 10}, "validation_share": 0.2}
-    return build_config(merged({"method": "fedvpa-gp", "prototypes": {"modes": 2}, "data": data}, more or {}))
+    return build_config(
+        merged({"method": "fedvpa-gp", "prototypes": {"modes": 2}, "data": data}, more or {})
+    )
 
 
 def prepare(clients: int, seed: int = 0) -> Data:
@@ -56,12 +59,21 @@ def prepare(clients: int, seed: int = 0) -> Data:
     return Data(train, held, train.group_index()[1])
 
 
-def accuracy(algorithm: FederatedVariational, state: ServerState, data: Data, clients: Sequence[int] | None = None) -> float:
-    """Mean accuracy of some clients (all) on their held-out pairs, z being inferred from their training pairs."""
+def accuracy(
+    algorithm: FederatedVariational,
+    state: ServerState,
+    data: Data,
+    clients: Sequence[int] | None = None,
+) -> float:
+    """Mean accuracy of some clients (all) on their held-out pairs, z being inferred from their
+    training pairs."""
     predictor = algorithm.predictor(state)
     trial = given_trial(data.train, data.held)
     scores = Scores.empty(len(data.train))
-    scores.add(predictor.margin(predictor.adapt(trial.context, data.group), trial.target), trial.target.mask)
+    scores.add(
+        predictor.margin(predictor.adapt(trial.context, data.group), trial.target),
+        trial.target.mask,
+    )
     each = torch.as_tensor(scores.accuracy())
     chosen = each if clients is None else each[torch.as_tensor(clients)]
     return float(chosen[~chosen.isnan()].mean())

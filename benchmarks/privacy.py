@@ -1,8 +1,9 @@
 """Accuracy against epsilon: fedvpa-gp under client-level differential privacy, on personas.
 
-python -m benchmarks.privacy [--clients 1000] [--seeds 3]: 50 rounds of a tenth of the clients on average, whitening by public
-pairs, two components; accuracy on pairs that the clients hold out. The noise for every epsilon is what `fedvpa privacy plan`
-says. Clip and noise of the fit were chosen on clients of seed 9; the figures are of seeds from 0 on.
+python -m benchmarks.privacy [--clients 1000] [--seeds 3]: 50 rounds of a tenth of the clients on
+average, whitening by public pairs, two components; accuracy on pairs that the clients hold out. The
+noise for every epsilon is what `fedvpa privacy plan` says. Clip and noise of the fit were chosen on
+clients of seed 9; the figures are of seeds from 0 on.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from fedvpa.federated.variational import FederatedVariational
 ROUNDS = 50
 
 
-def settings(clients: int, seed: int, epsilon: float, clip: float, fit_noise: float) -> dict[str, Any]:
+def settings(
+    clients: int, seed: int, epsilon: float, clip: float, fit_noise: float
+) -> dict[str, Any]:
     """Settings that spend epsilon in the whole run; infinity: neither bounds nor noise."""
     given: dict[str, Any] = {
         "seed": seed,
@@ -35,7 +38,10 @@ def settings(clients: int, seed: int, epsilon: float, clip: float, fit_noise: fl
     }
     if math.isinf(epsilon):
         return given
-    given |= {"data": {"public": "personas"}, "privacy": {"enabled": True, "clip": clip, "fit_noise": fit_noise}}
+    given |= {
+        "data": {"public": "personas"},
+        "privacy": {"enabled": True, "clip": clip, "fit_noise": fit_noise},
+    }
     privacy = build_privacy(configuration(clients, given), clients)
     assert privacy is not None
     given["privacy"]["noise"] = noise_for(replace(privacy, clients=clients), ROUNDS, 1, epsilon)
@@ -57,7 +63,9 @@ def run(clients: int, seed: int, given: dict[str, Any]) -> tuple[float, float]:
 
 def main() -> None:
     """The curve, as a table and JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--clients", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
@@ -73,7 +81,10 @@ def main() -> None:
         found = [run(arguments.clients, seed, given) for seed in seeds]
         mean, noise = interval([a for a, _ in found]), given.get("privacy", {}).get("noise", 0.0)
         rows.append({"epsilon": epsilon, "spent": found[0][1], "noise": noise, "accuracy": mean})
-        print(f"epsilon {epsilon:g} (noise {noise:.2f}): {mean['mean']:.3f} [{mean['low']:.3f}, {mean['high']:.3f}]")
+        print(
+            f"epsilon {epsilon:g} (noise {noise:.2f}): {mean['mean']:.3f} [{mean['low']:.3f},"
+            f" {mean['high']:.3f}]"
+        )
     if arguments.json:
         arguments.json.write_bytes(plain_json(rows))
 

@@ -1,6 +1,8 @@
-"""Accuracy of the honest clients against the share of attackers, by aggregator: personas, fedvpa-gp.
+"""Accuracy of the honest clients against the share of attackers, by aggregator: personas,
+fedvpa-gp.
 
-python -m benchmarks.robustness [--clients 100] [--seeds 3]. Attackers, whose share is what the aggregators are told of:
+python -m benchmarks.robustness [--clients 100] [--seeds 3]. Attackers, whose share is what the
+aggregators are told of:
 
 * `sign-flip`: send the update that they were to send, reversed and five times as long;
 * `noise`: send Gaussian noise ten times as long as their update;
@@ -53,7 +55,9 @@ class Poisoned:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def train(self, broadcast: Broadcast, cohort: Sequence[int], tables: Params) -> Iterator[tuple[Tensor, Update]]:
+    def train(
+        self, broadcast: Broadcast, cohort: Sequence[int], tables: Params
+    ) -> Iterator[tuple[Tensor, Update]]:
         """One round, with the attackers' answers changed."""
         for index, update in self.inner.train(broadcast, cohort, tables):
             bad = torch.tensor([int(c) in self.attackers for c in index])
@@ -62,7 +66,10 @@ class Poisoned:
                 start, rows = broadcast.params[name], bad.view(-1, *[1] * (value.dim() - 1))
                 changed = start - 5 * (value - start)
                 if self.kind == "noise":
-                    noise = torch.randn(value.shape, generator=stream(self.seed, broadcast.round, name, int(index[0])))
+                    noise = torch.randn(
+                        value.shape,
+                        generator=stream(self.seed, broadcast.round, name, int(index[0])),
+                    )
                     changed = start + 10 * (value - start).abs().mean() * noise
                 params[name] = torch.where(rows, changed, value)
             yield index, update if self.kind == "label-flip" else update._replace(params=params)
@@ -74,8 +81,12 @@ def run(data: Data, kind: str, aggregator: dict[str, Any], share: float, seed: i
     federation = {"rounds": 50, "cohort": clients // 2, **aggregator}
     if aggregator.get("aggregator") in ("trimmed-mean", "krum"):
         federation["trim"] = min(0.45, max(0.1, share))
-    config = configuration(clients, {"seed": seed, "prior": {"kind": "components"}, "federation": federation})
-    chosen = torch.randperm(clients, generator=stream(seed, "attackers"))[: round(share * clients)].tolist()
+    config = configuration(
+        clients, {"seed": seed, "prior": {"kind": "components"}, "federation": federation}
+    )
+    chosen = torch.randperm(clients, generator=stream(seed, "attackers"))[
+        : round(share * clients)
+    ].tolist()
     store = data.train
     if kind == "label-flip":
         difference = store.difference.clone()
@@ -84,7 +95,9 @@ def run(data: Data, kind: str, aggregator: dict[str, Any], share: float, seed: i
         store = replace(store, difference=difference)
     algorithm = build_algorithm(config, store)
     assert isinstance(algorithm, FederatedVariational)
-    algorithm = replace(algorithm, participants=Poisoned(algorithm.participants, frozenset(chosen), kind, seed))
+    algorithm = replace(
+        algorithm, participants=Poisoned(algorithm.participants, frozenset(chosen), kind, seed)
+    )
     state = algorithm.init()
     for r in range(config.federation.rounds):
         state, _ = algorithm.apply(state, sample_cohort(seed, r, clients, config.federation.cohort))
@@ -94,7 +107,9 @@ def run(data: Data, kind: str, aggregator: dict[str, Any], share: float, seed: i
 
 def main() -> None:
     """The table, and JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--clients", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path)
@@ -106,7 +121,9 @@ def main() -> None:
         for name, aggregator in AGGREGATORS.items():
             cells = []
             for share in SHARES:
-                found = interval([run(data, kind, aggregator, share, seed) for seed, data in sets.items()])
+                found = interval(
+                    [run(data, kind, aggregator, share, seed) for seed, data in sets.items()]
+                )
                 rows.append({"attack": kind, "aggregator": name, "share": share, "accuracy": found})
                 cells.append(f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]")
             print(f"  {name}: " + "; ".join(cells), flush=True)

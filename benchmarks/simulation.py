@@ -1,15 +1,20 @@
-"""Seconds a federated round of the same workload takes: our engines, and Flower's simulation and pfl where installed.
+"""Seconds a federated round of the same workload takes: our engines, and Flower's simulation and
+pfl where installed.
 
-    python -m benchmarks.simulation [--clients 100] [--json FILE] [--quick] [--engines a,b] [--models a,b]
+    python -m benchmarks.simulation [--clients 100] [--json FILE] [--quick] [--engines a,b]
+    [--models a,b]
 
-The workload: every client is in the cohort and takes 30 local Adam steps of batch 8 on its 40 pairs; then FedAvg.
+The workload: every client is in the cohort and takes 30 local Adam steps of batch 8 on its 40
+pairs; then FedAvg.
 
 * `default`: the default selector (whitened inputs, small heads);
-* `paper-size`: encoder 576-512-256-128 to 2 x 32, reward MLP 608-256-1, Bradley-Terry loss and Gaussian KL.
+* `paper-size`: encoder 576-512-256-128 to 2 x 32, reward MLP 608-256-1, Bradley-Terry loss and
+  Gaussian KL.
 
-All engines take the same local steps on the same pairs (`fedvpa.federated.client.train_locally`); they differ in how clients
-are scheduled, stacked and averaged. Each runs in a process of its own, one after the other; a figure is the median over the
-rounds after the first. The peak is the resident memory of the process and its children, sampled every 50 ms.
+All engines take the same local steps on the same pairs (`fedvpa.federated.client.train_locally`);
+they differ in how clients are scheduled, stacked and averaged. Each runs in a process of its own,
+one after the other; a figure is the median over the rounds after the first. The peak is the
+resident memory of the process and its children, sampled every 50 ms.
 """
 
 from __future__ import annotations
@@ -36,7 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--clients", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=5, help="rounds that are timed (default: 5)")
     parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--quick", action="store_true", help="10 clients, the default model: within a minute")
+    parser.add_argument(
+        "--quick", action="store_true", help="10 clients, the default model: within a minute"
+    )
     parser.add_argument("--engines", default=",".join(ENGINES))
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--one", nargs=2, metavar=("MODEL", "ENGINE"), help=argparse.SUPPRESS)
@@ -47,12 +54,17 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if arguments.quick:
         arguments.clients, arguments.rounds, arguments.models = 10, 1, "default"
-        arguments.engines = ",".join(e for e in arguments.engines.split(",") if e != "flower-default")
+        arguments.engines = ",".join(
+            e for e in arguments.engines.split(",") if e != "flower-default"
+        )
     rows = []
     for model in arguments.models.split(","):
         for engine in arguments.engines.split(","):
             if importlib.util.find_spec(NEEDS.get(engine, "fedvpa")) is None:
-                print(f"{model:12s} {engine:18s} not installed (pip install -e .[bench])", file=sys.stderr)
+                print(
+                    f"{model:12s} {engine:18s} not installed (pip install -e .[bench])",
+                    file=sys.stderr,
+                )
                 continue
             seconds, peak = measure(model, engine, arguments.clients, arguments.rounds)
             if seconds is not None:
@@ -61,10 +73,17 @@ def main(argv: list[str] | None = None) -> int:
     best = {r["model"]: r["seconds_per_round"] for r in rows if r["engine"] == "flower-best"}
     for row in rows:
         reference = best.get(row["model"])
-        row["ratio_to_flower_best"] = None if reference is None else row["seconds_per_round"] / reference
-    print(f"{'model':12s} {'engine':18s} {'clients':>7s} {'s/round':>9s} {'peak GiB':>8s} {'of flower-best':>14s}")
+        row["ratio_to_flower_best"] = (
+            None if reference is None else row["seconds_per_round"] / reference
+        )
+    print(
+        f"{'model':12s} {'engine':18s} {'clients':>7s} {'s/round':>9s} {'peak GiB':>8s}"
+        f" {'of flower-best':>14s}"
+    )
     for r in rows:
-        ratio = "-" if r["ratio_to_flower_best"] is None else f"1/{1 / r['ratio_to_flower_best']:.1f}"
+        ratio = (
+            "-" if r["ratio_to_flower_best"] is None else f"1/{1 / r['ratio_to_flower_best']:.1f}"
+        )
         figures = f"{r['seconds_per_round']:9.4f} {r['peak_gib']:8.2f} {ratio:>14s}"
         print(f"{r['model']:12s} {r['engine']:18s} {r['clients']:7d} {figures}")
     if arguments.json:
@@ -74,8 +93,22 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(model: str, engine: str, clients: int, rounds: int) -> tuple[float | None, float]:
     """Run one engine in a fresh process: median seconds a round, and peak memory in GiB."""
-    command = [sys.executable, "-m", "benchmarks.simulation", "--one", model, engine, "--clients", str(clients)]
-    process = subprocess.Popen([*command, "--rounds", str(rounds)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.simulation",
+        "--one",
+        model,
+        engine,
+        "--clients",
+        str(clients),
+    ]
+    process = subprocess.Popen(
+        [*command, "--rounds", str(rounds)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     peak, stop = [0.0], threading.Event()
 
     def watch() -> None:
@@ -122,7 +155,9 @@ def run_fedvpa(model: str, engine: str, clients: int, rounds: int) -> list[float
     """Our simulator, vectorised or sequential."""
     from benchmarks.workload import build
 
-    algorithm: Any = build(model, clients, "sequential" if engine == "fedvpa-sequential" else "vectorised")
+    algorithm: Any = build(
+        model, clients, "sequential" if engine == "fedvpa-sequential" else "vectorised"
+    )
     state, seconds = algorithm.init(), []
     for _ in range(rounds + 1):
         start = time.perf_counter()

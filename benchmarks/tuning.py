@@ -1,4 +1,5 @@
-"""Tune every method with the same trials, on validation pairs carved from the training data; test data are not read.
+"""Tune every method with the same trials, on validation pairs carved from the training data; test
+data are not read.
 
 python -m benchmarks.tuning --data-root DIR --out benchmarks/tuned.yaml --csv results/tuning.csv
 """
@@ -21,21 +22,30 @@ from fedvpa.config import VARIATIONAL, build_config, merged
 from fedvpa.experiment.train import train
 
 METHODS = (
-    "fedvpa-gp", "fedvpl", "fedvpl+mix", "fedvpl+ortho", "centralised-vpl", "fedavg-btl", "fedavg-btl-mlp",
+    "fedvpa-gp", "fedvpl", "fedvpl+mix", "fedvpl+ortho", "centralised-vpl", "fedavg-btl",
+    "fedavg-btl-mlp",
     "fedavg-btl+finetune", "fedbiscuit", "oracle-group", "oracle-bayes",
 )  # fmt: skip
 """All but `local`, which runs at its defaults."""
 SHARED: list[dict[str, Any]] = [
-    {"federation": {"learning_rate": rate, "local_steps": steps}} for rate in (0.001, 0.003, 0.01) for steps in (10, 30)
+    {"federation": {"learning_rate": rate, "local_steps": steps}}
+    for rate in (0.001, 0.003, 0.01)
+    for steps in (10, 30)
 ]
 """Six trials of step size and local steps, the same for all methods."""
 DECAY: list[dict[str, Any]] = [
-    {"federation": {"learning_rate": 0.003, "local_steps": steps, "weight_decay": 0.01}} for steps in (30, 10)
+    {"federation": {"learning_rate": 0.003, "local_steps": steps, "weight_decay": 0.01}}
+    for steps in (30, 10)
 ]
 REWARD_DECAY: list[dict[str, Any]] = [
-    {"federation": {"learning_rate": 0.003, "local_steps": 30}, "objective": {"reward_decay": decay}} for decay in (0.01, 0.03)
+    {
+        "federation": {"learning_rate": 0.003, "local_steps": 30},
+        "objective": {"reward_decay": decay},
+    }
+    for decay in (0.01, 0.03)
 ]
-"""Two of regularisation: L2 on all weights, or, where a latent picks the reward, on the reward that it picks."""
+"""Two of regularisation: L2 on all weights, or, where a latent picks the reward, on the reward
+that it picks."""
 CLIENTS = (30, 90)
 """With 30 % of the pairs held out, clients are about as large as the benchmark's 40 and 120."""
 SEEDS = (100, 101, 102)
@@ -47,12 +57,15 @@ def trials(method: str) -> list[dict[str, Any]]:
 
 
 def trial(job: tuple[str, dict[str, Any], int, int, str]) -> float:
-    """Validation accuracy after the last round: z from a client's training pairs, targets its validation pairs."""
+    """Validation accuracy after the last round: z from a client's training pairs, targets its
+    validation pairs."""
     method, settings, clients, seed, source = job
     with tempfile.TemporaryDirectory() as place:
         data = {"source": source, "split": "train", "clients": clients, "validation_share": 0.3}
         given = {"method": method, "seed": seed, "out": f"{place}/run", "data": data}
-        result = train(build_config(merged(merged({"federation": {"validate_every": 50}}, settings), given)))
+        result = train(
+            build_config(merged(merged({"federation": {"validate_every": 50}}, settings), given))
+        )
     return float(result.history[-1]["validation_accuracy"])
 
 
@@ -65,9 +78,14 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
     source = str(arguments.data_root / "hh_rlhf/human")
-    jobs = [(m, t, k, s, source) for m in METHODS for t in trials(m) for k in CLIENTS for s in SEEDS]
+    jobs = [
+        (m, t, k, s, source) for m in METHODS for t in trials(m) for k in CLIENTS for s in SEEDS
+    ]
     with ProcessPoolExecutor(
-        arguments.jobs, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+        arguments.jobs,
+        mp_context=get_context("spawn"),
+        initializer=torch.set_num_threads,
+        initargs=(1,),
     ) as pool:
         accuracy = list(pool.map(trial, jobs, chunksize=4))
     rows: dict[tuple[str, str], dict[int, list[float]]] = {}
@@ -83,8 +101,12 @@ def main() -> None:
             writer.writerow([method, settings, *(f"{m:.4f}" for m in means), f"{score:.4f}"])
             if method not in best or score > best[method][0]:
                 best[method] = (score, json.loads(settings))
-    text = yaml.safe_dump({method: settings for method, (_, settings) in best.items()}, sort_keys=False)
-    arguments.out.write_text("# Made by python -m benchmarks.tuning; validation data only.\n" + text)
+    text = yaml.safe_dump(
+        {method: settings for method, (_, settings) in best.items()}, sort_keys=False
+    )
+    arguments.out.write_text(
+        "# Made by python -m benchmarks.tuning; validation data only.\n" + text
+    )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ PAIRS = 40
 COMMON = {"method": "fedvpl", "federation": {"cohort": 0, "batch_size": 8, "local_steps": 30}}
 PAPER_SIZE = {
     "model": {
-        "inputs": 576, "latent": 32, "encoder_hidden": (512, 256, 128), "odd_mean": False, "conditioning": "concat",
+        "inputs": 576, "latent": 32, "encoder_hidden": (512, 256, 128), "odd_mean": False,
+        "conditioning": "concat",
         "reward_hidden": 256,
     },
 }  # fmt: skip
@@ -28,14 +29,18 @@ PAPER_SIZE = {
 
 def settings(model: str, backend: str = "vectorised") -> Config:
     """Configuration of a benchmark model."""
-    return build_config(COMMON, PAPER_SIZE if model == "paper-size" else {}, {"federation": {"backend": backend}})
+    return build_config(
+        COMMON, PAPER_SIZE if model == "paper-size" else {}, {"federation": {"backend": backend}}
+    )
 
 
 def client_data(model: str, client: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Difference and mean of the features of one client's pairs, [40, p] each."""
     inputs = settings(model).model.inputs
     generator = stream(0, "benchmark", client)
-    return torch.randn(PAIRS, inputs, generator=generator), torch.randn(PAIRS, inputs, generator=generator)
+    return torch.randn(PAIRS, inputs, generator=generator), torch.randn(
+        PAIRS, inputs, generator=generator
+    )
 
 
 def make_store(model: str, clients: range) -> ClientStore:
@@ -43,7 +48,9 @@ def make_store(model: str, clients: range) -> ClientStore:
     data = [client_data(model, c) for c in clients]
     commons = [c for _, c in data] if settings(model).model.conditioning == "concat" else None
     names = [f"c{c}" for c in clients]
-    return build_store(names, [None] * len(names), [d for d, _ in data], commons, [torch.ones(PAIRS)] * len(names))
+    return build_store(
+        names, [None] * len(names), [d for d, _ in data], commons, [torch.ones(PAIRS)] * len(names)
+    )
 
 
 def build(model: str, clients: int, backend: str = "vectorised") -> FederatedVariational:
@@ -68,5 +75,7 @@ def train_one(model: str, client: int, params: Params, round_number: int) -> Par
     pairs, local = clients.store.batch([0]), clients.local
     none = torch.full((1,), -1)
     context = RoundContext(None, None, None, none, none, algorithm.schedule.kl_weight, 0.0)
-    result = train_locally(algorithm.objective, stack(params, 1), pairs, [f"c{client}"], round_number, local, context)
+    result = train_locally(
+        algorithm.objective, stack(params, 1), pairs, [f"c{client}"], round_number, local, context
+    )
     return {name: value[0] for name, value in result.params.items()}

@@ -1,4 +1,5 @@
-"""Shared fixtures: a tiny random Llama with a word-level tokenizer, and synthetic clients in feature space."""
+"""Shared fixtures: a tiny random Llama with a word-level tokenizer, and synthetic clients in
+feature space."""
 
 from __future__ import annotations
 
@@ -20,18 +21,37 @@ TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"
 )
-WORDS = ["yes", "no", "tea", "is", "good", "bad", "very", "help", "harm", "please", "stop", "ask", "a", "friend", "."]
+WORDS = [
+    "yes",
+    "no",
+    "tea",
+    "is",
+    "good",
+    "bad",
+    "very",
+    "help",
+    "harm",
+    "please",
+    "stop",
+    "ask",
+    "a",
+    "friend",
+    ".",
+]
 
 
 @pytest.fixture(autouse=True)
-def _quiet_machine(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+def _quiet_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("FEDVPA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _same_arithmetic() -> Iterator[None]:
-    """Models compute in float32 unless a test says otherwise, also where bfloat16 is native: the same results everywhere."""
+    """Models compute in float32 unless a test says otherwise, also where bfloat16 is native: the
+    same results everywhere."""
     with pytest.MonkeyPatch.context() as patch:
         for module in ("fedvpa.models.loading", "fedvpa.models.backbone"):
             patch.setattr(f"{module}.preferred_dtype", lambda device: torch.float32, raising=False)
@@ -48,11 +68,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vocabulary = {word: i for i, word in enumerate(special + WORDS)}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<end>", pad_token="<end>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", eos_token="<end>", pad_token="<end>"
+    )
     tokenizer.chat_template = TEMPLATE
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+        num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.3,
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("tiny-llama")
@@ -62,9 +85,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def synthetic_store(
-    clients: int = 6, pairs: int = 12, inputs: int = 8, groups: int = 2, seed: int = 0, ragged: bool = True
+    clients: int = 6,
+    pairs: int = 12,
+    inputs: int = 8,
+    groups: int = 2,
+    seed: int = 0,
+    ragged: bool = True,
 ) -> ClientStore:
-    """Clients of opposed groups: the chosen response is the one that the group's own direction prefers."""
+    """Clients of opposed groups: the chosen response is the one that the group's own direction
+    prefers."""
     generator = stream(seed, "synthetic")
     directions = torch.linalg.qr(torch.randn(inputs, inputs, generator=generator))[0]
     differences, commons, orders, names = [], [], [], []
@@ -78,12 +107,17 @@ def synthetic_store(
         commons.append(torch.randn(n, inputs, generator=generator))
         orders.append(torch.where(torch.rand(n, generator=generator) < 0.5, 1.0, -1.0))
         names.append(f"client-{k}")
-    return build_store(names, [f"group-{k % groups}" for k in range(clients)], differences, commons, orders)
+    return build_store(
+        names, [f"group-{k % groups}" for k in range(clients)], differences, commons, orders
+    )
 
 
 @contextmanager
-def endpoint(answer: Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """A chat endpoint on loopback: its address, and what it has been asked. `answer` gives status and body of a reply."""
+def endpoint(
+    answer: Callable[[dict[str, Any]], tuple[int, dict[str, Any]]],
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """A chat endpoint on loopback: its address, and what it has been asked. `answer` gives
+    status and body of a reply."""
     asked: list[dict[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -110,7 +144,8 @@ def endpoint(answer: Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]) -> 
 
 @pytest.fixture
 def pair_file(tmp_path: Path) -> Path:
-    """A folder of two groups, `kind` and `blunt`, with train.jsonl and test.jsonl of word-level pairs."""
+    """A folder of two groups, `kind` and `blunt`, with train.jsonl and test.jsonl of word-level
+    pairs."""
     return write_groups(tmp_path / "data")
 
 

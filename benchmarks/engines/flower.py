@@ -1,4 +1,5 @@
-"""The workload on Flower's simulation engine (Ray): its defaults, and its best settings on a small machine."""
+"""The workload on Flower's simulation engine (Ray): its defaults, and its best settings on a small
+machine."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from benchmarks.workload import PAIRS, build, train_one
 
 
 def run_flower(model: str, best: bool, clients: int, rounds: int) -> list[float]:
-    """Seconds of each round after the first. Defaults: two cores a client; best: one core and one thread a client."""
+    """Seconds of each round after the first. Defaults: two cores a client; best: one core and one
+    thread a client."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
@@ -32,7 +34,9 @@ def run_flower(model: str, best: bool, clients: int, rounds: int) -> list[float]
         client = int(context.node_config["partition-id"])
         round_number = int(message.content["config"]["server-round"])
         trained = train_one(model, client, dict(arrays), round_number)
-        content = RecordDict({"arrays": ArrayRecord(trained), "metrics": MetricRecord({"num-examples": PAIRS})})
+        content = RecordDict(
+            {"arrays": ArrayRecord(trained), "metrics": MetricRecord({"num-examples": PAIRS})}
+        )
         return Message(content=content, reply_to=message)
 
     class Timed(FedAvg):
@@ -43,7 +47,11 @@ def run_flower(model: str, best: bool, clients: int, rounds: int) -> list[float]
     @server_app.main()
     def serve(grid: Grid, context: Context) -> None:
         strategy = Timed(fraction_train=1.0, fraction_evaluate=0.0, min_available_nodes=clients)
-        strategy.start(grid=grid, initial_arrays=ArrayRecord(build(model, 1).init().params), num_rounds=rounds + 1)
+        strategy.start(
+            grid=grid,
+            initial_arrays=ArrayRecord(build(model, 1).init().params),
+            num_rounds=rounds + 1,
+        )
         starts.append(time.perf_counter())
 
     backend = {"client_resources": {"num_cpus": 1 if best else 2, "num_gpus": 0.0}}

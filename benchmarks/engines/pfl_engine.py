@@ -1,4 +1,5 @@
-"""The workload on apple/pfl-research's simulated backend: one model in memory, clients one after the other."""
+"""The workload on apple/pfl-research's simulated backend: one model in memory, clients one after
+the other."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ def run_pfl(model: str, clients: int, rounds: int) -> list[float]:
     class Holder(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.values = torch.nn.ParameterDict({k.replace(".", "__"): v.clone() for k, v in initial.items()})
+            self.values = torch.nn.ParameterDict(
+                {k.replace(".", "__"): v.clone() for k, v in initial.items()}
+            )
 
         def loss(self, *batch: Any, **_: Any) -> Any:  # pfl asks for it; the local steps are ours
             raise AssertionError("not called")
@@ -40,7 +43,9 @@ def run_pfl(model: str, clients: int, rounds: int) -> list[float]:
             return {}
 
     class SameLocalSteps(FederatedAveraging):  # type: ignore[type-arg]
-        def train_one_user(self, initial_model_state: Any, model_: Any, user_dataset: Any, central_context: Any) -> Any:
+        def train_one_user(
+            self, initial_model_state: Any, model_: Any, user_dataset: Any, central_context: Any
+        ) -> Any:
             values = model_.pytorch_model.values
             start = {k.replace("__", "."): v.detach() for k, v in values.items()}
             round_number = int(central_context.current_central_iteration)
@@ -51,7 +56,9 @@ def run_pfl(model: str, clients: int, rounds: int) -> list[float]:
             return model_.get_model_difference(initial_model_state), Metrics()
 
     class Clock(TrainingProcessCallback):  # type: ignore[type-arg]
-        def after_central_iteration(self, aggregate_metrics: Any, model: Any, *, central_iteration: int) -> Any:
+        def after_central_iteration(
+            self, aggregate_metrics: Any, model: Any, *, central_iteration: int
+        ) -> Any:
             times.append(time.perf_counter())
             return False, Metrics()
 
@@ -62,10 +69,15 @@ def run_pfl(model: str, clients: int, rounds: int) -> list[float]:
 
     data = FederatedDataset(dataset, lambda: next(order))
     holder = Holder()
-    wrapped = PyTorchModel(holder, lambda p: torch.optim.SGD(p, lr=1.0), torch.optim.SGD(holder.parameters(), lr=1.0))
+    wrapped = PyTorchModel(
+        holder, lambda p: torch.optim.SGD(p, lr=1.0), torch.optim.SGD(holder.parameters(), lr=1.0)
+    )
     SameLocalSteps().run(
         NNAlgorithmParams(
-            central_num_iterations=rounds + 1, evaluation_frequency=10_000, train_cohort_size=clients, val_cohort_size=0
+            central_num_iterations=rounds + 1,
+            evaluation_frequency=10_000,
+            train_cohort_size=clients,
+            val_cohort_size=0,
         ),
         SimulatedBackend(training_data=data, val_data=data),
         wrapped,

@@ -1,4 +1,5 @@
-"""State and history of a run in one safetensors file (JSON in its header), replaced atomically; no pickle."""
+"""State and history of a run in one safetensors file (JSON in its header), replaced atomically; no
+pickle."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ class Checkpoint:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write aside, flush to the disk, rename: a reader sees the old file or the new one, whatever happens."""
+    """Write aside, flush to the disk, rename: a reader sees the old file or the new one, whatever
+    happens."""
     header = {
         "format": FORMAT,
         "round": checkpoint.state.round,
@@ -40,7 +42,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "history": checkpoint.history,
     }
     tensors = {name: value.contiguous() for name, value in checkpoint.state.tensors().items()}
-    write_atomically(path, save(tensors, metadata={"fedvpa": json.dumps(header)}))  # one key: equal states, equal bytes
+    # one key: equal states, equal bytes
+    write_atomically(path, save(tensors, metadata={"fedvpa": json.dumps(header)}))
 
 
 def load_checkpoint(path: Path, fingerprint: str | None = None) -> Checkpoint:
@@ -56,13 +59,18 @@ def load_checkpoint(path: Path, fingerprint: str | None = None) -> Checkpoint:
             header: dict[str, Any] = json.loads((file.metadata() or {}).get("fedvpa", "{}"))
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if header.get("format") != FORMAT:
-            raise CheckpointError(f"{path}: not a fedvpa checkpoint (format {header.get('format')!r}, wanted {FORMAT!r})")
+            raise CheckpointError(
+                f"{path}: not a fedvpa checkpoint (format {header.get('format')!r}, wanted"
+                f" {FORMAT!r})"
+            )
         state = ServerState.from_tensors(header["round"], tensors)
         found = Checkpoint(state, header["history"], header["fingerprint"], header["finished"])
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise CheckpointError(f"{path}: damaged checkpoint: {error}") from error
     if fingerprint is not None and found.fingerprint != fingerprint:
-        raise CheckpointError(f"{path}: belongs to other settings or other data; it cannot be resumed with these")
+        raise CheckpointError(
+            f"{path}: belongs to other settings or other data; it cannot be resumed with these"
+        )
     return found
 
 

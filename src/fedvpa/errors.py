@@ -1,6 +1,7 @@
 """One exception tree. Every message says what was wrong, where, and what to do.
 
-The command line maps it to exit codes: `BadInputError` and its children end with 2, every other `FedvpaError` with 1.
+The command line maps it to exit codes: `BadInputError` and its children end with 2, every other
+`FedvpaError` with 1.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ class BadInputError(FedvpaError):
 
 
 class RecordError(BadInputError):
-    """A preference record is unusable. `where` is ``file:line``, `reason` a fixed phrase, `advice` what to do."""
+    """A preference record is unusable. `where` is ``file:line``, `reason` a fixed phrase, `advice`
+    what to do."""
 
     def __init__(self, where: str, reason: str, advice: str = "") -> None:
         self.where, self.reason, self.advice = where, reason, advice

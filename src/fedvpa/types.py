@@ -40,7 +40,8 @@ class PreferencePair:
         return _digest((*[f"{m.role}\x1f{m.content}" for m in self.prompt], first, second))
 
     def chosen_is_first(self) -> bool:
-        """Whether the chosen response would be shown first: a coin thrown by the texts, whatever the label."""
+        """Whether the chosen response would be shown first: a coin thrown by the texts, whatever
+        the label."""
         first, _ = sorted((self.chosen, self.rejected))
         return (int(self.content_key()[:8], 16) % 2 == 0) == (self.chosen == first)
 
@@ -56,9 +57,9 @@ def _digest(parts: list[str] | tuple[str, ...]) -> str:
 class PairBatch(NamedTuple):
     """Whitened features of padded sets of pairs; any leading axes `b`, up to `n` pairs each.
 
-    `difference` is h(x, chosen) - h(x, rejected) and `common` their mean (kept only for rewards that read more than the
-    difference). `order` is +1 where the chosen response was shown as option A and -1 as option B (only the `additive`
-    reward reads it); `mask` is False on padding.
+    `difference` is h(x, chosen) - h(x, rejected) and `common` their mean (kept only for rewards
+    that read more than the difference). `order` is +1 where the chosen response was shown as option
+    A and -1 as option B (only the `additive` reward reads it); `mask` is False on padding.
     """
 
     difference: Float[Tensor, "*b n p"]
@@ -75,9 +76,11 @@ class Posterior(NamedTuple):
 
 
 class MixturePrior(NamedTuple):
-    """The federated mixture prior as broadcast (M3): peers' posteriors, their sizes, and which client each one is.
+    """The federated mixture prior as broadcast (M3): peers' posteriors, their sizes, and which
+    client each one is.
 
-    `slot` is the column that belongs to a component in every client's private table of prior logits.
+    `slot` is the column that belongs to a component in every client's private table of prior
+    logits.
     """
 
     mean: Float[Tensor, "k d"]
@@ -88,7 +91,8 @@ class MixturePrior(NamedTuple):
 
 
 class Population(NamedTuple):
-    """Components fitted to the clients' posterior means: centres, spherical variances and weights."""
+    """Components fitted to the clients' posterior means: centres, spherical variances and
+    weights."""
 
     mean: Float[Tensor, "m d"]
     variance: Float[Tensor, "m"]
@@ -101,12 +105,13 @@ Params = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class ServerState:
-    """Everything the federation knows between rounds; tensors only, so that a checkpoint is complete.
+    """Everything the federation knows between rounds; tensors only, so that a checkpoint is
+    complete.
 
-    `optimiser` holds the server optimiser's moments, `clients` tables with one row a client (posterior means and
-    log-variances, the round they were seen, labels, private prior logits, cluster assignments, personal parameters),
-    `population` the fitted components (empty until there are any), `components` what is known of those of a prior that is
-    fitted from sums.
+    `optimiser` holds the server optimiser's moments, `clients` tables with one row a client
+    (posterior means and log-variances, the round they were seen, labels, private prior logits,
+    cluster assignments, personal parameters), `population` the fitted components (empty until there
+    are any), `components` what is known of those of a prior that is fitted from sums.
     """
 
     round: int
@@ -120,12 +125,22 @@ class ServerState:
         """All tensors under ``section/name``."""
         sections = {"params": self.params, "optimiser": self.optimiser, "clients": self.clients}
         sections |= {"population": self.population, "components": self.components}
-        return {f"{section}/{name}": value for section, table in sections.items() for name, value in table.items()}
+        return {
+            f"{section}/{name}": value
+            for section, table in sections.items()
+            for name, value in table.items()
+        }
 
     @staticmethod
     def from_tensors(round_number: int, tensors: dict[str, Tensor]) -> ServerState:
         """Inverse of `tensors`."""
-        sections: dict[str, Params] = {"params": {}, "optimiser": {}, "clients": {}, "population": {}, "components": {}}
+        sections: dict[str, Params] = {
+            "params": {},
+            "optimiser": {},
+            "clients": {},
+            "population": {},
+            "components": {},
+        }
         for key, value in tensors.items():
             section, _, name = key.partition("/")
             sections[section][name] = value

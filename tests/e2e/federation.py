@@ -1,4 +1,5 @@
-"""A federation of real processes on loopback, for tests: `fedvpa server` and `fedvpa client`, over TLS with node keys."""
+"""A federation of real processes on loopback, for tests: `fedvpa server` and `fedvpa client`,
+over TLS with node keys."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from fedvpa.types import PreferencePair
 
 def free_ports(count: int) -> int:
     """The first of `count` ports in a row that nobody uses."""
-    for port in range(random.SystemRandom().randrange(20000, 30000), 32000, count):  # below the ports that are handed out
+    # below the ports that are handed out
+    for port in range(random.SystemRandom().randrange(20000, 30000), 32000, count):
         if not all(port_is_free("127.0.0.1", port + i) for i in range(count)):
             continue
         probes = []
@@ -45,7 +47,13 @@ def free_ports(count: int) -> int:
 class Federation:
     """Starts, kills and restarts the processes; stops them all at the end."""
 
-    def __init__(self, folder: Path, pairs: dict[str, list[PreferencePair]], training: dict[str, Any], **server: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        pairs: dict[str, list[PreferencePair]],
+        training: dict[str, Any],
+        **server: Any,
+    ) -> None:
         self.folder, self.run = folder, folder / "run"
         secure = bool(server.pop("secure", False))
         port = free_ports(len(pairs) + 1)
@@ -122,6 +130,12 @@ class Federation:
         command = [sys.executable, "-m", "fedvpa.cli.main", *arguments]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with out.open("ab") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=environment)
+            process = subprocess.Popen(
+                command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=environment,
+            )
         self.launched.append(process)
         return process

@@ -19,8 +19,10 @@ from tests.conftest import endpoint, write_groups
 from tests.e2e.test_cli import flags
 
 SMALL = [
-    "--candidates", "4", "--max-new-tokens", "6", "--batch", "2", "--margin", "0.0", "--tokens", "2", "--rank", "2", "--epochs",
-    "1", "--save-every", "2", "--dtype", "float32", "--pairs-per-prompt", "1", "--users", "1", "--iterations", "2",
+    "--candidates", "4", "--max-new-tokens", "6", "--batch", "2", "--margin", "0.0", "--tokens",
+    "2", "--rank", "2", "--epochs",
+    "1", "--save-every", "2", "--dtype", "float32", "--pairs-per-prompt", "1", "--users", "1",
+    "--iterations", "2",
 ]  # fmt: skip
 
 
@@ -31,15 +33,30 @@ def aligned(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     os.environ["FEDVPA_CACHE"] = str(folder / "cache")
     data, run, out = write_groups(folder / "data"), folder / "run", folder / "policy"
     more = {"rounds": 12, "prototypes.start_round": 6, "learning-rate": 0.02}
-    assert main(["train", "--data", str(data), "--split", "train", *flags(tiny_model, run, **more)]) == 0
+    assert (
+        main(["train", "--data", str(data), "--split", "train", *flags(tiny_model, run, **more)])
+        == 0
+    )
     prompts = folder / "prompts.txt"
     prompts.write_text("is tea good\nplease help\nask a friend\nstop\nis tea good\n")
-    command = ["align", str(run), "--prompts", str(prompts), "--base", str(tiny_model), "--out", str(out), *SMALL]
+    command = [
+        "align",
+        str(run),
+        "--prompts",
+        str(prompts),
+        "--base",
+        str(tiny_model),
+        "--out",
+        str(out),
+        *SMALL,
+    ]
     assert main(command) == 0
     return data, run, out
 
 
-def test_a_policy_knows_its_preferences_and_what_it_was_made_of(aligned: tuple[Path, Path, Path]) -> None:
+def test_a_policy_knows_its_preferences_and_what_it_was_made_of(
+    aligned: tuple[Path, Path, Path],
+) -> None:
     _, _, out = aligned
     card, summary = (json.loads((out / name).read_text()) for name in ("policy.json", "align.json"))
     assert sorted(card["preferences"]) == ["blunt", "kind"]
@@ -49,16 +66,31 @@ def test_a_policy_knows_its_preferences_and_what_it_was_made_of(aligned: tuple[P
         kept = sum(row["pairs"].values())
         assert kept + row["dropped_under_margin"] + row["dropped_without_two_responses"] == 12
     assert len((out / "work/iteration-0/candidates.jsonl").read_text().splitlines()) == 16
-    assert {f.name for f in (out / "work/iteration-1").glob("candidates*")} == {f"candidates-{c}.jsonl" for c in range(3)}
+    assert {f.name for f in (out / "work/iteration-1").glob("candidates*")} == {
+        f"candidates-{c}.jsonl" for c in range(3)
+    }
 
 
 def test_an_interrupted_alignment_goes_on_to_the_same_policy(
-    aligned: tuple[Path, Path, Path], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    aligned: tuple[Path, Path, Path],
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     _, run, out = aligned
     asked = json.loads((out / "work/asked.json").read_text())
     again = tmp_path / "again"
-    command = ["align", str(run), "--prompts", asked["prompts"], "--base", str(tiny_model), "--out", str(again), *SMALL]
+    command = [
+        "align",
+        str(run),
+        "--prompts",
+        asked["prompts"],
+        "--base",
+        str(tiny_model),
+        "--out",
+        str(again),
+        *SMALL,
+    ]
     assert main([*command, "--resume"]) == 2
     assert "nothing to resume" in capsys.readouterr().err
     assert main(command) == 0
@@ -83,12 +115,26 @@ def test_an_alignment_that_was_killed_goes_on_to_the_same_policy(
 ) -> None:
     _, run, out = aligned
     asked = json.loads((out / "work/asked.json").read_text())
-    command = ["align", str(run), "--prompts", asked["prompts"], "--base", str(tiny_model), *SMALL[:-2], "--epochs", "40"]
+    command = [
+        "align",
+        str(run),
+        "--prompts",
+        asked["prompts"],
+        "--base",
+        str(tiny_model),
+        *SMALL[:-2],
+        "--epochs",
+        "40",
+    ]
     assert main([*command, "--out", str(tmp_path / "whole")]) == 0
     killed = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, "-m", "fedvpa.cli.main", *command, "--out", str(killed), "--quiet"])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedvpa.cli.main", *command, "--out", str(killed), "--quiet"]
+    )
     began = time.monotonic()
-    while not list(killed.glob("work/iteration-0/checkpoints/checkpoint-*/conditioner.safetensors")):
+    while not list(
+        killed.glob("work/iteration-0/checkpoints/checkpoint-*/conditioner.safetensors")
+    ):
         assert process.poll() is None, "it ended before it could be killed"
         assert time.monotonic() - began < 120
         time.sleep(0.02)
@@ -101,7 +147,10 @@ def test_an_alignment_that_was_killed_goes_on_to_the_same_policy(
 
 
 def test_generate_and_chat_under_every_kind_of_preference(
-    aligned: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    aligned: tuple[Path, Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     data, _, out = aligned
     prompts, target = tmp_path / "p.txt", tmp_path / "r.jsonl"
@@ -112,7 +161,16 @@ def test_generate_and_chat_under_every_kind_of_preference(
         "kind": ["--prefer", "kind"], "mix": ["--mix", "kind=1,blunt=0"], "off": ["--off"],
         "user": ["--user", str(data / "kind/test.jsonl")],
     }.items():  # fmt: skip
-        command = ["generate", str(out), "--prompts", str(prompts), "--responses", str(target), *choice, *greedy]
+        command = [
+            "generate",
+            str(out),
+            "--prompts",
+            str(prompts),
+            "--responses",
+            str(target),
+            *choice,
+            *greedy,
+        ]
         assert main(command) == 0
         rows = [json.loads(line) for line in target.read_text().splitlines()]
         assert [row["prompt"][-1]["content"] for row in rows] == ["is tea good", "stop"]
@@ -121,10 +179,27 @@ def test_generate_and_chat_under_every_kind_of_preference(
     assert main(["export", str(out), "--prefer", "kind", "--out", str(tmp_path / "plain")]) == 0
     assert (tmp_path / "plain/model.safetensors").is_file()
     assert main(["export", str(out), "--prefer", "kind", "--out", str(tmp_path / "plain")]) == 2
-    assert main(["generate", str(out), "--prompts", str(prompts), "--responses", str(target), "--prefer", "rude"]) == 2
+    assert (
+        main(
+            [
+                "generate",
+                str(out),
+                "--prompts",
+                str(prompts),
+                "--responses",
+                str(target),
+                "--prefer",
+                "rude",
+            ]
+        )
+        == 2
+    )
     assert "no preference 'rude' (known: " in capsys.readouterr().err
     monkeypatch.setattr(
-        "sys.stdin", io.StringIO("is tea good\n/prefer nobody\n/prefer blunt\n/reset\nis tea good\n/what\n/quit\n")
+        "sys.stdin",
+        io.StringIO(
+            "is tea good\n/prefer nobody\n/prefer blunt\n/reset\nis tea good\n/what\n/quit\n"
+        ),
     )
     assert main(["chat", str(out), "--prefer", "kind", *greedy]) == 0
     said = capsys.readouterr()
@@ -134,7 +209,10 @@ def test_generate_and_chat_under_every_kind_of_preference(
 
 
 def test_the_monolithic_and_the_federated_baseline_are_policies_with_one_preference(
-    aligned: tuple[Path, Path, Path], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    aligned: tuple[Path, Path, Path],
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     data, run, _ = aligned
     shared, prompts = tmp_path / "shared", tmp_path / "p.txt"
@@ -142,53 +220,124 @@ def test_the_monolithic_and_the_federated_baseline_are_policies_with_one_prefere
     more = {"method": "fedavg-btl", "rounds": 3}
     names = ("backbone", "layer", "dtype", "clients", "inputs", "out")
     settings = zip(names, (tiny_model, 2, "float32", 6, 16, shared))
-    given = [text for name, value in [*settings, *more.items()] for text in (f"--{name}", str(value))]
+    given = [
+        text for name, value in [*settings, *more.items()] for text in (f"--{name}", str(value))
+    ]
     assert main(["train", "--data", str(data), "--split", "train", *given]) == 0
     small = [*SMALL[:-4], "--form", "shift"]
     assert (
         main(
-            ["align", str(shared), "--prompts", str(prompts), "--base", str(tiny_model), "--out", str(tmp_path / "dpo"), *small]
+            [
+                "align",
+                str(shared),
+                "--prompts",
+                str(prompts),
+                "--base",
+                str(tiny_model),
+                "--out",
+                str(tmp_path / "dpo"),
+                *small,
+            ]
         )
         == 0
     )
     command = [
-        "feddpo", str(run), "--base", str(tiny_model), "--out", str(tmp_path / "fed"), "--rounds", "2", "--cohort", "2",
+        "feddpo", str(run), "--base", str(tiny_model), "--out", str(tmp_path / "fed"), "--rounds",
+        "2", "--cohort", "2",
         "--pairs", "3", "--rank", "2", "--dtype", "float32",
     ]  # fmt: skip
     assert main(command) == 0
     for name in ("dpo", "fed"):
-        assert list(json.loads((tmp_path / name / "policy.json").read_text())["preferences"]) == ["shared"]
+        assert list(json.loads((tmp_path / name / "policy.json").read_text())["preferences"]) == [
+            "shared"
+        ]
         assert (
-            main(["generate", str(tmp_path / name), "--prompts", str(prompts), "--responses", str(tmp_path / "r.jsonl")]) == 0
+            main(
+                [
+                    "generate",
+                    str(tmp_path / name),
+                    "--prompts",
+                    str(prompts),
+                    "--responses",
+                    str(tmp_path / "r.jsonl"),
+                ]
+            )
+            == 0
         )
     weights = (tmp_path / "fed/adapter/adapter_model.safetensors").read_bytes()
     shutil.rmtree(tmp_path / "fed" / "work" / "round-1")  # as if it was killed then
     (tmp_path / "fed/policy.json").unlink()
     assert main([*command, "--resume"]) == 0
     assert (tmp_path / "fed/adapter/adapter_model.safetensors").read_bytes() == weights
-    assert not list((tmp_path / "fed/work").rglob("pairs"))  # no client's pairs are left on the disk
+    # no client's pairs are left on the disk
+    assert not list((tmp_path / "fed/work").rglob("pairs"))
     assert main(["chat", str(tmp_path / "fed"), "--user", str(data / "kind/test.jsonl")]) == 2
     assert "the policy was trained with 1" in capsys.readouterr().err
 
 
 def test_what_cannot_be_aligned_is_refused(
-    aligned: tuple[Path, Path, Path], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    aligned: tuple[Path, Path, Path],
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     data, run, _ = aligned
     empty = tmp_path / "empty.txt"
     empty.touch()
     out = tmp_path / "out"
-    assert main(["align", str(run), "--prompts", str(empty), "--base", str(tiny_model), "--out", str(out)]) == 2
+    assert (
+        main(
+            [
+                "align",
+                str(run),
+                "--prompts",
+                str(empty),
+                "--base",
+                str(tiny_model),
+                "--out",
+                str(out),
+            ]
+        )
+        == 2
+    )
     assert "no usable prompt" in capsys.readouterr().err
     local = tmp_path / "local"
-    values = {"backbone": tiny_model, "layer": 2, "dtype": "float32", "clients": 6, "rounds": 2, "inputs": 16, "out": local}
+    values = {
+        "backbone": tiny_model,
+        "layer": 2,
+        "dtype": "float32",
+        "clients": 6,
+        "rounds": 2,
+        "inputs": 16,
+        "out": local,
+    }
     settings = [part for name, value in values.items() for part in (f"--{name}", str(value))]
-    assert main(["train", "--data", str(data), "--split", "train", "--method", "local", *settings]) == 0
+    assert (
+        main(["train", "--data", str(data), "--split", "train", "--method", "local", *settings])
+        == 0
+    )
     prompts = tmp_path / "p.txt"
     prompts.write_text("stop\n")
-    assert main(["align", str(local), "--prompts", str(prompts), "--base", str(tiny_model), "--out", str(out)]) == 2
+    assert (
+        main(
+            [
+                "align",
+                str(local),
+                "--prompts",
+                str(prompts),
+                "--base",
+                str(tiny_model),
+                "--out",
+                str(out),
+            ]
+        )
+        == 2
+    )
     assert "has no latent preference" in capsys.readouterr().err
-    assert main(["align", str(run), "--prompts", str(prompts), "--out", str(out), "--candidates", "1"]) == 2
+    assert (
+        main(["align", str(run), "--prompts", str(prompts), "--out", str(out), "--candidates", "1"])
+        == 2
+    )
     assert "candidates: Input should be greater than or equal to 2" in capsys.readouterr().err
     assert main(["chat", str(run)]) == 2
     assert "no policy there" in capsys.readouterr().err
@@ -196,7 +345,10 @@ def test_what_cannot_be_aligned_is_refused(
 
 
 def test_win_rates_are_judged_without_the_selector(
-    aligned: tuple[Path, Path, Path], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    aligned: tuple[Path, Path, Path],
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     data, _, out = aligned
     other = tmp_path / "other-model"  # the judge's backbone: not the selector's
@@ -205,9 +357,12 @@ def test_win_rates_are_judged_without_the_selector(
     steering = tmp_path / "steering.yaml"
     steering.write_text("kind: please help a friend\nblunt: stop\n")
     command = [
-        "winrate", str(out), "--prompts", str(data), "--split", "test", "--limit", "4", "--out", str(target),
-        "--judge-pairs", str(data), "--judge-backbone", str(other), "--steering", str(steering), "--versus", f"twin={out}",
-        "--mix", "kind=0.5,blunt=0.5", "--user", f"me:kind={data / 'kind/test.jsonl'}", "--max-new-tokens", "8",
+        "winrate", str(out), "--prompts", str(data), "--split", "test", "--limit", "4", "--out",
+        str(target),
+        "--judge-pairs", str(data), "--judge-backbone", str(other), "--steering", str(steering),
+        "--versus", f"twin={out}",
+        "--mix", "kind=0.5,blunt=0.5", "--user", f"me:kind={data / 'kind/test.jsonl'}",
+        "--max-new-tokens", "8",
         "--temperature", "1", "--top-p", "1",
     ]  # fmt: skip
     assert main([*command, "--json"]) == 0
@@ -216,20 +371,36 @@ def test_win_rates_are_judged_without_the_selector(
     arms += [f"{kind} {name}" for kind in ("prompted", "twin") for name in ("kind", "blunt")]
     assert sorted(a["name"] for a in results["arms"]) == sorted(arms)
     assert results["prompt_groups"] == {"blunt & kind": 4}
-    assert results["mixes"]["arms"] == ["kind", "kind=0.5,blunt=0.5", "blunt"]  # neither a user nor another policy
+    # neither a user nor another policy
+    assert results["mixes"]["arms"] == ["kind", "kind=0.5,blunt=0.5", "blunt"]
     judge = results["judges"]["reward"]
     assert set(judge["accuracy"]) == {"kind", "blunt"}
-    assert judge["pairs"] == {"kind": 20, "blunt": 20}  # neither what the selector saw nor what is on the judged prompts
+    # neither what the selector saw nor what is on the judged prompts
+    assert judge["pairs"] == {"kind": 20, "blunt": 20}
     for criterion in ("kind", "blunt"):
         assert set(judge["against_base"][criterion]) == set(arms) - {"base"}
         for row in judge["against_base"][criterion].values():
-            assert 0 <= row["win_rate"]["low"] <= row["win_rate"]["mean"] <= row["win_rate"]["high"] <= 1
+            assert (
+                0
+                <= row["win_rate"]["low"]
+                <= row["win_rate"]["mean"]
+                <= row["win_rate"]["high"]
+                <= 1
+            )
             assert row["win_rate"]["n"] == 4
     twin, one = judge["against_base"]["kind"]["twin kind"], judge["against_base"]["kind"]["kind"]
     assert twin["win_rate"] == one["win_rate"]  # the same policy on the same seed
-    assert judge["own_against"]["kind"]["twin kind"] == {**judge["own_against"]["kind"]["twin kind"], "ties": 4}
-    assert results["texts"]["base"]["kl_per_token"]["mean"] == 0 < results["texts"]["kind"]["kl_per_token"]["mean"]
-    assert results["texts"]["prompted kind"]["kl_per_token"]["mean"] is None  # not computed, so not 0
+    assert judge["own_against"]["kind"]["twin kind"] == {
+        **judge["own_against"]["kind"]["twin kind"],
+        "ties": 4,
+    }
+    assert (
+        results["texts"]["base"]["kl_per_token"]["mean"]
+        == 0
+        < results["texts"]["kind"]["kl_per_token"]["mean"]
+    )
+    # not computed, so not 0
+    assert results["texts"]["prompted kind"]["kl_per_token"]["mean"] is None
     page = (target / "winrate.html").read_text()
     assert "Accuracy on prompts it was not trained on" in page
     assert len((target / "responses/00.jsonl").read_text().splitlines()) == 5
@@ -256,7 +427,8 @@ def test_a_judge_that_fails_is_missing_and_the_command_says_so(
     prompts, target = tmp_path / "p.txt", tmp_path / "wins"
     prompts.write_text("is tea good\nstop\nask a friend\n")
     command = [
-        "winrate", str(out), "--prompts", str(prompts), "--out", str(target), "--max-new-tokens", "6", "--temperature", "1",
+        "winrate", str(out), "--prompts", str(prompts), "--out", str(target), "--max-new-tokens",
+        "6", "--temperature", "1",
         "--judge-model", "wise", "--judge-price", "1,2", "--judge-url",
     ]  # fmt: skip
     with endpoint(lambda _: (403, {"error": "no"})) as (url, asked):
@@ -283,7 +455,11 @@ def _says_longer(request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     text = request["messages"][-1]["content"]
     a, b = (text.split(f"<{x}>\n")[1].split(f"\n</{x}>")[0] for x in "AB")
     said = "A" if (len(a), a) > (len(b), b) else "B"
-    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": f" {said}."}}
+    choice = {
+        "index": 0,
+        "finish_reason": "stop",
+        "message": {"role": "assistant", "content": f" {said}."},
+    }
     usage = {"prompt_tokens": 7, "completion_tokens": 1, "total_tokens": 8}
     return 200, {
         "id": "1",

@@ -23,7 +23,8 @@ GOOD = {"prompt": "is tea good", "chosen": "yes", "rejected": "no"}
 
 def flags(model: Path, out: Path, **more: object) -> list[str]:
     values = {
-        "backbone": model, "layer": 2, "dtype": "float32", "clients": 6, "rounds": 6, "local-steps": 5, "out": out,
+        "backbone": model, "layer": 2, "dtype": "float32", "clients": 6, "rounds": 6,
+        "local-steps": 5, "out": out,
         "inputs": 16, "latent": 4, "checkpoint-every": 2, "validate-every": 2, **more,
     }  # fmt: skip
     return [part for name, value in values.items() for part in (f"--{name}", str(value))]
@@ -36,14 +37,32 @@ def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     data, out = write_groups(folder / "data"), folder / "run"
     os.environ["FEDVPA_CACHE"] = str(folder / "cache")
     more = {"rounds": 12, "prototypes.start_round": 6, "learning-rate": 0.02}
-    assert main(["train", "--data", str(data), "--split", "train", *flags(tiny_model, out, **more)]) == 0
+    assert (
+        main(["train", "--data", str(data), "--split", "train", *flags(tiny_model, out, **more)])
+        == 0
+    )
     return data, out
 
 
-def test_evaluate_reports_every_documented_number(trained: tuple[Path, Path], tmp_path: Path) -> None:
+def test_evaluate_reports_every_documented_number(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
     data, run = trained
     target = tmp_path / "eval.json"
-    code = main(["evaluate", str(run), "--data", str(data), "--split", "test", "--clients", "4", "--json", str(target)])
+    code = main(
+        [
+            "evaluate",
+            str(run),
+            "--data",
+            str(data),
+            "--split",
+            "test",
+            "--clients",
+            "4",
+            "--json",
+            str(target),
+        ]
+    )
     assert code == 0
     found = json.loads(target.read_text())
     for name in ("own", "other_group", "shuffled", "prior_mean", "worst_group", "flipped"):
@@ -53,12 +72,14 @@ def test_evaluate_reports_every_documented_number(trained: tuple[Path, Path], tm
     assert found["accuracy"]["other_group"]["mean"] < 0.1
     assert found["latent"]["ari"] == 1.0
     assert found["posterior"]["active_units"] >= 1
-    assert found["few_shot"]["0"]["accuracy"]["mean"] == pytest.approx(found["accuracy"]["prior_mean"]["mean"], abs=0.3)
+    assert found["few_shot"]["0"]["accuracy"]["mean"] == pytest.approx(
+        found["accuracy"]["prior_mean"]["mean"], abs=0.3
+    )
     page = (run / "report.html").read_text()
     assert page.count("<svg") >= 6
-    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
-        "http://creativecommons.org", ""
-    ).replace("https://matplotlib.org", "")
+    assert "http" not in page.replace("http://www.w3.org", "").replace(
+        "http://purl.org", ""
+    ).replace("http://creativecommons.org", "").replace("https://matplotlib.org", "")
 
 
 def test_personalize_and_score_prefer_what_the_user_prefers(
@@ -68,15 +89,32 @@ def test_personalize_and_score_prefer_what_the_user_prefers(
     z, responses = tmp_path / "z.json", tmp_path / "r.jsonl"
     record = json.loads((data / "kind/test.jsonl").read_text().splitlines()[0])
     responses.write_text(
-        "\n".join(json.dumps({"prompt": record["prompt"], "response": record[k]}) for k in ("chosen", "rejected"))
+        "\n".join(
+            json.dumps({"prompt": record["prompt"], "response": record[k]})
+            for k in ("chosen", "rejected")
+        )
     )
     for group, sign in (("kind", 1), ("blunt", -1)):
-        assert main(["personalize", str(run), "--pairs", str(data / group / "test.jsonl"), "--json", str(z)]) == 0
+        assert (
+            main(
+                [
+                    "personalize",
+                    str(run),
+                    "--pairs",
+                    str(data / group / "test.jsonl"),
+                    "--json",
+                    str(z),
+                ]
+            )
+            == 0
+        )
         user = json.loads(z.read_text())
         assert user["nearest_group"] == group
         assert max(user["probability"]) > 0.9
         capsys.readouterr()
-        assert main(["score", str(run), "--z", str(z), "--responses", str(responses), "--json"]) == 0
+        assert (
+            main(["score", str(run), "--z", str(z), "--responses", str(responses), "--json"]) == 0
+        )
         first, second = json.loads(capsys.readouterr().out)["scores"]
         assert (first - second) * sign > 0
     z.write_text(json.dumps({"z": [0.0] * 3}))
@@ -118,8 +156,14 @@ def test_broken_files_are_refused_with_name_and_line_and_nothing_is_written(
     ("arguments", "message"),
     [
         (["--rounds", "0"], "federation.rounds: Input should be greater than 0"),
-        (["--method", "fedavg-btl", "--prior.kind", "peers"], "prior.kind is set but would not be read"),
-        (["--prior.weights", "uniform"], "prior.weights is set but would not be read: the prior of the KL is no mixture"),
+        (
+            ["--method", "fedavg-btl", "--prior.kind", "peers"],
+            "prior.kind is set but would not be read",
+        ),
+        (
+            ["--prior.weights", "uniform"],
+            "prior.weights is set but would not be read: the prior of the KL is no mixture",
+        ),
         (["--data", "nowhere/at/all.jsonl"], "nowhere/at/all.jsonl: no such file or folder"),
         (["--prototypes.kind", "fixed"], "need a number of modes"),
         (["--tracker", "paper"], "tracker: Input should be 'none'"),
@@ -133,7 +177,9 @@ def test_bad_settings_end_with_two_and_say_which(
     assert not (tmp_path / "run").exists()
 
 
-def test_unknown_flags_and_yaml_keys_are_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_flags_and_yaml_keys_are_errors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["train", "--round", "3"])
     assert stop.value.code == 2
@@ -161,8 +207,10 @@ def test_a_used_directory_is_not_overwritten_and_an_empty_one_is_no_run(
 def test_compare_is_resumable_and_pairs_methods_by_client(tiny_model: Path, tmp_path: Path) -> None:
     data, out = write_groups(tmp_path / "data"), tmp_path / "compare"
     arguments = [
-        "compare", "--methods", "fedvpl,fedavg-btl", "--seeds", "0,1", "--data", str(data), "--split", "train",
-        "--test-split", "test", "--unseen-clients", "4", "--context", "4", "--json", str(tmp_path / "t.json"),
+        "compare", "--methods", "fedvpl,fedavg-btl", "--seeds", "0,1", "--data", str(data),
+        "--split", "train",
+        "--test-split", "test", "--unseen-clients", "4", "--context", "4", "--json",
+        str(tmp_path / "t.json"),
         *flags(tiny_model, out, **{"rounds": 15, "learning-rate": 0.02}),
     ]  # fmt: skip
     assert main(arguments) == 0
@@ -181,7 +229,9 @@ def test_compare_is_resumable_and_pairs_methods_by_client(tiny_model: Path, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_run_resumes_to_the_same_bits(stop: signal.Signals, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_to_the_same_bits(
+    stop: signal.Signals, tiny_model: Path, tmp_path: Path
+) -> None:
     data = write_groups(tmp_path / "data")
     environment = os.environ | {"FEDVPA_CACHE": str(tmp_path / "cache")}
 
@@ -208,19 +258,55 @@ def test_a_stopped_run_resumes_to_the_same_bits(stop: signal.Signals, tiny_model
     assert not [p for p in broken.iterdir() if p.name.startswith(".")] or stop is signal.SIGKILL
 
 
-def test_personas_are_written_with_their_truth_and_read_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_personas_are_written_with_their_truth_and_read_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "p"
-    assert main(["data", "personas", "--out", str(out), "--users", "4", "--groups", "4", "--pairs", "5", "--quiet"]) == 0
+    assert (
+        main(
+            [
+                "data",
+                "personas",
+                "--out",
+                str(out),
+                "--users",
+                "4",
+                "--groups",
+                "4",
+                "--pairs",
+                "5",
+                "--quiet",
+            ]
+        )
+        == 0
+    )
     assert len(json.loads((out / "truth.json").read_text())["vectors"]) == 14
     capsys.readouterr()
-    assert main(["data", "inspect", str(out), "--split", "train", "--test-split", "test", "--json", "--quiet"]) == 0
+    assert (
+        main(
+            [
+                "data",
+                "inspect",
+                str(out),
+                "--split",
+                "train",
+                "--test-split",
+                "test",
+                "--json",
+                "--quiet",
+            ]
+        )
+        == 0
+    )
     found = json.loads(capsys.readouterr().out)
     assert (found["pairs"], found["clients"], len(found["groups"])) == (20, 4, 4)
     assert found["leaks"]["pairs"] == 0
     assert main(["data", "personas", "--out", str(out)]) == 2
 
 
-def test_a_federation_s_project_is_whole_or_is_not_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_federation_s_project_is_whole_or_is_not_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pairs = tmp_path / "p.jsonl"
     pairs.write_text("{}\n")
     named = ["--client", f"a={pairs}", "--client", f"b={pairs}"]
@@ -236,7 +322,9 @@ def test_a_federation_s_project_is_whole_or_is_not_written(tmp_path: Path, capsy
         assert main(["federation", "init", str(tmp_path / "f"), *arguments]) == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "f").exists()
-    assert main(["federation", "init", str(tmp_path / "f"), *named, "--rounds", "7", "--quiet"]) == 0
+    assert (
+        main(["federation", "init", str(tmp_path / "f"), *named, "--rounds", "7", "--quiet"]) == 0
+    )
     settings = yaml.safe_load((tmp_path / "f" / "server.yaml").read_text())
     assert settings["training"] == {"federation": {"rounds": 7}}
     public = ["--public", str(pairs), "--validation-share", "0.2", "--quiet"]
@@ -253,11 +341,16 @@ def test_a_federation_s_project_is_whole_or_is_not_written(tmp_path: Path, capsy
     assert "node.key: no such file" in capsys.readouterr().err
 
 
-def test_a_privacy_plan_keeps_to_its_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_privacy_plan_keeps_to_its_target(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     plan = ["privacy", "plan", "--clients", "500", "--cohort", "50", "--rounds", "10", "--quiet"]
     assert main([*plan, "--epsilon", "6", "--json", str(tmp_path / "plan.json")]) == 0
     found = json.loads((tmp_path / "plan.json").read_text())
     assert found["path"][-1] == {"round": 10, "epsilon": pytest.approx(6, rel=0.02)}
-    for arguments, message in ((["--epsilon", "0"], "above 0"), (["--epsilon", "5", "--delta", "0.1"], "is no privacy")):
+    for arguments, message in (
+        (["--epsilon", "0"], "above 0"),
+        (["--epsilon", "5", "--delta", "0.1"], "is no privacy"),
+    ):
         assert main([*plan, *arguments]) == 2
         assert message in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""Real processes on loopback, TLS and node keys on: the federation equals the simulator, and survives what happens to it."""
+"""Real processes on loopback, TLS and node keys on: the federation equals the simulator, and
+survives what happens to it."""
 
 from __future__ import annotations
 
@@ -42,14 +43,20 @@ def pairs_of(folder: Path, count: int) -> dict[str, list[PreferencePair]]:
 
 
 def test_equals_the_simulator(pair_file: Path, tiny_model: Path, tmp_path: Path) -> None:
-    training = TRAINING | {"features": {"backbone": str(tiny_model), "layer": 2, "dtype": "float32"}}
+    training = TRAINING | {
+        "features": {"backbone": str(tiny_model), "layer": 2, "dtype": "float32"}
+    }
     own = pairs_of(pair_file, 3)
     with Federation(tmp_path / "f", own, training) as federation:
         federation.start()
         assert federation.wait() == 0, federation.out()
         said = federation.said()
     together = tmp_path / "together.jsonl"
-    lines = [json.dumps(to_record(replace(pair, client_id=name))) for name, pairs in own.items() for pair in pairs]
+    lines = [
+        json.dumps(to_record(replace(pair, client_id=name)))
+        for name, pairs in own.items()
+        for pair in pairs
+    ]
     together.write_text("\n".join(lines) + "\n")
     here_too = {"data": {"source": str(together), "clients": 3}, "out": str(tmp_path / "s")}
     train(build_config({"prior": {"kind": "components"}}, training, here_too))
@@ -61,7 +68,9 @@ def test_equals_the_simulator(pair_file: Path, tiny_model: Path, tmp_path: Path)
         assert a.keys() == b.keys()
         assert a
         for name in a:
-            torch.testing.assert_close(a[name], b[name], atol=1e-6, rtol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                a[name], b[name], atol=1e-6, rtol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+            )
     assert [row["validation_accuracy"] for row in there.history] == pytest.approx(
         [row["validation_accuracy"] for row in here.history]
     )
@@ -69,9 +78,11 @@ def test_equals_the_simulator(pair_file: Path, tiny_model: Path, tmp_path: Path)
 
 
 def test_secure_sums_over_processes(pair_file: Path, tiny_model: Path, tmp_path: Path) -> None:
-    """SecAgg+ between real nodes: what the server holds of a client is masked, and the model learns all the same."""
+    """SecAgg+ between real nodes: what the server holds of a client is masked, and the model learns
+    all the same."""
     training = {
-        "method": "fedvpl+ortho", "model": {"inputs": 4, "latent": 2}, "prototypes": {"start_round": 1, "modes": 1},
+        "method": "fedvpl+ortho", "model": {"inputs": 4, "latent": 2},
+        "prototypes": {"start_round": 1, "modes": 1},
         "federation": {"rounds": 2, "local_steps": 4, "validate_every": 9},
         "features": {"backbone": str(tiny_model), "layer": 2, "dtype": "float32"},
     }  # fmt: skip
@@ -82,21 +93,30 @@ def test_secure_sums_over_processes(pair_file: Path, tiny_model: Path, tmp_path:
     found = load_checkpoint(federation.run / "checkpoint.safetensors")
     assert found.finished
     together = tmp_path / "together.jsonl"
-    lines = [json.dumps(to_record(replace(pair, client_id=name))) for name, pairs in own.items() for pair in pairs]
+    lines = [
+        json.dumps(to_record(replace(pair, client_id=name)))
+        for name, pairs in own.items()
+        for pair in pairs
+    ]
     together.write_text("\n".join(lines) + "\n")
     here = {"data": {"source": str(together), "clients": 3}, "out": str(tmp_path / "s")}
     train(build_config({"prior": {"kind": "components"}}, training, here))
     expected = load_checkpoint(tmp_path / "s" / "checkpoint.safetensors").state.params
     for name, value in found.state.params.items():
-        torch.testing.assert_close(value, expected[name], atol=1e-3, rtol=1e-2, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            value, expected[name], atol=1e-3, rtol=1e-2, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
-def test_survives_kills_and_refuses_strangers(pair_file: Path, tiny_model: Path, tmp_path: Path) -> None:
-    """A client killed in a round and started again, one that stands still, a server killed with -9 and started again: no
-    round is lost or counted twice. Meanwhile a node of an unknown key, and one that does not trust the server's certificate,
-    are not let in."""
+def test_survives_kills_and_refuses_strangers(
+    pair_file: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """A client killed in a round and started again, one that stands still, a server killed with
+    -9 and started again: no round is lost or counted twice. Meanwhile a node of an unknown key,
+    and one that does not trust the server's certificate, are not let in."""
     training = {
-        "method": "fedvpl", "prior": {"kind": "gaussian"}, "model": {"inputs": 6, "latent": 3}, "prototypes": {"modes": 2},
+        "method": "fedvpl", "prior": {"kind": "gaussian"}, "model": {"inputs": 6, "latent": 3},
+        "prototypes": {"modes": 2},
         "federation": {"rounds": 8, "local_steps": 4, "validate_every": 9, "checkpoint_every": 1},
         "features": {"backbone": str(tiny_model), "layer": 2, "dtype": "float32"},
     }  # fmt: skip
@@ -109,12 +129,18 @@ def test_survives_kills_and_refuses_strangers(pair_file: Path, tiny_model: Path,
         for i, home in enumerate(others):
             given = yaml.safe_load((home / "client.yaml").read_text())
             server = yaml.safe_load((federation.homes[0] / "client.yaml").read_text())["server"]
-            (home / "client.yaml").write_text(yaml.safe_dump(given | {"server": server, "runtime_port": ports + i}))
+            (home / "client.yaml").write_text(
+                yaml.safe_dump(given | {"server": server, "runtime_port": ports + i})
+            )
             (home / "pairs.jsonl").write_text("{}\n")
-        for name in ("ca.crt", "node.crt", "node-tls.key"):  # the stranger trusts the server, but its key is not registered
+        # the stranger trusts the server, but its key is not registered
+        for name in ("ca.crt", "node.crt", "node-tls.key"):
             (others[0] / name).write_text((federation.homes[0] / name).read_text())
         federation.wait_for("round 1 of 8")
-        strangers = [federation.launch(["client", str(home), "--patience", "6"], home / "client.out") for home in others]
+        strangers = [
+            federation.launch(["client", str(home), "--patience", "6"], home / "client.out")
+            for home in others
+        ]
         federation.kill(federation.clients["client-1"])
         federation.wait_for("round 3 of 8")
         federation.start_client("client-1")

@@ -1,4 +1,5 @@
-"""The server against clients in this process, behind a transport that can fail: what counts, and what is refused."""
+"""The server against clients in this process, behind a transport that can fail: what counts, and
+what is refused."""
 
 from __future__ import annotations
 
@@ -29,14 +30,16 @@ from fedvpa.flower.wire import Packet, WireError, pack, unpack
 
 Tamper = Callable[[int, Packet, Packet], Packet | bytes | str]
 TRAINING: dict[str, Any] = {
-    "method": "fedvpa-gp", "model": {"inputs": 6, "latent": 3}, "prototypes": {"start_round": 2, "modes": 2},
+    "method": "fedvpa-gp", "model": {"inputs": 6, "latent": 3}, "prototypes": {"start_round": 2,
+    "modes": 2},
     "federation": {"rounds": 3, "local_steps": 4, "validate_every": 1, "checkpoint_every": 1},
 }  # fmt: skip
 
 
 @dataclass
 class Loop:
-    """Carries blobs to clients in this process; `tamper(node, request, reply)` may change, spoil or lose a reply."""
+    """Carries blobs to clients in this process; `tamper(node, request, reply)` may change, spoil or
+    lose a reply."""
 
     clients: dict[int, Client]
     tamper: Tamper = lambda node, request, reply: reply
@@ -58,7 +61,9 @@ class Loop:
             out[node] = pack(changed) if isinstance(changed, Packet) else changed
         return out
 
-    def ask_sum(self, blobs: Mapping[int, bytes], size: int, least: int) -> tuple[list[int], torch.Tensor]:
+    def ask_sum(
+        self, blobs: Mapping[int, bytes], size: int, least: int
+    ) -> tuple[list[int], torch.Tensor]:
         """As the secure sum does it, but for masks."""
         total, there = np.zeros(size), []
         for node, blob in blobs.items():
@@ -77,7 +82,9 @@ class Loop:
 def make(pair_file: Path, tiny_model: Path, tmp_path: Path) -> Callable[..., tuple[Path, Loop]]:
     """A project folder and its clients."""
 
-    def build(count: int = 4, training: dict[str, Any] | None = None, **server: Any) -> tuple[Path, Loop]:
+    def build(
+        count: int = 4, training: dict[str, Any] | None = None, **server: Any
+    ) -> tuple[Path, Loop]:
         pairs = read_pairs(str(pair_file), "train").pairs
         half = len(pairs) // 2
         names = [f"client-{k}" for k in range(count)]
@@ -88,7 +95,9 @@ def make(pair_file: Path, tiny_model: Path, tmp_path: Path) -> Callable[..., tup
             own = (pairs[:half], pairs[half:])[k % 2][k // 2 :: (count + 1) // 2][:12]
             (home / "pairs.jsonl").write_text("".join(json.dumps(to_record(p)) + "\n" for p in own))
             clients[100 + k] = Client(ClientSettings(name=name, data="pairs.jsonl"), home)
-        given = TRAINING | {"features": {"backbone": str(tiny_model), "layer": 2}} | (training or {})
+        given = (
+            TRAINING | {"features": {"backbone": str(tiny_model), "layer": 2}} | (training or {})
+        )
         settings = {"clients": names, "timeout": 1.0, "attempts": 2, "training": given} | server
         (tmp_path / "server.yaml").write_text(yaml.safe_dump(settings))
         return tmp_path / "server.yaml", Loop(clients)
@@ -118,18 +127,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "number of components found": {"prototypes": {"start_round": 2}},
     "gumbel weights over components": {
-        "method": "fedvpl+mix", "prototypes": {"modes": 2}, "prior": {"kind": "components", "weights": "gumbel"},
+        "method": "fedvpl+mix", "prototypes": {"modes": 2}, "prior": {"kind": "components",
+        "weights": "gumbel"},
     },
     "orthogonal prototypes with prices": {
         "method": "fedvpl+ortho", "prototypes": {"kind": "learned", "modes": 2, "radius": 2.0},
         "prior": {"kind": "components"},
     },
-    "peers": {"method": "fedvpl+mix", "prototypes": {"modes": 2}, "prior": {"kind": "peers", "weights": "gumbel"}},
+    "peers": {"method": "fedvpl+mix", "prototypes": {"modes": 2}, "prior": {"kind": "peers",
+    "weights": "gumbel"}},
     "peers by size": {
-        "method": "fedvpl+mix", "prototypes": {"modes": 2}, "prior": {"kind": "peers", "weights": "sample-size"},
+        "method": "fedvpl+mix", "prototypes": {"modes": 2}, "prior": {"kind": "peers",
+        "weights": "sample-size"},
         "federation": TRAINING["federation"] | {"aggregation": "samples", "cohort": 3},
     },
-    "robust": {"federation": TRAINING["federation"] | {"aggregator": "trimmed-mean", "max_norm": 0.05}},
+    "robust": {"federation": TRAINING["federation"] | {"aggregator": "trimmed-mean",
+    "max_norm": 0.05}},
 }  # fmt: skip
 
 
@@ -142,7 +155,9 @@ def test_equals_the_simulator(name: str, make: Callable[..., tuple[Path, Loop]])
         a, b = getattr(there, section), getattr(here, section)
         assert a.keys() == b.keys()
         for key in a:
-            torch.testing.assert_close(a[key], b[key], atol=1e-6, rtol=1e-5, msg=lambda m, n=key: f"{n}: {m}")
+            torch.testing.assert_close(
+                a[key], b[key], atol=1e-6, rtol=1e-5, msg=lambda m, n=key: f"{n}: {m}"
+            )
 
 
 def test_nothing_leaves_but_what_the_manifest_lists(
@@ -151,16 +166,23 @@ def test_nothing_leaves_but_what_the_manifest_lists(
     path, loop = make()
     caplog.set_level("INFO", "fedvpa")
     serve(path, loop)
-    assert sum("what travels" in m for m in caplog.messages) == 5  # on both sides: the server, and four clients
+    # on both sides: the server, and four clients
+    assert sum("what travels" in m for m in caplog.messages) == 5
     manifest = json.loads((path.parent / "run" / "manifest.json").read_text())
-    up = sum(row["bytes"] for row in manifest if row["direction"] == "up" and row["when"] == "every round")
+    up = sum(
+        row["bytes"]
+        for row in manifest
+        if row["direction"] == "up" and row["when"] == "every round"
+    )
     for (_, kind), reply in zip(loop.asked, loop.sent):
         assert {n.partition("/")[0] for n in reply.tensors} <= set(REPLIES[kind])
         assert set(reply.header) <= {"ok", "name", "signature", "width", "round", "whitening"}
         if kind == "train":
             assert sum(v.numel() * v.element_size() for v in reply.tensors.values()) <= up
-            assert not any("posterior" in n or n == "size" for n in reply.tensors)  # sums are fitted, weights are uniform
-        if kind == "moments":  # one client's share of each start is one component: its latent goes into a sum
+            # sums are fitted, weights are uniform
+            assert not any("posterior" in n or n == "size" for n in reply.tensors)
+        # one client's share of each start is one component: its latent goes into a sum
+        if kind == "moments":
             assert reply.tensors["weight"].sum(-1).eq(1).all()
         words = json.dumps(reply.header)
         assert "please" not in words
@@ -195,10 +217,19 @@ SPOILT: dict[str, tuple[Change, str]] = {
     "NaN": (put("delta/reward.weight", lambda v: v * torch.nan), "holds NaN or Inf"),
     "Inf": (put("delta/reward.weight", lambda v: v + torch.inf), "holds NaN or Inf"),
     "shape": (put("delta/reward.weight", lambda v: v[:-1]), "has shape (5,), not (6,)"),
-    "type": (put("delta/reward.weight", lambda v: v.double()), "is torch.float64, not torch.float32"),
+    "type": (
+        put("delta/reward.weight", lambda v: v.double()),
+        "is torch.float64, not torch.float32",
+    ),
     "huge": (put("delta/reward.weight", lambda v: v + 1e9), "holds values beyond"),
-    "missing": (lambda t, h: t.__delitem__("delta/reward.weight"), "'delta/reward.weight' is missing"),
-    "more": (lambda t, h: t.__setitem__("delta/extra", torch.zeros(1)), "'delta/extra' is unexpected"),
+    "missing": (
+        lambda t, h: t.__delitem__("delta/reward.weight"),
+        "'delta/reward.weight' is missing",
+    ),
+    "more": (
+        lambda t, h: t.__setitem__("delta/extra", torch.zeros(1)),
+        "'delta/extra' is unexpected",
+    ),
     "an old round": (lambda t, h: h.__setitem__("round", h["round"] - 1), "but this is round"),
     "loss": (put("loss/loss", lambda v: v * torch.nan), "holds NaN or Inf"),
 }
@@ -222,7 +253,9 @@ def test_a_client_that_lies_about_its_pairs_does_not_outweigh_the_others(
     path, loop = make(training={"federation": TRAINING["federation"] | {"aggregation": "samples"}})
     loop.tamper = spoilt(put("size", lambda v: v * 1e4))
     serve(path, loop)
-    assert any("client 'client-1' says it holds" in m and "it counts as 55" in m for m in caplog.messages)
+    assert any(
+        "client 'client-1' says it holds" in m and "it counts as 55" in m for m in caplog.messages
+    )
     loop.tamper = spoilt(put("size", lambda v: v * 0))
     (path.parent / "run").rename(path.parent / "first")
     with pytest.raises(CohortError):
@@ -235,7 +268,9 @@ def test_a_spoilt_round_without_enough_replies_changes_nothing_and_can_be_resume
 ) -> None:
     path, loop = make()
     loop.tamper = spoilt(SPOILT["NaN"][0])
-    with pytest.raises(CohortError, match="3 usable replies after 2 attempts, 4 are needed; missing: client-1"):
+    with pytest.raises(
+        CohortError, match="3 usable replies after 2 attempts, 4 are needed; missing: client-1"
+    ):
         serve(path, loop)
     assert json.loads((path.parent / "run" / "status.json").read_text())["state"] == "failed"
     loop.tamper = lambda node, request, reply: reply
@@ -251,12 +286,19 @@ def test_a_spoilt_round_without_enough_replies_changes_nothing_and_can_be_resume
         torch.testing.assert_close(value, whole.params[key], atol=1e-6, rtol=0)
 
 
-def test_a_reply_that_is_lost_once_is_asked_for_again_and_counts_once(make: Callable[..., tuple[Path, Loop]]) -> None:
+def test_a_reply_that_is_lost_once_is_asked_for_again_and_counts_once(
+    make: Callable[..., tuple[Path, Loop]],
+) -> None:
     path, loop = make()
     lost = [0]
 
     def lose(node: int, request: Packet, reply: Packet) -> Packet | str:
-        if node == 102 and request.header["kind"] == "train" and request.header["round"] == 1 and not lost[0]:
+        if (
+            node == 102
+            and request.header["kind"] == "train"
+            and request.header["round"] == 1
+            and not lost[0]
+        ):
             lost[0] += 1
             return "no reply within 1 s"
         return reply
@@ -269,12 +311,15 @@ def test_a_reply_that_is_lost_once_is_asked_for_again_and_counts_once(make: Call
         torch.testing.assert_close(value, here.params[key], atol=1e-6, rtol=1e-5)
 
 
-def test_a_restarted_client_goes_on_from_its_own_state(make: Callable[..., tuple[Path, Loop]]) -> None:
+def test_a_restarted_client_goes_on_from_its_own_state(
+    make: Callable[..., tuple[Path, Loop]],
+) -> None:
     training = VARIANTS["gumbel weights over components"]
     path, loop = make(training=training)
 
     def restart(node: int, request: Packet, reply: Packet) -> Packet:
-        if node == 101 and request.header["kind"] == "train":  # killed after its answer, with nothing left in memory
+        # killed after its answer, with nothing left in memory
+        if node == 101 and request.header["kind"] == "train":
             old = loop.clients[101]
             loop.clients[101] = Client(old.settings, path.parent / "clients" / "client-1")
         return reply
@@ -287,7 +332,9 @@ def test_a_restarted_client_goes_on_from_its_own_state(make: Callable[..., tuple
 
 
 def test_a_full_disk_on_a_client_loses_nothing(
-    make: Callable[..., tuple[Path, Loop]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    make: Callable[..., tuple[Path, Loop]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     from fedvpa.flower import client as module
 
@@ -309,7 +356,9 @@ def test_a_full_disk_on_a_client_loses_nothing(
         torch.testing.assert_close(value, here.params[key], atol=1e-6, rtol=1e-5)
 
 
-def test_replayed_requests_and_unknown_ones_are_refused_by_the_client(make: Callable[..., tuple[Path, Loop]]) -> None:
+def test_replayed_requests_and_unknown_ones_are_refused_by_the_client(
+    make: Callable[..., tuple[Path, Loop]],
+) -> None:
     path, loop = make()
     requests = []
 
@@ -323,15 +372,22 @@ def test_replayed_requests_and_unknown_ones_are_refused_by_the_client(make: Call
     old = unpack(loop.clients[100].answer(pack(requests[0])))
     assert "a replayed request" in old.header["error"]
     assert not old.tensors
-    assert "unknown request" in unpack(loop.clients[100].answer(pack(Packet({"kind": "dump"}, {})))).header["error"]
+    assert (
+        "unknown request"
+        in unpack(loop.clients[100].answer(pack(Packet({"kind": "dump"}, {})))).header["error"]
+    )
     assert "not a fedvpa message" in unpack(loop.clients[100].answer(b"\x00" * 30)).header["error"]
 
 
-def test_who_is_not_a_client_is_refused(make: Callable[..., tuple[Path, Loop]], caplog: pytest.LogCaptureFixture) -> None:
+def test_who_is_not_a_client_is_refused(
+    make: Callable[..., tuple[Path, Loop]], caplog: pytest.LogCaptureFixture
+) -> None:
     path, loop = make()
     twin = loop.clients[100]
     loop.clients[200] = Client(twin.settings, path.parent / "clients" / "client-0")
-    loop.clients[201] = Client(ClientSettings(name="stranger", data="pairs.jsonl"), path.parent / "clients" / "client-0")
+    loop.clients[201] = Client(
+        ClientSettings(name="stranger", data="pairs.jsonl"), path.parent / "clients" / "client-0"
+    )
 
     def other_backbone(node: int, request: Packet, reply: Packet) -> Packet:
         return reply
@@ -343,7 +399,9 @@ def test_who_is_not_a_client_is_refused(make: Callable[..., tuple[Path, Loop]], 
     assert {n for n, kind in loop.asked if kind == "train"} == {100, 101, 102, 103}
 
 
-def test_secure_sums_give_the_same_and_the_server_sees_no_single_reply(make: Callable[..., tuple[Path, Loop]]) -> None:
+def test_secure_sums_give_the_same_and_the_server_sees_no_single_reply(
+    make: Callable[..., tuple[Path, Loop]],
+) -> None:
     path, loop = make(secure=True)
     serve(path, loop)
     there, here = state_of(path), simulated(path, loop)
@@ -352,7 +410,9 @@ def test_secure_sums_give_the_same_and_the_server_sees_no_single_reply(make: Cal
     assert all(not reply.tensors for reply in loop.sent)  # in the clear: greetings and thanks alone
 
 
-def test_a_federation_of_private_clients_sends_no_loss(make: Callable[..., tuple[Path, Loop]], pair_file: Path) -> None:
+def test_a_federation_of_private_clients_sends_no_loss(
+    make: Callable[..., tuple[Path, Loop]], pair_file: Path
+) -> None:
     private = {
         "data": {"public": str(pair_file / "kind" / "test.jsonl")},
         "privacy": {"enabled": True, "noise": 0.5, "fit_noise": 0.5},
@@ -368,7 +428,9 @@ def test_a_federation_of_private_clients_sends_no_loss(make: Callable[..., tuple
     assert [row["epsilon"] for row in history] == sorted(row["epsilon"] for row in history)
 
 
-def test_the_run_serves_a_user_like_any_other(make: Callable[..., tuple[Path, Loop]], pair_file: Path) -> None:
+def test_the_run_serves_a_user_like_any_other(
+    make: Callable[..., tuple[Path, Loop]], pair_file: Path
+) -> None:
     longer = {
         "prototypes": {"start_round": 6, "modes": 2},
         "federation": {"rounds": 8, "local_steps": 30, "learning_rate": 0.02},
@@ -395,12 +457,20 @@ def test_the_run_serves_a_user_like_any_other(make: Callable[..., tuple[Path, Lo
         ({"training": {"data": {"source": "x"}}}, "the data are the clients'"),
         ({"clients": ["a", "a"]}, "'a' is named twice"),
         ({"min_replies": 9}, "min_replies: 9, but there are 4 clients"),
-        ({"secure": True, "training": {"prior": {"kind": "peers"}}}, "secure: only sums over clients are known"),
+        (
+            {"secure": True, "training": {"prior": {"kind": "peers"}}},
+            "secure: only sums over clients are known",
+        ),
         ({"rounds": 3}, "rounds: unknown setting"),
-        ({"secure": True, "training": {"federation": {"aggregator": "median"}}}, "secure: only sums"),
+        (
+            {"secure": True, "training": {"federation": {"aggregator": "median"}}},
+            "secure: only sums",
+        ),
     ],
 )
-def test_bad_settings(change: dict[str, Any], message: str, make: Callable[..., tuple[Path, Loop]]) -> None:
+def test_bad_settings(
+    change: dict[str, Any], message: str, make: Callable[..., tuple[Path, Loop]]
+) -> None:
     path, loop = make()
     given = yaml.safe_load(path.read_text()) | change
     path.write_text(yaml.safe_dump(given))

@@ -1,4 +1,5 @@
-"""What must be equal: vectorised and sequential, one client and logistic regression, resumed and uninterrupted."""
+"""What must be equal: vectorised and sequential, one client and logistic regression, resumed and
+uninterrupted."""
 
 from __future__ import annotations
 
@@ -27,25 +28,33 @@ VARIANTS["fedvpa-gp"] = {"method": "fedvpa-gp", "prototypes": {"start_round": 2}
 VARIANTS["fedvpl+ortho"] = {"method": "fedvpl+ortho", "prototypes": {"start_round": 2}}
 VARIANTS["paper"] = {"method": "fedvpa-gp", "preset": "paper", "prototypes": {"modes": 2}}
 VARIANTS["peers, disjoint, film"] = {
-    "method": "fedvpl+mix", "prior": {"kind": "peers", "estimator": "hershey-olsen", "weights": "sample-size"},
-    "model": {"conditioning": "film", "reward_hidden": 5, "pooling": "attention"}, "federation": {"batch_size": 6},
+    "method": "fedvpl+mix", "prior": {"kind": "peers", "estimator": "hershey-olsen",
+    "weights": "sample-size"},
+    "model": {"conditioning": "film", "reward_hidden": 5, "pooling": "attention"},
+    "federation": {"batch_size": 6},
 }  # fmt: skip
 VARIANTS["fixed prototypes, concat, adam"] = {
     "method": "fedvpl+ortho", "prototypes": {"kind": "fixed", "modes": 2},
     "model": {"conditioning": "concat", "reward_hidden": 5, "pooling": "poe"},
-    "federation": {"server_optimiser": "adam", "server_learning_rate": 0.1, "aggregation": "samples"},
+    "federation": {"server_optimiser": "adam", "server_learning_rate": 0.1,
+    "aggregation": "samples"},
 }  # fmt: skip
 VARIANTS["sgd with momentum"] = {
     "method": "fedvpl", "objective": {"free_bits": 0.1, "kl_schedule": "cyclical", "samples": 3},
-    "federation": {"optimiser": "sgd", "momentum": 0.5, "server_optimiser": "momentum", "server_learning_rate": 0.5},
+    "federation": {"optimiser": "sgd", "momentum": 0.5, "server_optimiser": "momentum",
+    "server_learning_rate": 0.5},
 }  # fmt: skip
 
 
 def config_of(name: str, **federation: Any) -> Config:
-    return build_config(settings_for(VARIANTS[name]["method"], SMALL), VARIANTS[name], {"federation": federation})
+    return build_config(
+        settings_for(VARIANTS[name]["method"], SMALL), VARIANTS[name], {"federation": federation}
+    )
 
 
-def train(config: Config, store: ClientStore, state: ServerState | None = None, rounds: int | None = None) -> ServerState:
+def train(
+    config: Config, store: ClientStore, state: ServerState | None = None, rounds: int | None = None
+) -> ServerState:
     algorithm = build_algorithm(config, store)
     state = algorithm.init() if state is None else state
     while state.round < (rounds or config.federation.rounds):
@@ -59,7 +68,9 @@ def assert_states_close(first: ServerState, second: ServerState, tolerance: floa
     a, b = first.tensors(), second.tensors()
     assert a.keys() == b.keys()
     for name, value in a.items():
-        torch.testing.assert_close(value, b[name], atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            value, b[name], atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -101,22 +112,33 @@ def test_btl_of_one_client_is_centralised_logistic_regression() -> None:
     from sklearn.linear_model import LogisticRegression
 
     store = synthetic_store(clients=1, pairs=400, ragged=False)
-    noisy = store.difference * torch.where(torch.rand(400, 1, generator=torch.Generator().manual_seed(1)) < 0.25, -1.0, 1.0)
+    noisy = store.difference * torch.where(
+        torch.rand(400, 1, generator=torch.Generator().manual_seed(1)) < 0.25, -1.0, 1.0
+    )
     store = ClientStore(store.names, store.groups, noisy, None, store.order, store.offset)
-    config = config_of("fedavg-btl", rounds=60, local_steps=30, learning_rate=0.5, optimiser="sgd", cohort=1)
+    config = config_of(
+        "fedavg-btl", rounds=60, local_steps=30, learning_rate=0.5, optimiser="sgd", cohort=1
+    )
     weight = train(config, store).params["reward.weight"][0]
     x = noisy.numpy()
     oracle = LogisticRegression(C=1e6, fit_intercept=False, tol=1e-8, max_iter=1000)
     oracle.fit(np.concatenate([x, -x]), np.repeat([1, 0], 400))
-    torch.testing.assert_close(weight, torch.from_numpy(oracle.coef_[0]).float(), atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(
+        weight, torch.from_numpy(oracle.coef_[0]).float(), atol=2e-3, rtol=2e-3
+    )
 
 
 def test_peers_prior_of_one_standard_peer_equals_the_gaussian_prior() -> None:
-    """With the one peer's posterior at N(0, I) the mixture's KL is the closed form, so training is the same."""
+    """With the one peer's posterior at N(0, I) the mixture's KL is the closed form, so training
+    is the same."""
     store = synthetic_store(clients=2)
     mixed = build_algorithm(
         build_config(
-            SMALL, {"method": "fedvpl+mix", "prior": {"kind": "peers", "estimator": "hershey-olsen", "exclude_self": False}}
+            SMALL,
+            {
+                "method": "fedvpl+mix",
+                "prior": {"kind": "peers", "estimator": "hershey-olsen", "exclude_self": False},
+            },
         ),
         store,
     )
@@ -147,15 +169,21 @@ def test_nan_in_a_client_stops_the_round_and_names_it(method: str, backend: str)
 def test_uniform_and_sample_weights_differ_and_server_rate_scales_the_step() -> None:
     store = synthetic_store(pairs=9)
     uniform = train(config_of("fedavg-btl", rounds=1, cohort=0), store).params["reward.weight"]
-    by_size = train(config_of("fedavg-btl", rounds=1, cohort=0, aggregation="samples"), store).params["reward.weight"]
-    half = train(config_of("fedavg-btl", rounds=1, cohort=0, server_learning_rate=0.5), store).params["reward.weight"]
+    by_size = train(
+        config_of("fedavg-btl", rounds=1, cohort=0, aggregation="samples"), store
+    ).params["reward.weight"]
+    half = train(
+        config_of("fedavg-btl", rounds=1, cohort=0, server_learning_rate=0.5), store
+    ).params["reward.weight"]
     assert not torch.allclose(uniform, by_size)
     torch.testing.assert_close(half, uniform / 2)
 
 
 def test_prior_logits_stay_private_and_of_absent_peers_untouched() -> None:
     store = synthetic_store()
-    config = build_config(SMALL, {"method": "fedvpl+mix", "prior": {"kind": "peers"}, "federation": {"cohort": 3}})
+    config = build_config(
+        SMALL, {"method": "fedvpl+mix", "prior": {"kind": "peers"}, "federation": {"cohort": 3}}
+    )
     algorithm = build_algorithm(config, store)
     state = algorithm.init()
     for _ in range(3):
@@ -171,7 +199,9 @@ def test_prior_logits_stay_private_and_of_absent_peers_untouched() -> None:
 @pytest.mark.parametrize("start", [0, 1, 3])
 def test_anchors_are_fitted_once_and_then_stay(start: int) -> None:
     store = synthetic_store()
-    config = build_config(SMALL, {"method": "fedvpa-gp", "prototypes": {"start_round": start, "modes": 2}})
+    config = build_config(
+        SMALL, {"method": "fedvpa-gp", "prototypes": {"start_round": start, "modes": 2}}
+    )
     algorithm = build_algorithm(config, store)
     state, fitted = algorithm.init(), []
     for _ in range(4):
@@ -185,7 +215,9 @@ def test_anchors_are_fitted_once_and_then_stay(start: int) -> None:
         build_config(SMALL, {"method": "fedvpa-gp", "prototypes": {"start_round": 4}})
 
 
-def test_withheld_choices_are_not_trained_on_until_the_anchors_are_fitted_and_then_they_are() -> None:
+def test_withheld_choices_are_not_trained_on_until_the_anchors_are_fitted_and_then_they_are() -> (
+    None
+):
     config = build_config(SMALL, {"method": "fedvpa-gp", "prototypes": {"start_round": 2}})
     store = synthetic_store(clients=12, pairs=15)
     algorithm = build_algorithm(config, store)
@@ -198,7 +230,9 @@ def test_withheld_choices_are_not_trained_on_until_the_anchors_are_fitted_and_th
         mine = slice(int(store.offset[c]), int(store.offset[c + 1]))
         spoilt = pairs.difference[c][held[c]]
         hit = (store.difference[mine].unsqueeze(1) == spoilt).all(-1).any(-1)
-        other[mine] = torch.where(hit.unsqueeze(-1), -store.difference[mine], store.difference[mine])
+        other[mine] = torch.where(
+            hit.unsqueeze(-1), -store.difference[mine], store.difference[mine]
+        )
     changed = type(store)(store.names, store.groups, other, store.common, store.order, store.offset)
     states = [train(config, s, rounds=1) for s in (store, changed)]
     assert_states_close(*states, tolerance=0.0)
@@ -215,4 +249,5 @@ def test_the_number_of_anchors_is_found_from_the_clients_choices(groups: int) ->
         "federation": {"rounds": 9, "cohort": 0, "local_steps": 15},
     }
     config = build_config(SMALL, {"model": {"latent": 8, "encoder_hidden": ()}}, more)
-    assert groups <= train(config, store).population["weight"].numel() <= groups + 1  # too few would merge opposed tastes
+    # too few would merge opposed tastes
+    assert groups <= train(config, store).population["weight"].numel() <= groups + 1

@@ -19,10 +19,15 @@ from fedvpa.federated.draws import Episodes, local_draws
 from fedvpa.functional.gaussian import standard_kl_per_dimension
 from fedvpa.types import Message, PairBatch, PreferencePair
 
-plain = st.text(st.characters(codec="utf-8", exclude_characters="\r"), min_size=1, max_size=40).filter(lambda s: s.strip())
+plain = st.text(
+    st.characters(codec="utf-8", exclude_characters="\r"), min_size=1, max_size=40
+).filter(lambda s: s.strip())
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "x"]), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "x"]), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 
@@ -39,12 +44,18 @@ def test_an_explicit_prompt_comes_back_as_it_was(prompt: str, a: str, b: str) ->
             parse_record(record, "f:1")
         return
     found = parse_record(record, "f:1")
-    assert (found.prompt, found.chosen, found.rejected) == ((Message("user", prompt.strip()),), a.strip(), b.strip())
+    assert (found.prompt, found.chosen, found.rejected) == (
+        (Message("user", prompt.strip()),),
+        a.strip(),
+        b.strip(),
+    )
     assert found.content_key() == found.reversed().content_key()
     assert found.chosen_is_first() != found.reversed().chosen_is_first()
 
 
-@given(st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected", "client_id", "group"]), values))
+@given(
+    st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected", "client_id", "group"]), values)
+)
 def test_any_record_is_parsed_or_refused_and_nothing_else(record: dict[str, object]) -> None:
     try:
         found = parse_record(record, "f:1")
@@ -86,9 +97,17 @@ def test_a_thousand_broken_files_are_refused_or_read_and_never_crash(tmp_path: P
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(2, 60), st.integers(1, 8), st.sampled_from(["group", "dirichlet", "mixed"]), st.integers(0, 5))
+@given(
+    st.integers(2, 60),
+    st.integers(1, 8),
+    st.sampled_from(["group", "dirichlet", "mixed"]),
+    st.integers(0, 5),
+)
 def test_partitions_lose_and_repeat_nothing(count: int, clients: int, kind: str, seed: int) -> None:
-    pairs = [PreferencePair((Message("user", f"q{i}"),), "a", "b", None, "xyz"[i % 3], f"f:{i}") for i in range(count)]
+    pairs = [
+        PreferencePair((Message("user", f"q{i}"),), "a", "b", None, "xyz"[i % 3], f"f:{i}")
+        for i in range(count)
+    ]
     try:
         parts = Partitioner(clients, kind)(pairs, seed)
     except BadInputError:
@@ -101,11 +120,20 @@ def test_partitions_lose_and_repeat_nothing(count: int, clients: int, kind: str,
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(0, 10), st.floats(0.1, 0.9), st.integers(0, 3))
-def test_context_and_target_are_disjoint_real_pairs(sizes: list[int], batch: int, share: float, seed: int) -> None:
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    st.integers(0, 10),
+    st.floats(0.1, 0.9),
+    st.integers(0, 3),
+)
+def test_context_and_target_are_disjoint_real_pairs(
+    sizes: list[int], batch: int, share: float, seed: int
+) -> None:
     width = max(sizes)
     mask = torch.arange(width) < torch.tensor(sizes).unsqueeze(-1)
-    x = torch.arange(len(sizes) * width, dtype=torch.float32).view(len(sizes), width, 1) * mask.unsqueeze(-1)
+    x = torch.arange(len(sizes) * width, dtype=torch.float32).view(
+        len(sizes), width, 1
+    ) * mask.unsqueeze(-1)
     names = [f"c{i}" for i in range(len(sizes))]
     draws = local_draws(seed, 0, names, torch.tensor(sizes), 3, 1, 2, 0)
     episodes = Episodes(PairBatch(x, None, mask.float(), mask), draws.order, batch, share)
@@ -122,6 +150,9 @@ def test_context_and_target_are_disjoint_real_pairs(sizes: list[int], batch: int
     assert torch.equal(alone.latent[:, :, 0], draws.latent[:, :, 0])
 
 
-@given(st.lists(st.floats(-20, 20), min_size=2, max_size=2), st.lists(st.floats(-7, 7), min_size=2, max_size=2))
+@given(
+    st.lists(st.floats(-20, 20), min_size=2, max_size=2),
+    st.lists(st.floats(-7, 7), min_size=2, max_size=2),
+)
 def test_kl_is_never_negative(mean: list[float], log_var: list[float]) -> None:
     assert (standard_kl_per_dimension(torch.tensor(mean), torch.tensor(log_var)) >= -1e-6).all()

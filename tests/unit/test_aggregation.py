@@ -17,7 +17,9 @@ START = {"a": torch.zeros(3, 2), "b": torch.zeros(4)}
 
 def updates(clients: int, attackers: int = 0, size: float = 100.0) -> dict[str, torch.Tensor]:
     generator = stream(0, "updates")
-    out = {n: 1.0 + 0.1 * torch.randn(clients, *v.shape, generator=generator) for n, v in START.items()}
+    out = {
+        n: 1.0 + 0.1 * torch.randn(clients, *v.shape, generator=generator) for n, v in START.items()
+    }
     for value in out.values():
         value[:attackers] = -size
     return out
@@ -25,7 +27,10 @@ def updates(clients: int, attackers: int = 0, size: float = 100.0) -> dict[str, 
 
 def test_trimmed_mean_and_median_are_those_of_the_textbook() -> None:
     trained = updates(11)
-    for kind, reference in (("trimmed-mean", lambda x: trim_mean(x, 0.2, axis=0)), ("median", lambda x: np.median(x, axis=0))):
+    for kind, reference in (
+        ("trimmed-mean", lambda x: trim_mean(x, 0.2, axis=0)),
+        ("median", lambda x: np.median(x, axis=0)),
+    ):
         robust = RobustMean(kind, 0.2)  # type: ignore[arg-type]
         for part in torch.arange(11).split(4):  # in chunks, as they arrive
             robust.add(START, {n: v[part] for n, v in trained.items()}, torch.ones(len(part)))
@@ -34,7 +39,9 @@ def test_trimmed_mean_and_median_are_those_of_the_textbook() -> None:
 
 
 @pytest.mark.parametrize("kind", ["trimmed-mean", "median", "krum"])
-def test_a_share_of_attackers_does_not_carry_the_mean_away(kind: Literal["trimmed-mean", "median", "krum"]) -> None:
+def test_a_share_of_attackers_does_not_carry_the_mean_away(
+    kind: Literal["trimmed-mean", "median", "krum"],
+) -> None:
     trained, weight = updates(20, attackers=4), torch.ones(20)
     plain, robust = WeightedMean(), RobustMean(kind, 0.2)
     plain.add(START, trained, weight)
@@ -49,7 +56,8 @@ def test_norm_bounding_limits_one_client() -> None:
     mean = WeightedMean(max_norm=3.0)
     mean.add(START, trained, torch.ones(10))
     for value in mean.mean().values():
-        torch.testing.assert_close(value, 0.76 * torch.ones_like(value), atol=0.1, rtol=0)  # 9 x 0.95 - 0.95, over 10
+        # 9 x 0.95 - 0.95, over 10
+        torch.testing.assert_close(value, 0.76 * torch.ones_like(value), atol=0.1, rtol=0)
 
 
 def test_krum_keeps_those_near_each_other_and_few_clients_are_all_kept() -> None:

@@ -1,4 +1,5 @@
-"""The policy: z off is the base model, a zero shift is TRL's DPO step for step, padding changes nothing, files come back."""
+"""The policy: z off is the base model, a zero shift is TRL's DPO step for step, padding changes
+nothing, files come back."""
 
 from __future__ import annotations
 
@@ -44,17 +45,27 @@ from fedvpa.types import Message
 
 FORMS = ("gate", "prefix", "shift")
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-PROMPTS = [(Message("user", "is tea good"),), (Message("user", "please help a friend ask"),), (Message("user", "stop"),)]
+PROMPTS = [
+    (Message("user", "is tea good"),),
+    (Message("user", "please help a friend ask"),),
+    (Message("user", "stop"),),
+]
 
 
 def card_of(form: str = "gate") -> PolicyCard:
-    return PolicyCard("", "", form, {"a": [1.0, 0.0], "b": [-1.0, 1.0]}, [0.0, 0.5], [0.0, 0.5], 2.0, "run")  # type: ignore[arg-type]
+    return PolicyCard(
+        "", "", form, {"a": [1.0, 0.0], "b": [-1.0, 1.0]}, [0.0, 0.5], [0.0, 0.5], 2.0, "run"
+    )  # type: ignore[arg-type]
 
 
 def policy_of(folder: Path, form: str = "gate", loud: float = 0.0) -> Policy:
-    """A policy on the tiny model; `loud` makes adapter and conditioner far from what they start as."""
+    """A policy on the tiny model; `loud` makes adapter and conditioner far from what they start
+    as."""
     torch.manual_seed(0)
-    base, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    base, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
     conditioner = new_conditioner(card_of(form), base, tokenizer, 4, 3)
     model = get_peft_model(base, LORA)
     attach(model, conditioner)
@@ -74,17 +85,25 @@ def test_without_z_the_policy_is_the_base_model(form: str, tiny_model: Path) -> 
     with torch.no_grad(), policy.model.disable_adapter():
         assert torch.equal(policy.model(input_ids=ids).logits, base(input_ids=ids).logits)
     greedy = Sampling(8, 0.0)
-    expected = base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+    expected = base.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False
+    )[0, ids.shape[1] :]
     text = policy.tokenizer.decode(expected, skip_special_tokens=True).strip()
     assert policy.respond(PROMPTS[1], None, greedy) == text
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_generation_under_z_follows_the_trained_forward_and_ignores_padding(form: str, tiny_model: Path) -> None:
+def test_generation_under_z_follows_the_trained_forward_and_ignores_padding(
+    form: str, tiny_model: Path
+) -> None:
     policy = policy_of(tiny_model, form, loud=0.5)
     z = torch.tensor([[1.0, 0.0], [-1.0, 1.0], [0.3, 0.3]])
     greedy = Sampling(6, 0.0, batch=3)
-    together = {i: t for batch in policy.sample(PROMPTS, z, greedy, 0) for i, t in zip(batch.rows, batch.texts)}
+    together = {
+        i: t
+        for batch in policy.sample(PROMPTS, z, greedy, 0)
+        for i, t in zip(batch.rows, batch.texts)
+    }
     for i, prompt in enumerate(PROMPTS):
         assert policy.respond(prompt, z[i], greedy) == together[i]
         ids = policy.prompt_ids(prompt)
@@ -102,15 +121,23 @@ def test_generation_under_z_follows_the_trained_forward_and_ignores_padding(form
 def test_a_draw_is_one_of_the_nucleus_with_its_probability() -> None:
     torch.manual_seed(0)
     logits = torch.randn(400) * 2
-    narrow, wide = logits.clone(), logits * 0.05  # the nucleus of the second lies beyond the tokens that are looked at first
+    # the nucleus of the second lies beyond the tokens that are looked at first
+    narrow, wide = logits.clone(), logits * 0.05
     for scores, temperature, top_p in ((narrow, 0.7, 0.9), (wide, 1.0, 0.9), (narrow, 1.5, 1.0)):
         drawn = draw_from_nucleus(scores.expand(40_000, -1), temperature, top_p)
         probability, order = (scores / temperature).softmax(-1).sort(descending=True)
         kept = probability.cumsum(-1) - probability < top_p
-        expected = torch.zeros(400).scatter(0, order, probability * kept / (probability * kept).sum())
+        expected = torch.zeros(400).scatter(
+            0, order, probability * kept / (probability * kept).sum()
+        )
         found = torch.bincount(drawn, minlength=400) / len(drawn)
         assert found[expected == 0].sum() == 0
-        assert float(((found - expected).square() / expected.clamp_min(1e-12))[expected > 0].sum()) * 40_000 < 520  # chi-square
+        # chi-square
+        assert (
+            float(((found - expected).square() / expected.clamp_min(1e-12))[expected > 0].sum())
+            * 40_000
+            < 520
+        )
     assert int((wide.softmax(-1).sort(descending=True).values.cumsum(-1) < 0.9).sum()) > 256
     assert draw_from_nucleus(logits[None], 0.0, 0.9) == logits.argmax()
 
@@ -120,8 +147,13 @@ def test_rows_that_end_early_change_nothing_for_the_others(form: str, tiny_model
     policy = policy_of(tiny_model, form, loud=0.5)
     prompts, z = PROMPTS * 4, torch.randn(12, 2, generator=torch.Generator().manual_seed(1))
     said = [policy.respond(p, row, Sampling(12, 0.0)).split() for p, row in zip(prompts, z)]
-    ends = {word: {text.index(word) if word in text else 12 for text in said} for text in said for word in text}
-    varied = max(ends, key=lambda word: len(ends[word]))  # the word that rows come to after different times
+    ends = {
+        word: {text.index(word) if word in text else 12 for text in said}
+        for text in said
+        for word in text
+    }
+    # the word that rows come to after different times
+    varied = max(ends, key=lambda word: len(ends[word]))
     policy.stops = [policy.tokenizer.convert_tokens_to_ids(varied)]
     alone = [policy.respond(p, row, Sampling(12, 0.0)) for p, row in zip(prompts, z)]
     [batch] = policy.sample(prompts, z, Sampling(12, 0.0, batch=12), 0)
@@ -131,7 +163,12 @@ def test_rows_that_end_early_change_nothing_for_the_others(form: str, tiny_model
 
 def test_a_response_that_the_limit_ended_is_trained_without_an_end() -> None:
     collator = PreferenceCollator(pad_token_id=0, stops=(9,))
-    rows = {"prompt_ids": [1, 2], "chosen_ids": [3, 4, 9, 5], "rejected_ids": [6, 9, 5], "preference": [0.5]}
+    rows = {
+        "prompt_ids": [1, 2],
+        "chosen_ids": [3, 4, 9, 5],
+        "rejected_ids": [6, 9, 5],
+        "preference": [0.5],
+    }
     whole = collator([rows])
     assert whole["input_ids"].tolist() == [[1, 2, 3, 4, 9, 5], [1, 2, 6, 9, 5, 0]]
     cut = collator([rows | {"chosen_ended": False, "rejected_ended": True}])
@@ -142,7 +179,10 @@ def test_a_response_that_the_limit_ended_is_trained_without_an_end() -> None:
 def test_soft_tokens_are_attended_to_and_never_predicted() -> None:
     conditioner = PreferenceConditioner.soft_tokens(torch.zeros(2), 1.0, torch.ones(5), 0.1, 3, 0)
     out = conditioner.embed(
-        torch.ones(2, 2), torch.zeros(2, 4, 5), torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]), torch.arange(8).view(2, 4)
+        torch.ones(2, 2),
+        torch.zeros(2, 4, 5),
+        torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]),
+        torch.arange(8).view(2, 4),
     )
     assert out["inputs_embeds"].shape == (2, 7, 5)
     assert out["attention_mask"].tolist() == [[1, 1, 1, 0, 1, 1, 1], [1] * 7]
@@ -158,7 +198,9 @@ def test_gates_start_shared_and_opposite_and_are_plain_lora_where_nothing_differ
     assert torch.allclose(gates[0, :3], -gates[1, :3], atol=1e-5)
     assert torch.allclose(gates[2, :3], torch.zeros(3), atol=1e-5)
     assert torch.equal(gates[:, 3:], torch.ones(3, 3))
-    three = PreferenceConditioner.gates(torch.zeros(4), 1.0, torch.eye(4)[:3], 8)(torch.eye(4)[:3]).squeeze(1)
+    three = PreferenceConditioner.gates(torch.zeros(4), 1.0, torch.eye(4)[:3], 8)(
+        torch.eye(4)[:3]
+    ).squeeze(1)
     assert torch.linalg.matrix_rank(three[:, :4] - three[:, :4].mean(0), rtol=1e-4) == 2
     assert torch.allclose(three[:, :4].square().mean(0), torch.ones(4), atol=1e-5)
     one = PreferenceConditioner.gates(torch.zeros(2), 1.0, torch.ones(1, 2), 4)
@@ -180,24 +222,37 @@ def pairs() -> list[dict[str, Any]]:
 
 def arguments(out: Path, **more: Any) -> DPOConfig:
     return DPOConfig(
-        output_dir=str(out), per_device_train_batch_size=4, num_train_epochs=2, learning_rate=2e-3, logging_steps=1, seed=3,
-        precompute_ref_log_probs=True, report_to=[], disable_tqdm=True, use_cpu=True, bf16=False, save_strategy="no",
+        output_dir=str(out), per_device_train_batch_size=4, num_train_epochs=2, learning_rate=2e-3,
+        logging_steps=1, seed=3,
+        precompute_ref_log_probs=True, report_to=[], disable_tqdm=True, use_cpu=True, bf16=False,
+        save_strategy="no",
         gradient_checkpointing=False, max_length=None, **more,
     )  # fmt: skip
 
 
-def trained(tiny_model: Path, out: Path, conditioner: PreferenceConditioner | None, **more: Any) -> Any:
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+def trained(
+    tiny_model: Path, out: Path, conditioner: PreferenceConditioner | None, **more: Any
+) -> Any:
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tiny_model),
+        AutoTokenizer.from_pretrained(tiny_model),
+    )
     data = Dataset.from_list(pairs())
     if conditioner is None:
         data = data.remove_columns("preference")
         trainer: Any = DPOTrainer(
-            model=model, args=arguments(out), processing_class=tokenizer, train_dataset=data, peft_config=LORA
+            model=model,
+            args=arguments(out),
+            processing_class=tokenizer,
+            train_dataset=data,
+            peft_config=LORA,
         )
     else:
         trainer = ConditionalDPOTrainer(
-            model=model, args=arguments(out, **more), processing_class=tokenizer, train_dataset=data, peft_config=LORA,
-            data_collator=PreferenceCollator(pad_token_id=tokenizer.pad_token_id), conditioner=conditioner,
+            model=model, args=arguments(out, **more), processing_class=tokenizer,
+            train_dataset=data, peft_config=LORA,
+            data_collator=PreferenceCollator(pad_token_id=tokenizer.pad_token_id),
+            conditioner=conditioner,
         )  # fmt: skip
     trainer.train()
     return trainer
@@ -215,7 +270,13 @@ def test_gradient_checkpointing_changes_no_gradient(form: str, tiny_model: Path)
         ids = torch.tensor([policy.prompt_ids(PROMPTS[1])]).repeat(2, 1)
         z = torch.tensor([[1.0, 0.0], [-1.0, 1.0]])
         policy.model(input_ids=ids, preference=z).logits.log_softmax(-1)[:, -1, 5].sum().backward()
-        found.append({name: p.grad.clone() for name, p in policy.model.named_parameters() if p.grad is not None})
+        found.append(
+            {
+                name: p.grad.clone()
+                for name, p in policy.model.named_parameters()
+                if p.grad is not None
+            }
+        )
     assert found[0].keys() == found[1].keys()
     assert "conditioner.weight" in found[0]
     for name, gradient in found[0].items():
@@ -223,14 +284,22 @@ def test_gradient_checkpointing_changes_no_gradient(form: str, tiny_model: Path)
 
 
 @pytest.mark.parametrize("form", ["gate", "shift"])
-def test_a_frozen_zero_shift_or_gates_of_one_are_trl_dpo_step_for_step(form: str, tiny_model: Path, tmp_path: Path) -> None:
-    base, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+def test_a_frozen_zero_shift_or_gates_of_one_are_trl_dpo_step_for_step(
+    form: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    base, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tiny_model),
+        AutoTokenizer.from_pretrained(tiny_model),
+    )
     conditioner = new_conditioner(card_of(form), base, tokenizer, 4, 3)
     conditioner.requires_grad_(False)
     if form == "gate":
         conditioner.weight.zero_()
         conditioner.start.fill_(1.0)
-    ours, theirs = trained(tiny_model, tmp_path / "a", conditioner), trained(tiny_model, tmp_path / "b", None)
+    ours, theirs = (
+        trained(tiny_model, tmp_path / "a", conditioner),
+        trained(tiny_model, tmp_path / "b", None),
+    )
     losses = [[row["loss"] for row in t.state.log_history if "loss" in row] for t in (ours, theirs)]
     assert len(losses[0]) == 6
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
@@ -241,8 +310,13 @@ def test_a_frozen_zero_shift_or_gates_of_one_are_trl_dpo_step_for_step(form: str
         torch.testing.assert_close(a, b, msg=name)
 
 
-def test_conditional_dpo_learns_opposite_preferences_and_the_reference_is_the_base(tiny_model: Path, tmp_path: Path) -> None:
-    base, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+def test_conditional_dpo_learns_opposite_preferences_and_the_reference_is_the_base(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    base, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tiny_model),
+        AutoTokenizer.from_pretrained(tiny_model),
+    )
     conditioner = new_conditioner(card_of(), base, tokenizer, 4, 3)
     before = conditioner.weight.detach().clone()
     trainer = trained(tiny_model, tmp_path / "run", conditioner)
@@ -259,13 +333,18 @@ def test_conditional_dpo_learns_opposite_preferences_and_the_reference_is_the_ba
 
 
 def test_the_reference_must_be_computed_beforehand(tiny_model: Path, tmp_path: Path) -> None:
-    base, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    base, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tiny_model),
+        AutoTokenizer.from_pretrained(tiny_model),
+    )
     given = arguments(tmp_path)
     given.precompute_ref_log_probs = False
     with pytest.raises(ValueError, match="precompute_ref_log_probs"):
         ConditionalDPOTrainer(
-            model=base, args=given, processing_class=tokenizer, train_dataset=Dataset.from_list(pairs()), peft_config=LORA,
-            data_collator=PreferenceCollator(pad_token_id=0), conditioner=new_conditioner(card_of(), base, tokenizer, 4, 3),
+            model=base, args=given, processing_class=tokenizer,
+            train_dataset=Dataset.from_list(pairs()), peft_config=LORA,
+            data_collator=PreferenceCollator(pad_token_id=0), conditioner=new_conditioner(card_of(),
+            base, tokenizer, 4, 3),
         )  # fmt: skip
 
 
@@ -310,7 +389,8 @@ def test_prompts_are_read_checked_and_counted(tmp_path: Path) -> None:
         grouped.balanced(2, 0)
     rows = tmp_path / "p.jsonl"
     rows.write_text(
-        '{"prompt": "hello"}\n{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+        '{"prompt": "hello"}\n{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant",'
+        ' "content": "b"}]}\n'
     )
     with pytest.raises(BadInputError):
         read_prompts(str(tmp_path / "none.txt"), None, 10, lambda _: 1)
@@ -320,7 +400,9 @@ def test_prompts_are_read_checked_and_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_an_exported_policy_gives_the_same_tokens_in_plain_transformers(form: str, tiny_model: Path, tmp_path: Path) -> None:
+def test_an_exported_policy_gives_the_same_tokens_in_plain_transformers(
+    form: str, tiny_model: Path, tmp_path: Path
+) -> None:
     z, greedy = torch.tensor([1.0, -0.5]), Sampling(8, 0.0)
     policy = policy_of(tiny_model, form, loud=0.5)
     expected = [policy.respond(prompt, z, greedy) for prompt in PROMPTS]
@@ -330,8 +412,12 @@ def test_an_exported_policy_gives_the_same_tokens_in_plain_transformers(form: st
     found = []
     for prompt in PROMPTS:
         turns = [{"role": m.role, "content": m.content} for m in prompt]
-        inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-        tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        inputs = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)[
+            0, inputs["input_ids"].shape[1] :
+        ]
         found.append(tokenizer.decode(tokens, skip_special_tokens=True).strip())
     assert found == expected
     assert any(found)
@@ -340,7 +426,9 @@ def test_an_exported_policy_gives_the_same_tokens_in_plain_transformers(form: st
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_an_exported_adapter_gives_the_same_tokens_in_plain_peft(form: str, tiny_model: Path, tmp_path: Path) -> None:
+def test_an_exported_adapter_gives_the_same_tokens_in_plain_peft(
+    form: str, tiny_model: Path, tmp_path: Path
+) -> None:
     z, greedy = torch.tensor([1.0, -0.5]), Sampling(8, 0.0)
     policy = policy_of(tiny_model, form, loud=0.5)
     expected = [policy.respond(prompt, z, greedy) for prompt in PROMPTS]
@@ -349,7 +437,9 @@ def test_an_exported_adapter_gives_the_same_tokens_in_plain_peft(form: str, tiny
     code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
     found = []
     for prompt in PROMPTS:
-        given = code.replace('"."', repr(str(out))).replace("How do I plan a week's meals?", prompt[0].content)
+        given = code.replace('"."', repr(str(out))).replace(
+            "How do I plan a week's meals?", prompt[0].content
+        )
         given = given.replace("max_new_tokens=256", "max_new_tokens=8, do_sample=False")
         said = io.StringIO()
         with redirect_stdout(said):
@@ -368,7 +458,9 @@ def test_a_response_that_was_cut_off_ends_with_a_whole_sentence() -> None:
     assert whole_sentences("no end at 3.5 of it") == "no end at 3.5 of it"
 
 
-def test_only_responses_that_the_limit_ended_are_cut(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_responses_that_the_limit_ended_are_cut(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     policy = policy_of(tiny_model)
     stop = policy.stops[0]
     plain = next(i for i in range(50) if i not in policy.stops)
@@ -388,7 +480,10 @@ def test_federated_averaging_weighs_clients_by_their_pairs(tmp_path: Path) -> No
             save_file({"w": torch.full((2,), value)}, tmp_path / name / file)
     _average([tmp_path / "a", tmp_path / "b"], [3, 1], tmp_path / "mean")
     assert load_file(tmp_path / "mean/conditioner.safetensors")["w"].tolist() == [2.0, 2.0]
-    assert load_file(tmp_path / "mean/adapter/adapter_model.safetensors")["w"].tolist() == [2.0, 2.0]
+    assert load_file(tmp_path / "mean/adapter/adapter_model.safetensors")["w"].tolist() == [
+        2.0,
+        2.0,
+    ]
 
 
 def test_styles_are_system_prompts_and_stand_behind_a_prompts_own(tmp_path: Path) -> None:
@@ -407,9 +502,15 @@ def test_styles_are_system_prompts_and_stand_behind_a_prompts_own(tmp_path: Path
 
 
 def test_opposite_preferences_on_a_prompt_are_trained_on_side_by_side() -> None:
-    rows = [{"prompt": [{"role": "user", "content": p}], "preference": [z]} for z in (1.0, -1.0) for p in "abcd"]
+    rows = [
+        {"prompt": [{"role": "user", "content": p}], "preference": [z]}
+        for z in (1.0, -1.0)
+        for p in "abcd"
+    ]
     ordered = by_prompt(rows, 0)
-    assert [ordered[i]["prompt"] for i in range(0, 8, 2)] == [ordered[i]["prompt"] for i in range(1, 8, 2)]
+    assert [ordered[i]["prompt"] for i in range(0, 8, 2)] == [
+        ordered[i]["prompt"] for i in range(1, 8, 2)
+    ]
     assert sorted(str(r) for r in ordered) == sorted(str(r) for r in rows)
     assert by_prompt(rows, 0) == ordered != by_prompt(rows, 1)
 
@@ -430,7 +531,10 @@ def test_what_the_limit_cut_off_may_be_rejected_but_not_chosen(ended_only: bool)
     drawn = [[Candidate("x" * n, n < 4) for n in (1, 2, 3, 4, 5, 6)]]
     z = {"long": torch.ones(1, 1), "short": -torch.ones(1, 1)}
     rows, counts = choose(_Longest(), prompts, dict.fromkeys(z, drawn), z, 0.1, 2, ended_only)
-    pairs = {(r["preference"][0] > 0, len(r["chosen"][0]["content"]), len(r["rejected"][0]["content"])) for r in rows}
+    pairs = {
+        (r["preference"][0] > 0, len(r["chosen"][0]["content"]), len(r["rejected"][0]["content"]))
+        for r in rows
+    }
     short = {(False, 1, 6), (False, 2, 5)}
     # the second best that ended is no longer than the second worst: nothing to be learned from it
     assert pairs == short | ({(True, 3, 1)} if ended_only else {(True, 6, 1), (True, 5, 2)})

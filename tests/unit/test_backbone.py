@@ -20,7 +20,10 @@ TAPS = [Tap(2, "last"), Tap(3, "mean")]
 
 
 def items(count: int) -> list[Item]:
-    prompts = [tuple(Message("user", " ".join(WORDS[: 1 + (i // 2) % 9])) for _ in range(1)) for i in range(count)]
+    prompts = [
+        tuple(Message("user", " ".join(WORDS[: 1 + (i // 2) % 9])) for _ in range(1))
+        for i in range(count)
+    ]
     return [Item(prompts[i], " ".join(WORDS[i % 7 : i % 7 + 1 + i % 5])) for i in range(count)]
 
 
@@ -35,10 +38,14 @@ def test_neighbours_and_padding_change_nothing(backbone: Backbone) -> None:
     alone = torch.cat([backbone.encode([item], TAPS, token_budget=1) for item in texts])
     assert backbone.packed
     torch.testing.assert_close(together, alone, atol=2e-5, rtol=1e-4)
-    torch.testing.assert_close(backbone.encode(texts[::-1], TAPS).flip(0), together, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        backbone.encode(texts[::-1], TAPS).flip(0), together, atol=2e-5, rtol=1e-4
+    )
 
 
-def test_one_prompt_read_for_many_responses_is_the_same_as_reading_it_for_each(backbone: Backbone) -> None:
+def test_one_prompt_read_for_many_responses_is_the_same_as_reading_it_for_each(
+    backbone: Backbone,
+) -> None:
     texts = items(24)
     packed = backbone.encode(texts, TAPS)
     backbone.packed = False
@@ -50,7 +57,9 @@ def test_one_prompt_read_for_many_responses_is_the_same_as_reading_it_for_each(b
     assert (packed[0] - packed[1]).abs().max() > 0.01
 
 
-def test_features_are_the_hidden_states_of_transformers(backbone: Backbone, tiny_model: Path) -> None:
+def test_features_are_the_hidden_states_of_transformers(
+    backbone: Backbone, tiny_model: Path
+) -> None:
     from transformers import AutoModelForCausalLM
 
     item = items(3)[2]
@@ -64,7 +73,9 @@ def test_features_are_the_hidden_states_of_transformers(backbone: Backbone, tiny
 
 
 def test_long_prompts_lose_their_beginning_and_long_responses_their_end(tiny_model: Path) -> None:
-    short = Backbone(str(tiny_model), max_prompt_tokens=4, max_response_tokens=3, dtype=torch.float32)
+    short = Backbone(
+        str(tiny_model), max_prompt_tokens=4, max_response_tokens=3, dtype=torch.float32
+    )
     prompt = short.prompt_ids((Message("user", "tea is good"),))
     assert prompt == Backbone(str(tiny_model)).prompt_ids((Message("user", "tea is good"),))[-4:]
     response = short.response_ids("a b c d e")
@@ -79,7 +90,9 @@ def test_unknown_backbones_and_layers_are_refused(tiny_model: Path, backbone: Ba
         Backbone("no-such-model")
 
 
-def test_cache_computes_each_text_once_and_tells_settings_apart(tiny_model: Path, tmp_path: Path) -> None:
+def test_cache_computes_each_text_once_and_tells_settings_apart(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     settings = FeaturesConfig(backbone=str(tiny_model), layer=2, pooling="last", dtype="float32")
     texts = items(8)
     first, _, signature, computed = FeatureCache(settings, tmp_path / "f.sqlite").items(texts)
@@ -101,11 +114,15 @@ def test_cache_computes_each_text_once_and_tells_settings_apart(tiny_model: Path
 
 def fill(folder: str, path: str) -> None:
     torch.set_num_threads(1)
-    FeatureCache(FeaturesConfig(backbone=folder, layer=2, dtype="float32"), Path(path)).items(items(40))
+    FeatureCache(FeaturesConfig(backbone=folder, layer=2, dtype="float32"), Path(path)).items(
+        items(40)
+    )
 
 
 @pytest.mark.slow
-def test_two_processes_share_a_cache_and_a_killed_one_harms_nothing(tiny_model: Path, tmp_path: Path) -> None:
+def test_two_processes_share_a_cache_and_a_killed_one_harms_nothing(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "f.sqlite"
     context = multiprocessing.get_context("spawn")
     both = [context.Process(target=fill, args=(str(tiny_model), str(path))) for _ in range(3)]
@@ -116,13 +133,16 @@ def test_two_processes_share_a_cache_and_a_killed_one_harms_nothing(tiny_model: 
     for process in both[:2]:
         process.join()
         assert process.exitcode == 0
-    values, _, _, computed = FeatureCache(FeaturesConfig(backbone=str(tiny_model), layer=2, dtype="float32"), path).items(
-        items(40)
-    )
+    values, _, _, computed = FeatureCache(
+        FeaturesConfig(backbone=str(tiny_model), layer=2, dtype="float32"), path
+    ).items(items(40))
     assert computed == 0
     assert values.isfinite().all()
 
 
 def test_a_policy_s_base_model_has_one_name_in_every_number_type(tiny_model: Path) -> None:
-    names = {load_causal_model(str(tiny_model), dtype, "cpu").revision for dtype in (torch.float32, torch.bfloat16)}
+    names = {
+        load_causal_model(str(tiny_model), dtype, "cpu").revision
+        for dtype in (torch.float32, torch.bfloat16)
+    }
     assert len(names) == 1

@@ -1,4 +1,5 @@
-"""Components fitted from sums: the same as from everybody's latents, and nothing but sums is asked for."""
+"""Components fitted from sums: the same as from everybody's latents, and nothing but sums is asked
+for."""
 
 from __future__ import annotations
 
@@ -21,10 +22,14 @@ from fedvpa.federated.draws import stream
 from fedvpa.federated.population import fit_population
 
 
-def groups(count: int, each: int, latent: int = 5, spread: float = 0.3) -> tuple[torch.Tensor, torch.Tensor]:
+def groups(
+    count: int, each: int, latent: int = 5, spread: float = 0.3
+) -> tuple[torch.Tensor, torch.Tensor]:
     generator = stream(0, "groups", count)
     centre = 2.5 * torch.randn(count, latent, generator=generator)
-    mean = centre.repeat_interleave(each, 0) + spread * torch.randn(count * each, latent, generator=generator)
+    mean = centre.repeat_interleave(each, 0) + spread * torch.randn(
+        count * each, latent, generator=generator
+    )
     return mean, torch.rand(count * each, latent, generator=generator) + 0.1
 
 
@@ -38,9 +43,9 @@ def test_fit_from_sums_equals_k_means_on_the_latents(count: int) -> None:
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a[order], b[other], atol=1e-4, rtol=1e-3)
     inertia = KMeans(count, n_init=20, random_state=0).fit(mean.numpy()).inertia_
-    assert sum(found.squared.sum(1) - (found.total.square() / found.weight.unsqueeze(-1)).sum(1)) == pytest.approx(
-        inertia, rel=1e-3
-    )
+    assert sum(
+        found.squared.sum(1) - (found.total.square() / found.weight.unsqueeze(-1)).sum(1)
+    ) == pytest.approx(inertia, rel=1e-3)
 
 
 def test_only_the_sum_over_clients_matters() -> None:
@@ -50,7 +55,9 @@ def test_only_the_sum_over_clients_matters() -> None:
     each = moments(assignments(mean, centre), mean, variance)
     for a, b in zip(whole, each):
         torch.testing.assert_close(a, b.sum(0))
-    parts = summed_moments(mean[:10], variance[:10], centre).plus(summed_moments(mean[10:], variance[10:], centre))
+    parts = summed_moments(mean[:10], variance[:10], centre).plus(
+        summed_moments(mean[10:], variance[10:], centre)
+    )
     for a, b in zip(whole, parts):
         torch.testing.assert_close(a, b)
 
@@ -60,7 +67,9 @@ def test_the_prior_has_the_spread_of_means_and_of_posteriors() -> None:
     found = Moments(*(v[0] for v in summed_moments(mean, variance, torch.zeros(1, 1, 5))))
     prior = mixture(found)
     torch.testing.assert_close(prior.mean[0], mean.mean(0), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(prior.log_var[0].exp(), mean.var(0, unbiased=False) + variance.mean(0), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        prior.log_var[0].exp(), mean.var(0, unbiased=False) + variance.mean(0), atol=1e-3, rtol=1e-3
+    )
     assert prior.client.tolist() == [-1]
 
 
@@ -72,12 +81,18 @@ def test_a_component_of_noise_is_not_kept() -> None:
     def noisy(centre: torch.Tensor) -> Moments:
         found = summed_moments(mean, variance, centre)
         noised = [v + 20 * torch.randn(v.shape, generator=generator) for v in found]
-        return Moments(noised[0].clamp_min(0), noised[1], noised[2].clamp_min(0), noised[3].clamp_min(0))
+        return Moments(
+            noised[0].clamp_min(0), noised[1], noised[2].clamp_min(0), noised[3].clamp_min(0)
+        )
 
     for seed in range(8):
         found = population(fit(noisy, 5, [2], seed, restarts=2, iterations=3, least=60.0)[2])
         assert found.weight.min() > 0.4
-        nearest = torch.cdist(found.mean, torch.stack([mean[:400].mean(0), mean[400:].mean(0)])).min(1).values
+        nearest = (
+            torch.cdist(found.mean, torch.stack([mean[:400].mean(0), mean[400:].mean(0)]))
+            .min(1)
+            .values
+        )
         assert nearest.max() < 0.6
 
 
@@ -90,9 +105,15 @@ def test_number_of_components_from_sums() -> None:
 
 
 def test_prices_balance_the_labels() -> None:
-    """Three quarters of the clients sit at one component; prices bring the shares to a half each, and stay there."""
+    """Three quarters of the clients sit at one component; prices bring the shares to a half
+    each, and stay there."""
     generator = stream(2, "prices")
-    mean = torch.cat([torch.randn(90, 2, generator=generator) + 1.0, torch.randn(30, 2, generator=generator) - 1.0])
+    mean = torch.cat(
+        [
+            torch.randn(90, 2, generator=generator) + 1.0,
+            torch.randn(30, 2, generator=generator) - 1.0,
+        ]
+    )
     centre = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])
     found = moments(assignments(mean, centre), mean, torch.ones_like(mean))
     total = Moments(*(v.sum(0) for v in found))

@@ -46,11 +46,18 @@ def test_every_format_gives_the_same_pair() -> None:
         {"prompt": turns, "chosen": yes, "rejected": no},
         {"chosen": turns + yes, "rejected": turns + no},
         {"chosen": "tea? yes", "rejected": "tea? no"},
-        {"chosen": "\n\nHuman: tea?\n\nAssistant: yes", "rejected": "\n\nHuman: tea?\n\nAssistant: no"},
+        {
+            "chosen": "\n\nHuman: tea?\n\nAssistant: yes",
+            "rejected": "\n\nHuman: tea?\n\nAssistant: no",
+        },
     ]
     for record in records:
         found = parse_record(record, "f:1")
-        assert (found.prompt, found.chosen, found.rejected) == ((Message("user", "tea?"),), "yes", "no")
+        assert (found.prompt, found.chosen, found.rejected) == (
+            (Message("user", "tea?"),),
+            "yes",
+            "no",
+        )
     long = parse_record(HH | {"client_id": 7, "group": "kind"}, "f:1")
     assert [m.role for m in long.prompt] == ["user", "assistant", "user"]
     assert (long.client_id, long.group) == ("7", "kind")
@@ -70,8 +77,20 @@ def test_every_format_gives_the_same_pair() -> None:
         ({"prompt": "", "chosen": "x", "rejected": "y"}, "no user turn"),
         ({"prompt": "p", "chosen": "x\ud800", "rejected": "y"}, "undecodable characters"),
         (HH | {"client_id": [1]}, "wrong type: 'client_id'"),
-        ({"chosen": [{"role": "robot", "content": "x"}], "rejected": [{"role": "user", "content": "x"}]}, "needs a role"),
-        ({"chosen": [{"role": "user", "content": "x"}], "rejected": [{"role": "user", "content": "x"}]}, "no final assistant"),
+        (
+            {
+                "chosen": [{"role": "robot", "content": "x"}],
+                "rejected": [{"role": "user", "content": "x"}],
+            },
+            "needs a role",
+        ),
+        (
+            {
+                "chosen": [{"role": "user", "content": "x"}],
+                "rejected": [{"role": "user", "content": "x"}],
+            },
+            "no final assistant",
+        ),
     ],
 )
 def test_bad_records_are_refused_with_place_and_reason(record: object, reason: str) -> None:
@@ -100,7 +119,10 @@ def test_files_of_every_kind_and_groups_by_folder(tmp_path: Path) -> None:
 
 def test_few_empty_replies_are_skipped_and_counted_but_many_are_refused(tmp_path: Path) -> None:
     good = [json.dumps({"prompt": f"p{i}", "chosen": "a", "rejected": "b"}) for i in range(300)]
-    empty, missing = json.dumps({"prompt": "p", "chosen": "", "rejected": "b"}), json.dumps({"prompt": "p"})
+    empty, missing = (
+        json.dumps({"prompt": "p", "chosen": "", "rejected": "b"}),
+        json.dumps({"prompt": "p"}),
+    )
     file = tmp_path / "d.jsonl"
     file.write_text("\n".join([*good, empty, empty]))
     found = read_pairs(str(file))
@@ -164,7 +186,9 @@ def test_dirichlet_concentration_rules_how_mixed_clients_are() -> None:
 
     def purity(alpha: float) -> float:
         clients = Partitioner(20, "dirichlet", dirichlet_alpha=alpha)(pairs, 0)
-        return float(np.mean([sum(p.group == c.group for p in c.pairs) / len(c.pairs) for c in clients]))
+        return float(
+            np.mean([sum(p.group == c.group for p in c.pairs) / len(c.pairs) for c in clients])
+        )
 
     assert purity(0.05) > 0.9
     assert purity(100.0) < 0.7
@@ -208,9 +232,18 @@ def test_every_attribute_is_measured_exactly() -> None:
             a = generator.choice([-1, 1], len(ATTRIBUTES))
             low, high = a.copy(), a.copy()
             low[k], high[k] = -1, 1
-            if name != "length":  # how a style is worded varies; its measure must still tell the poles apart
-                assert measure(respond(prompt, low, generator))[name] < measure(respond(prompt, high, generator))[name]
-    words = {s: np.mean([measure(respond(p, [s, 1, 1, 1, 1], generator))["length"] for p in prompts()[::9]]) for s in (-1, 1)}
+            # how a style is worded varies; its measure must still tell the poles apart
+            if name != "length":
+                assert (
+                    measure(respond(prompt, low, generator))[name]
+                    < measure(respond(prompt, high, generator))[name]
+                )
+    words = {
+        s: np.mean(
+            [measure(respond(p, [s, 1, 1, 1, 1], generator))["length"] for p in prompts()[::9]]
+        )
+        for s in (-1, 1)
+    }
     assert words[1] > 1.6 * words[-1]
 
 
@@ -219,10 +252,15 @@ def test_personas_choose_among_fixed_candidates_and_test_prompts_are_new() -> No
     kinds = {tuple(kind.tolist()) for kind, _ in candidates(prompts()[3])}
     assert len(kinds) == CANDIDATES
     texts = {text for prompt in prompts() for _, text in candidates(prompt)}
-    train, test = (personas(PersonasConfig(pairs=12), range(6), seed, split) for seed, split in ((4, "train"), (5, "test")))
+    train, test = (
+        personas(PersonasConfig(pairs=12), range(6), seed, split)
+        for seed, split in ((4, "train"), (5, "test"))
+    )
     for clients in (train, test):
         assert {text for c in clients for p in c.pairs for text in (p.chosen, p.rejected)} <= texts
-    assert not {p.prompt for c in train for p in c.pairs} & {p.prompt for c in test for p in c.pairs}
+    assert not {p.prompt for c in train for p in c.pairs} & {
+        p.prompt for c in test for p in c.pairs
+    }
     with pytest.raises(BadInputError, match="at most"):
         personas(PersonasConfig(pairs=5000), range(1), 0)
 
@@ -233,6 +271,8 @@ def test_corrupted_clients_are_marked_and_their_labels_spoilt() -> None:
         spoilt = corrupt(clients, 0.2, kind, 0)
         assert [c.corrupted for c in spoilt].count(True) == 2
         for before, after in zip(clients, spoilt):
-            flipped = sum(a == b.reversed() for a, b in zip(after.pairs, before.pairs)) / len(before.pairs)
+            flipped = sum(a == b.reversed() for a, b in zip(after.pairs, before.pairs)) / len(
+                before.pairs
+            )
             assert (least <= flipped <= most) if after.corrupted else after == before
     assert corrupt(clients, 0.0, "random", 0) == clients

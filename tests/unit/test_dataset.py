@@ -14,7 +14,12 @@ from fedvpa.experiment.dataset import held_out_pairs, training_data, unseen_clie
 
 def write_users(file: Path, users: list[str], first: int = 0) -> None:
     rows = [
-        {"prompt": f"{user} asks {first + i}", "chosen": f"yes {i}", "rejected": f"no {i}", "client_id": user}
+        {
+            "prompt": f"{user} asks {first + i}",
+            "chosen": f"yes {i}",
+            "rejected": f"no {i}",
+            "client_id": user,
+        }
         for user in users
         for i in range(12)
     ]
@@ -37,9 +42,16 @@ def test_a_client_that_was_trained_on_is_never_unseen(tmp_path: Path) -> None:
 
 
 def test_no_client_trains_on_a_validation_pair_of_another_not_even_reversed(tmp_path: Path) -> None:
-    rows = [{"prompt": f"question {i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(80)]
+    rows = [
+        {"prompt": f"question {i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(80)
+    ]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    settings = {"source": str(tmp_path), "protocol": "mirrored", "clients": 4, "validation_share": 0.25}
+    settings = {
+        "source": str(tmp_path),
+        "protocol": "mirrored",
+        "clients": 4,
+        "validation_share": 0.25,
+    }
     data = training_data(build_config({"data": settings}))
     trained = {p.content_key() for c in data.train for p in c.pairs}
     held = [p for c in data.validation for p in c.pairs]
@@ -57,13 +69,24 @@ def test_unseen_personas_are_new_users_and_seen_ones_keep_their_taste() -> None:
     assert not {p for c in again for p in c.pairs} & {p for c in train for p in c.pairs}
 
 
-def test_mirrored_seen_clients_are_scored_on_reversed_held_out_pairs_of_their_group(tmp_path: Path) -> None:
+def test_mirrored_seen_clients_are_scored_on_reversed_held_out_pairs_of_their_group(
+    tmp_path: Path,
+) -> None:
     for group in ("a", "b"):
         (tmp_path / group).mkdir()
         for split, count in (("train", 16), ("test", 8)):
-            rows = [{"prompt": f"{split} {group} {i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(count)]
+            rows = [
+                {"prompt": f"{split} {group} {i}", "chosen": f"yes {i}", "rejected": f"no {i}"}
+                for i in range(count)
+            ]
             (tmp_path / group / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    settings = {"source": str(tmp_path), "split": "train", "protocol": "mirrored", "clients": 8, "validation_share": 0}
+    settings = {
+        "source": str(tmp_path),
+        "split": "train",
+        "protocol": "mirrored",
+        "clients": 8,
+        "validation_share": 0,
+    }
     config = build_config({"data": settings})
     seen = training_data(config).train
     assert sorted({c.group for c in seen}) == ["a", "a-mirrored", "b", "b-mirrored"]

@@ -17,7 +17,13 @@ from fedvpa.evaluation.diagnostics import (
     posterior_diagnostics,
     prior_weight_diagnostics,
 )
-from fedvpa.evaluation.protocol import derangement, evaluate_controls, evaluate_few_shot, leaking_accuracy, split_trials
+from fedvpa.evaluation.protocol import (
+    derangement,
+    evaluate_controls,
+    evaluate_few_shot,
+    leaking_accuracy,
+    split_trials,
+)
 from fedvpa.evaluation.statistics import interval, ratio_interval
 from fedvpa.federated.population import (
     balanced_labels,
@@ -36,7 +42,8 @@ def g(seed: int = 0) -> torch.Generator:
 
 
 class Oracle:
-    """Knows that the chosen response has the larger sum if the group is even; its state is the sign it saw in the context."""
+    """Knows that the chosen response has the larger sum if the group is even; its state is the
+    sign it saw in the context."""
 
     def adapt(self, context: PairBatch, group: torch.Tensor) -> torch.Tensor:
         return (context.difference.sum(-1) * context.mask).sum(-1, keepdim=True).sign()
@@ -50,7 +57,9 @@ class Oracle:
 
 def signed_store(clients: int = 8, pairs: int = 10):
     store = synthetic_store(clients, pairs, inputs=3)
-    sign = torch.tensor([1.0 if k % 2 == 0 else -1.0 for k in range(clients)]).repeat_interleave(store.sizes)
+    sign = torch.tensor([1.0 if k % 2 == 0 else -1.0 for k in range(clients)]).repeat_interleave(
+        store.sizes
+    )
     difference = store.difference * (store.difference.sum(-1).sign() * sign).unsqueeze(-1)
     return type(store)(store.names, store.groups, difference, None, store.order, store.offset)
 
@@ -82,7 +91,10 @@ def test_context_and_targets_share_no_pair_and_cover_all() -> None:
     for context in (0, 2, 50):
         for trial in split_trials(store, context, 2, 0):
             for k in range(5):
-                rows = [trial.context.difference[k][trial.context.mask[k]], trial.target.difference[k][trial.target.mask[k]]]
+                rows = [
+                    trial.context.difference[k][trial.context.mask[k]],
+                    trial.target.difference[k][trial.target.mask[k]],
+                ]
                 assert len(rows[0]) == min(context, int(store.sizes[k]) // 2)
                 together = torch.cat(rows)
                 assert len(together.unique(dim=0)) == int(store.sizes[k]) == len(together)
@@ -155,7 +167,9 @@ def test_balanced_labels_match_clusters_to_the_nearest_prototypes_whatever_their
     mean = prototype[group] + 0.3 * torch.randn(12, 6, generator=g())
     assert torch.equal(balanced_labels(mean, prototype, 0), group)
     turned = torch.tensor([2, 0, 1])
-    assert torch.equal(prototype[turned][balanced_labels(mean, prototype[turned], 0)], prototype[group])
+    assert torch.equal(
+        prototype[turned][balanced_labels(mean, prototype[turned], 0)], prototype[group]
+    )
     lopsided = torch.cat([mean, mean[:1].expand(6, -1)])
     counts = torch.bincount(balanced_labels(lopsided, prototype, 0), minlength=3)
     assert counts.tolist() == [6, 6, 6]
@@ -165,7 +179,9 @@ def test_balanced_labels_match_clusters_to_the_nearest_prototypes_whatever_their
 def test_the_leaking_protocol_is_perfect_where_the_honest_one_is_chance() -> None:
     store = synthetic_store(8, 12, inputs=3)
     coin = torch.where(torch.rand(store.difference.shape[0], 1, generator=g(1)) < 0.5, 1.0, -1.0)
-    random_labels = type(store)(store.names, store.groups, store.difference * coin, None, store.order, store.offset)
+    random_labels = type(store)(
+        store.names, store.groups, store.difference * coin, None, store.order, store.offset
+    )
     trials = split_trials(random_labels, 5, 20, 0)
     honest = evaluate_controls(Oracle(), trials, store.group_index()[1], 0)["own"]
     assert abs(interval(honest.accuracy())["mean"] - 0.5) < 0.2
@@ -174,13 +190,17 @@ def test_the_leaking_protocol_is_perfect_where_the_honest_one_is_chance() -> Non
 
 def test_coverage_of_a_calibrated_and_of_an_overconfident_posterior() -> None:
     truth = Posterior(torch.randn(4000, 3, generator=g(2)), torch.zeros(4000, 3))
-    assert coverage(Posterior(torch.zeros(4000, 3), torch.zeros(4000, 3)), truth) == pytest.approx(0.9, abs=0.01)
+    assert coverage(Posterior(torch.zeros(4000, 3), torch.zeros(4000, 3)), truth) == pytest.approx(
+        0.9, abs=0.01
+    )
     assert coverage(Posterior(torch.zeros(4000, 3), torch.full((4000, 3), -4.0)), truth) < 0.2
 
 
 def test_confidence_agreement_and_detection() -> None:
     before, after = torch.tensor([[0.8, 0.2], [0.4, 0.6]]), torch.tensor([[0.1, 0.9], [0.0, 1.0]])
-    assert component_confidence(before, after) == pytest.approx({"confidence": 0.7, "agreement": 0.5})
+    assert component_confidence(before, after) == pytest.approx(
+        {"confidence": 0.7, "agreement": 0.5}
+    )
     found = detection(torch.tensor([3.0, 1.0, 2.0]), torch.tensor([True, False, False]))
     assert found == {"corrupted": 3.0, "clean": 1.5, "auc": 1.0}
 
@@ -202,20 +222,32 @@ def test_a_ratio_of_means_and_its_interval() -> None:
 def evaluated(accuracy: float, seconds: float = 1.0, other: float = 0.3) -> dict[str, object]:
     part = {
         "accuracy": {
-            "own": {"mean": accuracy}, "other_group": {"mean": other}, "worst_group": {"mean": accuracy - 0.1},
-            "by_group": {"a": {"mean": accuracy + 0.1, "n": 3}, "b": {"mean": accuracy - 0.1, "n": 1}},
+            "own": {"mean": accuracy}, "other_group": {"mean": other},
+            "worst_group": {"mean": accuracy - 0.1},
+            "by_group": {"a": {"mean": accuracy + 0.1, "n": 3}, "b": {"mean": accuracy - 0.1,
+            "n": 1}},
         },
         "per_client_accuracy": [accuracy, accuracy], "per_client_without_context": [0.5, None],
     }  # fmt: skip
     shot = {"0": {"accuracy": {"mean": 0.5}, "nll": {"mean": 0.7}, "ece": 0.1}}
-    return {**part, "seen": part, "few_shot": shot, "ece": {"own": 0.1}, "nll": {"own": {"mean": 0.6}}, "seconds": seconds}
+    return {
+        **part,
+        "seen": part,
+        "few_shot": shot,
+        "ece": {"own": 0.1},
+        "nll": {"own": {"mean": 0.6}},
+        "seconds": seconds,
+    }
 
 
-def test_a_comparison_counts_closure_from_the_better_shared_reward_and_finds_the_rare_group() -> None:
+def test_a_comparison_counts_closure_from_the_better_shared_reward_and_finds_the_rare_group() -> (
+    None
+):
     accuracy = {"fedvpa-gp": 0.65, "fedavg-btl": 0.5, "fedavg-btl-mlp": 0.55, "oracle-group": 0.67}
     wobble = {0: -0.01, 1: 0.0, 2: 0.01}
     results = [
-        Result("s", m, m, seed, evaluated(a + w)) for m, a in accuracy.items() for seed, w in wobble.items()
+        Result("s", m, m, seed, evaluated(a + w)) for m, a in accuracy.items() for seed,
+        w in wobble.items()
     ]  # fmt: skip
     table = compared("s", "about", results, list(accuracy)) | {"context": 4}
     row = {r["row"]: r for r in table["rows"]}

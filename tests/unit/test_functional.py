@@ -36,15 +36,23 @@ def normal(mean: torch.Tensor, log_var: torch.Tensor) -> Independent:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_gaussian_density_and_divergence_agree_with_torch(g: torch.Generator, dtype: torch.dtype) -> None:
-    mean, log_var, other, other_log_var, x = (torch.randn(5, 4, generator=g).to(dtype) for _ in range(5))
-    torch.testing.assert_close(gaussian_log_prob(x, mean, log_var), normal(mean, log_var).log_prob(x))
+def test_gaussian_density_and_divergence_agree_with_torch(
+    g: torch.Generator, dtype: torch.dtype
+) -> None:
+    mean, log_var, other, other_log_var, x = (
+        torch.randn(5, 4, generator=g).to(dtype) for _ in range(5)
+    )
+    torch.testing.assert_close(
+        gaussian_log_prob(x, mean, log_var), normal(mean, log_var).log_prob(x)
+    )
     torch.testing.assert_close(
         gaussian_kl(mean, log_var, other, other_log_var),
         kl_divergence(normal(mean, log_var), normal(other, other_log_var)),
     )
     zero = torch.zeros_like(mean)
-    torch.testing.assert_close(standard_kl_per_dimension(mean, log_var).sum(-1), gaussian_kl(mean, log_var, zero, zero))
+    torch.testing.assert_close(
+        standard_kl_per_dimension(mean, log_var).sum(-1), gaussian_kl(mean, log_var, zero, zero)
+    )
 
 
 def test_bounded_log_var_keeps_its_gradient_far_out() -> None:
@@ -76,8 +84,13 @@ def test_mixture_kl_equals_torch_on_the_same_samples(g: torch.Generator) -> None
     expected = []
     for i in range(6):
         mixture = MixtureSameFamily(Categorical(logits=log_weight[i]), normal(peers, peer_log_var))
-        expected.append((normal(mean[i], log_var[i]).log_prob(z[:, i]) - mixture.log_prob(z[:, i])).mean())
-    torch.testing.assert_close(mixture_prior_kl(mean, log_var, peers, peer_log_var, log_weight, noise), torch.stack(expected))
+        expected.append(
+            (normal(mean[i], log_var[i]).log_prob(z[:, i]) - mixture.log_prob(z[:, i])).mean()
+        )
+    torch.testing.assert_close(
+        mixture_prior_kl(mean, log_var, peers, peer_log_var, log_weight, noise),
+        torch.stack(expected),
+    )
 
 
 def test_mixture_with_one_component_is_the_gaussian_kl(g: torch.Generator) -> None:
@@ -85,7 +98,9 @@ def test_mixture_with_one_component_is_the_gaussian_kl(g: torch.Generator) -> No
     zero, weight = torch.zeros(1, 3), torch.zeros(2, 1)
     exact = standard_kl_per_dimension(mean, log_var).sum(-1)
     torch.testing.assert_close(mixture_kl_bound(mean, log_var, zero, zero, weight), exact)
-    estimate = mixture_prior_kl(mean, log_var, zero, zero, weight, torch.randn(200_000, 2, 3, generator=g))
+    estimate = mixture_prior_kl(
+        mean, log_var, zero, zero, weight, torch.randn(200_000, 2, 3, generator=g)
+    )
     torch.testing.assert_close(estimate, exact, atol=0.02, rtol=0)
 
 
@@ -98,11 +113,16 @@ def test_mixture_of_copies_of_q_costs_nothing_and_the_bound_is_above(g: torch.Ge
     peers, peer_log_var = torch.randn(5, 3, generator=g), torch.zeros(5, 3)
     estimate = mixture_prior_kl(mean, log_var, peers, peer_log_var, log_weight, noise)
     bound = mixture_kl_bound(mean, log_var, peers, peer_log_var, log_weight)
-    convex = (log_weight.exp() * gaussian_kl(mean.unsqueeze(-2), log_var.unsqueeze(-2), peers, peer_log_var)).sum(-1)
+    convex = (
+        log_weight.exp()
+        * gaussian_kl(mean.unsqueeze(-2), log_var.unsqueeze(-2), peers, peer_log_var)
+    ).sum(-1)
     assert estimate - 0.05 < bound < convex
 
 
-def test_gumbel_softmax_leaves_minus_infinity_out_and_samples_the_softmax(g: torch.Generator) -> None:
+def test_gumbel_softmax_leaves_minus_infinity_out_and_samples_the_softmax(
+    g: torch.Generator,
+) -> None:
     logit = torch.tensor([0.0, 1.0, -torch.inf])
     gumbel = gumbel_noise(torch.rand(20_000, 3, generator=g))
     weight = gumbel_softmax_log_weight(logit, gumbel, 1.0).exp()
@@ -123,7 +143,9 @@ def test_prototypes_are_orthogonal_at_their_radius_and_cost_nothing(g: torch.Gen
         orthogonal_prototypes(10, 9, 5.0, g)
 
 
-def test_whitened_differences_have_unit_second_moment_whatever_the_labels(g: torch.Generator) -> None:
+def test_whitened_differences_have_unit_second_moment_whatever_the_labels(
+    g: torch.Generator,
+) -> None:
     x = torch.randn(500, 10, generator=g) @ torch.randn(10, 10, generator=g)
     w = whitening_matrix(second_moment(x), 500, 6)
     y = x @ w
@@ -136,7 +158,9 @@ def test_whitened_differences_have_unit_second_moment_whatever_the_labels(g: tor
 
 def test_choice_loss_at_no_preference_is_log_two_and_empty_costs_nothing() -> None:
     weight = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
-    torch.testing.assert_close(mean_choice_loss(torch.zeros(2, 3), weight), torch.tensor([math.log(2), 0.0]))
+    torch.testing.assert_close(
+        mean_choice_loss(torch.zeros(2, 3), weight), torch.tensor([math.log(2), 0.0])
+    )
     assert torch.isfinite(mean_choice_loss(torch.full((1, 3), -1e4), torch.ones(1, 3))).all()
 
 

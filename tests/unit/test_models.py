@@ -79,13 +79,16 @@ def test_z_changes_margins_and_stacked_clients_equal_single_ones(conditioning: s
     for c in range(3):
         one = PairBatch(*(None if v is None else v[c] for v in batch))
         torch.testing.assert_close(reward.margin(each[c], z[c], one), together[c])
-    assert (reward.margin(each[0], z + 1, batch) - reward.margin(each[0], z, batch)).abs().max() > 1e-3
+    assert (
+        reward.margin(each[0], z + 1, batch) - reward.margin(each[0], z, batch)
+    ).abs().max() > 1e-3
     samples = reward.margin(each[0], torch.stack([z, z + 1]), batch)
     torch.testing.assert_close(samples[1], reward.margin(each[0], z + 1, batch))
 
 
 def test_additive_reward_cannot_tell_pairs_apart_by_z() -> None:
-    """The paper's form: z adds one number to every margin, up to the order in which the responses were shown."""
+    """The paper's form: z adds one number to every margin, up to the order in which the
+    responses were shown."""
     reward = ConditionedReward(8, 4, "additive")
     params = jittered(reward.init(seeded()))
     batch = synthetic_store(ragged=False).batch([0])
@@ -113,15 +116,27 @@ def test_responsibilities_are_bayes_rule_on_the_choices() -> None:
     reward = ConditionedReward(8, 4)
     selector = Selector(Encoder(8, 4), reward, latent_evidence=0.3)
     params = jittered(selector.init(seeded()))
-    population = Population(torch.randn(3, 4, generator=seeded(4)), torch.ones(3), torch.tensor([0.2, 0.3, 0.5]))
+    population = Population(
+        torch.randn(3, 4, generator=seeded(4)), torch.ones(3), torch.tensor([0.2, 0.3, 0.5])
+    )
     batch = synthetic_store(ragged=False).batch([0])
     none = torch.zeros_like(batch.mask)
-    torch.testing.assert_close(selector.responsibilities(params, population, batch, none), population.weight.unsqueeze(0))
-    likelihood = torch.stack([torch.sigmoid(reward.margin(params, c.unsqueeze(0), batch)).prod() for c in population.mean])
+    torch.testing.assert_close(
+        selector.responsibilities(params, population, batch, none), population.weight.unsqueeze(0)
+    )
+    likelihood = torch.stack(
+        [
+            torch.sigmoid(reward.margin(params, c.unsqueeze(0), batch)).prod()
+            for c in population.mean
+        ]
+    )
     mean = selector.posterior(params, batch, batch.mask).mean
     density = (-0.5 * (mean - population.mean).square().sum(-1)).exp()
     expected = likelihood * population.weight * density**0.3
-    torch.testing.assert_close(selector.responsibilities(params, population, batch, batch.mask)[0], expected / expected.sum())
+    torch.testing.assert_close(
+        selector.responsibilities(params, population, batch, batch.mask)[0],
+        expected / expected.sum(),
+    )
     refined = refined_posterior(torch.tensor([[0.0, 1.0, 0.0]]), population)
     torch.testing.assert_close(refined.mean[0], population.mean[1])
     torch.testing.assert_close(refined.log_var.exp()[0], torch.ones(4), atol=1e-5, rtol=0)

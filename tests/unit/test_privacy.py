@@ -1,4 +1,5 @@
-"""Differential privacy: bounds hold, noise is what it should be, and epsilon is that of the published accountant."""
+"""Differential privacy: bounds hold, noise is what it should be, and epsilon is that of the
+published accountant."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ PRIVACY = Privacy(rate=0.1, clients=1000)
 def test_one_client_moves_a_sum_by_its_bound_at_the_most() -> None:
     generator = stream(0, "bound")
     start = {"a": torch.randn(3, 2, generator=generator), "b": torch.randn(4, generator=generator)}
-    trained = {n: v + 10 ** torch.arange(-3.0, 3.0).view(-1, *[1] * v.dim()) for n, v in start.items()}
+    trained = {
+        n: v + 10 ** torch.arange(-3.0, 3.0).view(-1, *[1] * v.dim()) for n, v in start.items()
+    }
     kept = bounded(start, trained, PRIVACY.clip)
     norms = sum((kept[n] - start[n]).flatten(1).square().sum(1) for n in start).sqrt()
     assert norms.max() <= PRIVACY.clip * (1 + 1e-5)
@@ -33,7 +36,9 @@ def test_one_client_moves_a_sum_by_its_bound_at_the_most() -> None:
     moved, shortened = (trained["a"] - start["a"]).flatten(1), (kept["a"] - start["a"]).flatten(1)
     direction = torch.nn.functional.cosine_similarity(moved, shortened)
     torch.testing.assert_close(direction, torch.ones(6))
-    mean, variance = PRIVACY.clipped_latent(100 * torch.randn(5, 16, generator=generator), torch.full((5, 16), 9.0))
+    mean, variance = PRIVACY.clipped_latent(
+        100 * torch.randn(5, 16, generator=generator), torch.full((5, 16), 9.0)
+    )
     assert mean.norm(dim=1).max() <= PRIVACY.latent_clip * (1 + 1e-5)
     assert mean.square().norm(dim=1).max() <= PRIVACY.latent_clip**2 * (1 + 1e-5)
     assert variance.norm(dim=1).max() <= PRIVACY.variance_clip * (1 + 1e-5)
@@ -46,7 +51,9 @@ def test_noise_has_the_deviation_that_is_accounted_for() -> None:
     empty = Moments(torch.full((100,), 1e6), *(torch.full((100, 50), 1e6) for _ in range(3)))
     found = PRIVACY.noised_moments(empty, seeded_normal(stream(0, "m")), fit=True)
     for value, bound in zip(found, (1, 2, 4, 4)):
-        assert (value - 1e6).std() == pytest.approx(PRIVACY.fit_noise * bound, rel=0.2 if value.dim() == 1 else 0.03)
+        assert (value - 1e6).std() == pytest.approx(
+            PRIVACY.fit_noise * bound, rel=0.2 if value.dim() == 1 else 0.03
+        )
 
 
 def test_epsilon_is_that_of_the_gaussian_mechanism_and_grows() -> None:
@@ -57,11 +64,15 @@ def test_epsilon_is_that_of_the_gaussian_mechanism_and_grows() -> None:
     def phi(x: float) -> float:
         return 0.5 * math.erfc(-x / math.sqrt(2))
 
-    delta = phi(1 / (2 * 2.0) - epsilon * 2.0) - math.exp(epsilon) * phi(-1 / (2 * 2.0) - epsilon * 2.0)
+    delta = phi(1 / (2 * 2.0) - epsilon * 2.0) - math.exp(epsilon) * phi(
+        -1 / (2 * 2.0) - epsilon * 2.0
+    )
     assert delta == pytest.approx(1e-5, rel=0.02)
     curve = [PRIVACY.epsilon(r, 1) for r in (1, 10, 50)]
     assert curve == sorted(curve)
-    assert PRIVACY.epsilon(50, 0) < PRIVACY.epsilon(50, 1) < replace(PRIVACY, rate=0.5).epsilon(50, 1)
+    assert (
+        PRIVACY.epsilon(50, 0) < PRIVACY.epsilon(50, 1) < replace(PRIVACY, rate=0.5).epsilon(50, 1)
+    )
     assert replace(PRIVACY, moments_every_round=True).epsilon(10, 0) > PRIVACY.epsilon(10, 0)
     assert replace(PRIVACY, noise=0.0).epsilon(1, 0) == math.inf
     assert PRIVACY.epsilon(0, 0) == 0
@@ -69,13 +80,19 @@ def test_epsilon_is_that_of_the_gaussian_mechanism_and_grows() -> None:
 
 def test_plan_gives_the_least_noise_within_the_target() -> None:
     noise = noise_for(PRIVACY, 30, 1, 6.0)
-    assert replace(PRIVACY, noise=noise).epsilon(30, 1) <= 6.0 < replace(PRIVACY, noise=noise / 1.03).epsilon(30, 1)
+    assert (
+        replace(PRIVACY, noise=noise).epsilon(30, 1)
+        <= 6.0
+        < replace(PRIVACY, noise=noise / 1.03).epsilon(30, 1)
+    )
     with pytest.raises(BadInputError, match="the fits alone cost"):
         noise_for(replace(PRIVACY, fit_noise=1.0), 30, 1, 1.0)
 
 
 def test_cohorts_are_independent_draws() -> None:
-    sizes = torch.tensor([len(poisson_cohort(stream(0, "cohort", r), 1000, 0.1)) for r in range(200)]).double()
+    sizes = torch.tensor(
+        [len(poisson_cohort(stream(0, "cohort", r), 1000, 0.1)) for r in range(200)]
+    ).double()
     assert sizes.mean() == pytest.approx(100, abs=3)
     assert sizes.var() == pytest.approx(90, rel=0.35)
 
@@ -97,9 +114,15 @@ def test_a_private_run_reports_epsilon_and_stops_at_its_budget() -> None:
     store = synthetic_store(clients=40)
     privacy = build_privacy(config, 40)
     assert privacy is not None
-    algorithm, state, seen = build_algorithm(config, store), build_algorithm(config, store).init(), []
+    algorithm, state, seen = (
+        build_algorithm(config, store),
+        build_algorithm(config, store).init(),
+        [],
+    )
     for r in range(4):
-        state, row = algorithm.apply(state, poisson_cohort(stream(0, "cohort", r), 40, privacy.rate))
+        state, row = algorithm.apply(
+            state, poisson_cohort(stream(0, "cohort", r), 40, privacy.rate)
+        )
         seen.append(row["epsilon"])
     assert seen == sorted(seen)
     assert seen[-1] == pytest.approx(privacy.epsilon(4, 1))
@@ -129,7 +152,8 @@ def test_a_private_run_reports_epsilon_and_stops_at_its_budget() -> None:
 )
 def test_what_privacy_does_not_go_with(change: dict, message: str) -> None:  # type: ignore[type-arg]
     given = {
-        "method": "fedvpa-gp", "data": {"public": "p"}, "prior": {"kind": "components"}, "prototypes": {"modes": 2},
+        "method": "fedvpa-gp", "data": {"public": "p"}, "prior": {"kind": "components"},
+        "prototypes": {"modes": 2},
         "privacy": {"enabled": True},
     }  # fmt: skip
     build_config(given)
@@ -147,7 +171,8 @@ def test_secret_noise_is_normal_and_is_not_drawn_twice() -> None:
     assert not torch.equal(first, second)
     both = torch.cat([first, second]).double().sort().values
     ideal = torch.distributions.Normal(0.0, 1.0).cdf(both.float()).double()
-    assert (ideal - torch.linspace(0, 1, len(both), dtype=torch.float64)).abs().max() < 0.01  # Kolmogorov-Smirnov
+    # Kolmogorov-Smirnov
+    assert (ideal - torch.linspace(0, 1, len(both), dtype=torch.float64)).abs().max() < 0.01
     assert secret_normal(torch.Size([3, 0, 2])).shape == (3, 0, 2)
     assert secret_normal(torch.Size([])).shape == ()
 

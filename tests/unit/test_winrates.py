@@ -1,4 +1,5 @@
-"""Win rates: the bootstrap covers, equal length is what it says, texts are counted right, judges ask both orders."""
+"""Win rates: the bootstrap covers, equal length is what it says, texts are counted right, judges
+ask both orders."""
 
 from __future__ import annotations
 
@@ -12,7 +13,15 @@ from sklearn.linear_model import LogisticRegression
 from fedvpa.alignment.judges import EndpointJudge, ExactJudge, JudgeError, RewardJudge
 from fedvpa.config import FeaturesConfig
 from fedvpa.errors import BadInputError
-from fedvpa.evaluation.winrates import bootstrap, difference, distinct_n, length_controlled, monotone, repetition, win_rate
+from fedvpa.evaluation.winrates import (
+    bootstrap,
+    difference,
+    distinct_n,
+    length_controlled,
+    monotone,
+    repetition,
+    win_rate,
+)
 from fedvpa.types import Message, PreferencePair
 from tests.conftest import endpoint
 
@@ -24,7 +33,9 @@ def test_the_bootstrap_interval_is_that_of_the_mean() -> None:
     found = bootstrap(values)
     half = 1.96 * values.std() / 20
     assert found["mean"] == pytest.approx(values.mean())
-    assert (found["low"], found["high"]) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.02)
+    assert (found["low"], found["high"]) == pytest.approx(
+        (values.mean() - half, values.mean() + half), abs=0.02
+    )
     assert math.isnan(win_rate([1.0])["low"])
     assert math.isnan(win_rate([])["mean"])
     assert difference([1.0, 0.5], [0.0, 0.5])["mean"] == 0.5
@@ -50,7 +61,9 @@ def test_the_regression_is_the_usual_one() -> None:
     x = np.tanh(gap / gap.std())[:, None]
     usual = LogisticRegression(C=1.0).fit(x, won)
     expected = 1 / (1 + np.exp(-usual.intercept_[0]))
-    assert length_controlled(won.tolist(), gap.tolist(), [0] * 200)["mean"] == pytest.approx(expected, abs=2e-3)
+    assert length_controlled(won.tolist(), gap.tolist(), [0] * 200)["mean"] == pytest.approx(
+        expected, abs=2e-3
+    )
 
 
 def test_texts_are_counted() -> None:
@@ -64,12 +77,19 @@ def test_texts_are_counted() -> None:
 
 def test_the_exact_judge_reads_the_attribute() -> None:
     judge = ExactJudge(["concise", "asking"])
-    assert judge.compare("concise", PROMPTS, ["one", "one two"], ["one two", "one two"]) == [1.0, 0.5]
+    assert judge.compare("concise", PROMPTS, ["one", "one two"], ["one two", "one two"]) == [
+        1.0,
+        0.5,
+    ]
     assert judge.compare("asking", PROMPTS, ["Really?", "No."], ["Really.", "Why?"]) == [1.0, 0.0]
 
 
 def verdict(text: str, tokens: int = 3) -> tuple[int, dict[str, Any]]:
-    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+    choice = {
+        "index": 0,
+        "finish_reason": "stop",
+        "message": {"role": "assistant", "content": text},
+    }
     usage = {"prompt_tokens": tokens, "completion_tokens": 1, "total_tokens": tokens + 1}
     return 200, {
         "id": "",
@@ -97,14 +117,19 @@ def test_an_answer_that_follows_the_order_is_half_a_win_and_is_counted() -> None
         assert judge_at(url).compare("kind", PROMPTS[:1], ["x"], ["y"]) == [0.5]
 
 
-def test_an_endpoint_that_stumbles_is_asked_again_and_one_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endpoint_that_stumbles_is_asked_again_and_one_that_fails_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     answers = iter([(503, {}), (429, {}), verdict("B"), verdict("A")])
     monkeypatch.setenv("SOME_KEY", "secret")
     with endpoint(lambda _: next(answers)) as (url, asked):
         judge = judge_at(url, workers=1, key_variable="SOME_KEY")
         assert judge.compare("kind", PROMPTS[:1], ["x"], ["y"]) == [0.0]
         assert (judge.usage.retries, len(asked)) == (2, 4)
-    with endpoint(lambda _: verdict("I cannot say")) as (url, asked), pytest.raises(JudgeError, match="instead of A, B or TIE"):
+    with (
+        endpoint(lambda _: verdict("I cannot say")) as (url, asked),
+        pytest.raises(JudgeError, match="instead of A, B or TIE"),
+    ):
         judge_at(url).compare("kind", PROMPTS[:1], ["x"], ["y"])
     assert len(asked) == 3
     with pytest.raises(JudgeError, match=r"m at http.*:9/v1 gave no verdict"):

@@ -3,7 +3,7 @@
 | form | what z does |
 |---|---|
 | gate | scales the ranks of the LoRA adapter: the weights under z are W + B diag(g(z)) A |
-| prefix | becomes k soft tokens in front of the conversation (Li and Liang, 2021, *Prefix-tuning*) |
+| prefix | becomes k soft tokens before the conversation (Li and Liang, 2021, *Prefix-tuning*) |
 | shift | becomes one vector that is added to every input embedding (the FedVPA-GP paper's form) |
 
 All three are affine in z. With gates, an adapter of one preference is an ordinary LoRA adapter.
@@ -27,17 +27,20 @@ CONDITIONER = "conditioner.safetensors"
 """File that holds a conditioner's weights."""
 
 GAIN = 50.0
-"""Standard deviations of the embeddings that one unit of a prefix's or shift's weights stands for."""
+"""Standard deviations of the embeddings that one unit of a prefix's or shift's weights stands
+for."""
 
 PREFERENCE = "preference"
 """Name under which z travels in a batch, [rows, d]."""
 
 
 class PreferenceConditioner(nn.Module):
-    """z [b, d] to an effect [b, k, w]: gates [b, 1, rank], soft tokens [b, k, H] or a shift [b, 1, H].
+    """z [b, d] to an effect [b, k, w]: gates [b, 1, rank], soft tokens [b, k, H] or a shift [b, 1,
+    H].
 
-    The effect is start + unit (weight u + offset) with u = (z - centre) / scale, so that learning does not depend on the
-    selector's units. `start` [k, w] and `weight` [k, w, d] are where it begins; see `gates`, `soft_tokens` and `shift`.
+    The effect is start + unit (weight u + offset) with u = (z - centre) / scale, so that learning
+    does not depend on the selector's units. `start` [k, w] and `weight` [k, w, d] are where it
+    begins; see `gates`, `soft_tokens` and `shift`.
     """
 
     centre: Tensor
@@ -64,9 +67,10 @@ class PreferenceConditioner(nn.Module):
     def gates(
         cls, centre: Float[Tensor, "d"], scale: float, preferences: Float[Tensor, "m d"], rank: int
     ) -> PreferenceConditioner:
-        """Half the ranks start with gate 1 for everybody, the others with a gate that differs between preferences as much as
-        it can: the principal directions of the m preferences, in turn, at a root-mean-square gate of 1 over them. Where the
-        preferences do not differ, all gates start at 1, and the adapter is a plain LoRA adapter."""
+        """Half the ranks start with gate 1 for everybody, the others with a gate that differs
+        between preferences as much as it can: the principal directions of the m preferences, in
+        turn, at a root-mean-square gate of 1 over them. Where the preferences do not differ, all
+        gates start at 1, and the adapter is a plain LoRA adapter."""
         u = (preferences.float() - centre.float()) / scale
         _, size, directions = torch.linalg.svd(u - u.mean(0), full_matrices=False)
         kept = size > 1e-4 * max(1.0, float(size[0]))
@@ -80,19 +84,37 @@ class PreferenceConditioner(nn.Module):
 
     @classmethod
     def soft_tokens(
-        cls, centre: Float[Tensor, "d"], scale: float, anchor: Float[Tensor, "h"], std: float, tokens: int, seed: int
+        cls,
+        centre: Float[Tensor, "d"],
+        scale: float,
+        anchor: Float[Tensor, "h"],
+        std: float,
+        tokens: int,
+        seed: int,
     ) -> PreferenceConditioner:
-        """Tokens start as the embedding `anchor` (of the begin- or end-of-text token, which a model has learned to look past)
-        plus a small random map of u. Weights are in units of `GAIN` standard deviations `std` of the embeddings, so that a
-        step of Adam that suits the adapter moves the few numbers that z has to work through far enough."""
+        """Tokens start as the embedding `anchor` (of the begin- or end-of-text token, which a model
+        has learned to look past) plus a small random map of u. Weights are in units of `GAIN`
+        standard deviations `std` of the embeddings, so that a step of Adam that suits the adapter
+        moves the few numbers that z has to work through far enough."""
         generator = torch.Generator().manual_seed(seed)
-        weight = torch.randn((tokens, anchor.shape[-1], centre.shape[-1]), generator=generator) * (0.3 / GAIN)
+        weight = torch.randn((tokens, anchor.shape[-1], centre.shape[-1]), generator=generator) * (
+            0.3 / GAIN
+        )
         return cls("prefix", centre, scale, anchor.expand(tokens, -1), weight, GAIN * std)
 
     @classmethod
-    def shift(cls, centre: Float[Tensor, "d"], scale: float, width: int, std: float) -> PreferenceConditioner:
+    def shift(
+        cls, centre: Float[Tensor, "d"], scale: float, width: int, std: float
+    ) -> PreferenceConditioner:
         """A shift starts at zero; its units are those of `soft_tokens`."""
-        return cls("shift", centre, scale, torch.zeros(1, width), torch.zeros(1, width, centre.shape[-1]), GAIN * std)
+        return cls(
+            "shift",
+            centre,
+            scale,
+            torch.zeros(1, width),
+            torch.zeros(1, width, centre.shape[-1]),
+            GAIN * std,
+        )
 
     def forward(self, z: Float[Tensor, "b d"]) -> Float[Tensor, "b k w"]:
         """The effect of z."""
@@ -106,7 +128,8 @@ class PreferenceConditioner(nn.Module):
         attention_mask: Int[Tensor, "b t"],
         labels: Int[Tensor, "b t"] | None = None,
     ) -> dict[str, Tensor]:
-        """Model inputs with soft tokens in front, which are attended to and never predicted (label -100)."""
+        """Model inputs with soft tokens in front, which are attended to and never predicted (label
+        -100)."""
         soft = self(z).to(embedded.dtype)
         front = attention_mask.new_ones(soft.shape[:2])
         out = {
@@ -131,8 +154,11 @@ class PreferenceConditioner(nn.Module):
         if self._effect is not None:
             self._effect = self._effect[rows]
 
-    def before(self, model: Any, arguments: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Forward pre-hook of the model: takes `preference` off its arguments, and makes it count."""
+    def before(
+        self, model: Any, arguments: tuple[Any, ...], given: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Forward pre-hook of the model: takes `preference` off its arguments, and makes it
+        count."""
         z = given.pop(PREFERENCE, None)
         if self.form == "prefix" and z is not None:
             ids = given.pop("input_ids")
@@ -140,7 +166,8 @@ class PreferenceConditioner(nn.Module):
             mask = given.pop("attention_mask", torch.ones_like(ids))
             given |= self.embed(z, embedded, mask, given.pop("labels", None))
         elif self.form != "prefix" and not self._held:
-            self._effect = None if z is None else self(z)  # stays until the next call: checkpointing computes twice
+            # stays until the next call: checkpointing computes twice
+            self._effect = None if z is None else self(z)
         return arguments, given
 
     def on_embedding(self, _: Any, __: Any, out: Float[Tensor, "b t h"]) -> Float[Tensor, "b t h"]:
@@ -153,7 +180,8 @@ class PreferenceConditioner(nn.Module):
 
 
 def attach(model: Any, conditioner: PreferenceConditioner) -> None:
-    """Make `model(..., preference=z)` mean `model`, a PEFT model, under z; a call without `preference` is not touched.
+    """Make `model(..., preference=z)` mean `model`, a PEFT model, under z; a call without
+    `preference` is not touched.
 
     The conditioner becomes a submodule, so its parameters are trained with the model's.
     """
@@ -170,7 +198,13 @@ def attach(model: Any, conditioner: PreferenceConditioner) -> None:
 def save_conditioner(conditioner: PreferenceConditioner, folder: Path) -> None:
     """Write its weights aside, then into place: a folder that holds the file holds all of it."""
     aside = folder / f".{CONDITIONER}.part"
-    save_file({name: value.detach().cpu().contiguous() for name, value in conditioner.state_dict().items()}, aside)
+    save_file(
+        {
+            name: value.detach().cpu().contiguous()
+            for name, value in conditioner.state_dict().items()
+        },
+        aside,
+    )
     aside.replace(folder / CONDITIONER)
 
 
@@ -183,7 +217,12 @@ def read_conditioner(folder: Path, form: Form) -> PreferenceConditioner:
     """The conditioner that `save_conditioner` wrote."""
     found = load_file(folder / CONDITIONER)
     conditioner = PreferenceConditioner(
-        form, found["centre"], float(found["scale"]), found["start"], found["weight"], float(found["unit"])
+        form,
+        found["centre"],
+        float(found["scale"]),
+        found["start"],
+        found["weight"],
+        float(found["unit"]),
     )
     conditioner.load_state_dict(found)
     return conditioner

@@ -1,8 +1,8 @@
-"""A policy with one preference built in: a directory that plain transformers (and PEFT) loads and generates from, without
-fedvpa.
+"""A policy with one preference built in: a directory that plain transformers (and PEFT) loads and
+generates from, without fedvpa.
 
-Soft tokens become new special tokens, which the chat template puts in front of every conversation and which are never
-generated.
+Soft tokens become new special tokens, which the chat template puts in front of every conversation
+and which are never generated.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from fedvpa.errors import BadInputError
 
 
 def export_merged(policy: Policy, z: Float[Tensor, "d"], folder: Path) -> None:
-    """Write the base model with the adapter and z's effect merged into it. The policy is used up by it.
+    """Write the base model with the adapter and z's effect merged into it. The policy is used up by
+    it.
 
-    Gates scale the adapter. A shift is added to the embedding table (an output layer that shared that table keeps the old one).
+    Gates scale the adapter. A shift is added to the embedding table (an output layer that shared
+    that table keeps the old one).
 
     Raises:
         BadInputError: the directory is in use.
@@ -50,11 +52,12 @@ def export_merged(policy: Policy, z: Float[Tensor, "d"], folder: Path) -> None:
 
 
 def export_adapter(policy: Policy, z: Float[Tensor, "d"], folder: Path) -> None:
-    """Write a PEFT adapter that `AutoPeftModelForCausalLM` loads onto the base model. The policy is used up by it.
+    """Write a PEFT adapter that `AutoPeftModelForCausalLM` loads onto the base model. The policy is
+    used up by it.
 
-    With gates it is an ordinary LoRA adapter. Soft tokens are PEFT's trainable tokens; a shift is a LoRA of rank one on the
-    embedding. `generation_config.json` keeps soft tokens from being generated; PEFT does not read it, so it is to be handed to
-    `generate` (see the README there).
+    With gates it is an ordinary LoRA adapter. Soft tokens are PEFT's trainable tokens; a shift is a
+    LoRA of rank one on the embedding. `generation_config.json` keeps soft tokens from being
+    generated; PEFT does not read it, so it is to be handed to `generate` (see the README there).
 
     Raises:
         BadInputError: the directory is in use.
@@ -64,21 +67,27 @@ def export_adapter(policy: Policy, z: Float[Tensor, "d"], folder: Path) -> None:
     weights = get_peft_model_state_dict(policy.model)
     config: Any = policy.model.peft_config["default"]
     base: Any = policy.model.unload()
-    path = next(name for name, module in base.named_modules() if module is base.get_input_embeddings())
+    path = next(
+        name for name, module in base.named_modules() if module is base.get_input_embeddings()
+    )
     table = path.rpartition(".")[2]
     if form == "gate":
         kind, weights = config, _gated(weights, extra)
     elif form == "shift":
         kind = LoraConfig(
-            r=config.r, lora_alpha=config.lora_alpha, target_modules=[*config.target_modules, table], task_type="CAUSAL_LM",
+            r=config.r, lora_alpha=config.lora_alpha, target_modules=[*config.target_modules,
+            table], task_type="CAUSAL_LM",
             rank_pattern={table: 1}, alpha_pattern={table: 1},
         )  # fmt: skip
-        weights[f"base_model.model.{path}.lora_embedding_A"] = torch.ones(1, base.get_input_embeddings().num_embeddings)
+        weights[f"base_model.model.{path}.lora_embedding_A"] = torch.ones(
+            1, base.get_input_embeddings().num_embeddings
+        )
         weights[f"base_model.model.{path}.lora_embedding_B"] = extra.T.contiguous()
     else:
         ids = _new_tokens(base, policy.tokenizer, extra.shape[0])
         kind = LoraConfig(
-            r=config.r, lora_alpha=config.lora_alpha, target_modules=config.target_modules, task_type="CAUSAL_LM",
+            r=config.r, lora_alpha=config.lora_alpha, target_modules=config.target_modules,
+            task_type="CAUSAL_LM",
             trainable_token_indices={table: ids},
         )  # fmt: skip
         weights[f"base_model.model.{path}.token_adapter.trainable_tokens_delta"] = extra
@@ -99,9 +108,12 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer, GenerationConfig
 
 folder = "."  # this directory
-model, tokenizer = AutoPeftModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+model = AutoPeftModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
 chat = [{"role": "user", "content": "How do I plan a week's meals?"}]
-inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+inputs = tokenizer.apply_chat_template(
+    chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+)
 config = GenerationConfig.from_pretrained(folder, max_new_tokens=256)
 tokens = model.generate(**inputs, generation_config=config)
 print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
@@ -135,20 +147,29 @@ def _aside(folder: Path) -> Iterator[Path]:
 
 
 def _effect(policy: Policy, z: Float[Tensor, "d"]) -> tuple[str, Float[Tensor, "k h"]]:
-    """The form of conditioning, and the gates (k = 1), soft tokens or shift (k = 1) that z stands for."""
+    """The form of conditioning, and the gates (k = 1), soft tokens or shift (k = 1) that z
+    stands for."""
     with torch.no_grad():
-        return policy.model.conditioner.form, policy.model.conditioner(z.unsqueeze(0).to(policy.device))[0]
+        return (
+            policy.model.conditioner.form,
+            policy.model.conditioner(z.unsqueeze(0).to(policy.device))[0],
+        )
 
 
 def _gated(weights: dict[str, Tensor], gates: Float[Tensor, "1 r"]) -> dict[str, Tensor]:
     """Weights of a LoRA adapter whose ranks are scaled for good."""
-    return {name: value * gates.T.to(value) if "lora_A" in name else value for name, value in weights.items()}
+    return {
+        name: value * gates.T.to(value) if "lora_A" in name else value
+        for name, value in weights.items()
+    }
 
 
 def _new_tokens(model: Any, tokenizer: Any, count: int) -> list[int]:
     """New special tokens, in front of every conversation and never generated; their ids."""
     names = [f"<|preference_{i}|>" for i in range(count)]
-    tokenizer.add_special_tokens({"additional_special_tokens": names}, replace_extra_special_tokens=False)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": names}, replace_extra_special_tokens=False
+    )
     tokenizer.chat_template = "{{- '" + "".join(names) + "' -}}" + tokenizer.chat_template
     ids = list(tokenizer.convert_tokens_to_ids(names))
     if max(ids) >= model.get_input_embeddings().num_embeddings:

@@ -1,8 +1,10 @@
-"""FedDPO, a baseline: one policy for everybody, trained by federated averaging on the clients' own pairs.
+"""FedDPO, a baseline: one policy for everybody, trained by federated averaging on the clients' own
+pairs.
 
-Every round, clients picked at random start from the policy so far, run DPO on their own pairs against the base model, and send
-back adapter and conditioner; their mean, weighted by pairs, is the next policy (McMahan et al., 2017; Rafailov et al., 2023).
-There is no latent preference: z is the constant 0, so there is nothing for the conditioner to tell apart.
+Every round, clients picked at random start from the policy so far, run DPO on their own pairs
+against the base model, and send back adapter and conditioner; their mean, weighted by pairs, is the
+next policy (McMahan et al., 2017; Rafailov et al., 2023). There is no latent preference: z is the
+constant 0, so there is nothing for the conditioner to tell apart.
 """
 
 from __future__ import annotations
@@ -28,11 +30,20 @@ from fedvpa.experiment.dataset import training_data
 from fedvpa.experiment.run import RunPaths, load_config
 
 
-def feddpo(run: str, out: str, config: FedDPOConfig, *, resume: bool = False, on_stage: OnStage | None = None) -> AlignResult:
-    """Train one policy on the pairs of the clients that the run `run` was trained on. Whole rounds are in `OUT/work`.
+def feddpo(
+    run: str,
+    out: str,
+    config: FedDPOConfig,
+    *,
+    resume: bool = False,
+    on_stage: OnStage | None = None,
+) -> AlignResult:
+    """Train one policy on the pairs of the clients that the run `run` was trained on. Whole rounds
+    are in `OUT/work`.
 
     Raises:
-        BadInputError: no run there, its data are gone, or no pair is short enough; or a directory in use.
+        BadInputError: no run there, its data are gone, or no pair is short enough; or a directory
+            in use.
     """
     began = time.perf_counter()
     report = on_stage or (lambda *_: None)
@@ -44,25 +55,50 @@ def feddpo(run: str, out: str, config: FedDPOConfig, *, resume: bool = False, on
     rows = {c.name: _rows(c, Policy(loaded.module, loaded.tokenizer), config) for c in clients}
     able = [name for name, own in rows.items() if own]
     if not able:
-        raise BadInputError(f"{run}: no client has a pair within --max-prompt-tokens and --max-response-tokens")
-    card = PolicyCard(config.base, loaded.revision, config.form, {"shared": [0.0]}, [0.0], [0.0], 1.0, run)
+        raise BadInputError(
+            f"{run}: no client has a pair within --max-prompt-tokens and --max-response-tokens"
+        )
+    card = PolicyCard(
+        config.base, loaded.revision, config.form, {"shared": [0.0]}, [0.0], [0.0], 1.0, run
+    )
     work.mkdir(parents=True, exist_ok=True)
     write_atomically(work / "asked.json", plain_json(wanted))
     history: list[dict[str, Any]] = []
     previous: Path | None = None
     for number in range(config.rounds):
         place = work / f"round-{number}"
-        cohort = np.random.default_rng([config.seed, 29, number]).permutation(able)[: config.cohort].tolist()
+        cohort = (
+            np.random.default_rng([config.seed, 29, number])
+            .permutation(able)[: config.cohort]
+            .tolist()
+        )
         if not (place / "mean" / WEIGHTS[1]).is_file():
-            row: dict[str, Any] = {"cohort": cohort, "pairs": sum(len(rows[name]) for name in cohort), "loss": 0.0}
+            row: dict[str, Any] = {
+                "cohort": cohort,
+                "pairs": sum(len(rows[name]) for name in cohort),
+                "loss": 0.0,
+            }
             for name in cohort:
                 fresh = load_base(config)
                 own = place / "clients" / name
                 own.mkdir(parents=True, exist_ok=True)
-                _, figures = train_dpo(fresh, card, rows[name], config, previous, own, f"round {number}: {name}", report)
+                _, figures = train_dpo(
+                    fresh,
+                    card,
+                    rows[name],
+                    config,
+                    previous,
+                    own,
+                    f"round {number}: {name}",
+                    report,
+                )
                 row["loss"] += figures["loss"] * len(rows[name]) / row["pairs"]
             write_atomically(place / "round.json", plain_json(row))
-            _average([place / "clients" / name / "trained" for name in cohort], [len(rows[n]) for n in cohort], place / "mean")
+            _average(
+                [place / "clients" / name / "trained" for name in cohort],
+                [len(rows[n]) for n in cohort],
+                place / "mean",
+            )
             shutil.rmtree(place / "clients")
         history.append({"round": number} | json.loads((place / "round.json").read_text()))
         previous = place / "mean"
@@ -79,7 +115,9 @@ def _rows(client: ClientPairs, policy: Policy, config: FedDPOConfig) -> list[dic
     """A client's first pairs that are short enough, as TRL's rows."""
     out: list[dict[str, Any]] = []
     for pair in client.pairs:
-        longest = max(len(policy.tokenizer(text)["input_ids"]) for text in (pair.chosen, pair.rejected))
+        longest = max(
+            len(policy.tokenizer(text)["input_ids"]) for text in (pair.chosen, pair.rejected)
+        )
         if len(out) < config.pairs and longest <= config.max_response_tokens:
             if len(policy.prompt_ids(pair.prompt)) > config.max_prompt_tokens:
                 continue

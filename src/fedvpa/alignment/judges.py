@@ -1,5 +1,6 @@
-"""Judges of pairs of responses: exact measures of persona attributes, reward models that know neither the selector's data nor
-its backbone, and any OpenAI-compatible endpoint. A judge that fails says so; nothing stands in for it."""
+"""Judges of pairs of responses: exact measures of persona attributes, reward models that know
+neither the selector's data nor its backbone, and any OpenAI-compatible endpoint. A judge that
+fails says so; nothing stands in for it."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ from fedvpa.evaluation.winrates import bootstrap
 from fedvpa.models.backbone import Item, Progress
 from fedvpa.types import PreferencePair
 
-POLES = {pole: (name, sign) for name, low, high in ATTRIBUTES for pole, sign in ((low, -1), (high, 1))}
+POLES = {
+    pole: (name, sign) for name, low, high in ATTRIBUTES for pole, sign in ((low, -1), (high, 1))
+}
 """Pole of a persona attribute to (attribute, sign)."""
 
 
@@ -39,7 +42,8 @@ class JudgeError(RunError):
 
 @runtime_checkable
 class Judge(Protocol):
-    """Says which of two responses to a prompt is better by a criterion, usually the name of a preference."""
+    """Says which of two responses to a prompt is better by a criterion, usually the name of a
+    preference."""
 
     @property
     def name(self) -> str:
@@ -56,7 +60,9 @@ class Judge(Protocol):
         """Whether its win rates are to be given at equal length too."""
         ...
 
-    def compare(self, criterion: str, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> list[float]:
+    def compare(
+        self, criterion: str, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]
+    ) -> list[float]:
         """1 where the first response is better, 0 where the second is, 1/2 for a tie.
 
         Raises:
@@ -71,16 +77,21 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class ExactJudge:
-    """By `measure`: the response further towards the pole is the better one. Criteria are poles of persona attributes."""
+    """By `measure`: the response further towards the pole is the better one. Criteria are poles of
+    persona attributes."""
 
     criteria: list[str]
     name: str = "exact"
     controls_length: bool = False
 
-    def compare(self, criterion: str, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> list[float]:
+    def compare(
+        self, criterion: str, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]
+    ) -> list[float]:
         """See `Judge`."""
         attribute, sign = POLES[criterion]
-        gaps = [sign * (measure(a)[attribute] - measure(b)[attribute]) for a, b in zip(first, second)]
+        gaps = [
+            sign * (measure(a)[attribute] - measure(b)[attribute]) for a, b in zip(first, second)
+        ]
         return [1.0 if gap > 0 else 0.0 if gap < 0 else 0.5 for gap in gaps]
 
     def about(self) -> dict[str, Any]:
@@ -89,17 +100,24 @@ class ExactJudge:
 
 
 class RewardJudge:
-    """A Bradley-Terry reward per group, linear in features of a backbone that the selector did not use, trained on pairs that
-    the selector never saw. `accuracy` is on prompts that the reward was not trained on (five folds), by group."""
+    """A Bradley-Terry reward per group, linear in features of a backbone that the selector did not
+    use, trained on pairs that the selector never saw. `accuracy` is on prompts that the reward was
+    not trained on (five folds), by group."""
 
     name = "reward"
     controls_length = True
 
-    def __init__(self, pairs: Sequence[PreferencePair], features: FeaturesConfig, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        pairs: Sequence[PreferencePair],
+        features: FeaturesConfig,
+        progress: Progress | None = None,
+    ) -> None:
         """Train.
 
         Raises:
-            BadInputError: pairs without a group, or a group with fewer than 20 pairs or five prompts.
+            BadInputError: pairs without a group, or a group with fewer than 20 pairs or five
+                prompts.
         """
         self._cache = FeatureCache(features)
         self.backbone = features.backbone
@@ -107,12 +125,17 @@ class RewardJudge:
         self.accuracy: dict[str, Interval] = {}
         self._direction: dict[str, NDArray[np.float64]] = {}
         if not pairs or any(p.group is None for p in pairs):
-            raise BadInputError("--judge-pairs: every pair needs a group (a folder for each, or a column `group`)")
+            raise BadInputError(
+                "--judge-pairs: every pair needs a group (a folder for each, or a column `group`)"
+            )
         for group in sorted({str(p.group) for p in pairs}):
             own = [p for p in pairs if p.group == group]
             prompts = np.unique([p.prompt_key() for p in own], return_inverse=True)[1]
             if len(own) < 20 or prompts.max() < 4:
-                raise BadInputError(f"--judge-pairs: group '{group}' has {len(own)} pairs; a judge needs 20 and five prompts")
+                raise BadInputError(
+                    f"--judge-pairs: group '{group}' has {len(own)} pairs; a judge needs 20 and"
+                    " five prompts"
+                )
             values = self._cache.pairs(own, progress).values.double().numpy()
             gaps = values[:, 0] - values[:, 1]
             self.pairs[group] = len(own)
@@ -124,9 +147,13 @@ class RewardJudge:
         """The groups."""
         return list(self._direction)
 
-    def compare(self, criterion: str, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> list[float]:
+    def compare(
+        self, criterion: str, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]
+    ) -> list[float]:
         """See `Judge`."""
-        items = [Item(prompt, text) for prompt, *texts in zip(prompts, first, second) for text in texts]
+        items = [
+            Item(prompt, text) for prompt, *texts in zip(prompts, first, second) for text in texts
+        ]
         values = self._cache.items(items)[0].double().numpy().reshape(len(prompts), 2, -1)
         margin = (values[:, 0] - values[:, 1]) @ self._direction[criterion]
         same = np.array([a == b for a, b in zip(first, second)], dtype=bool)
@@ -138,12 +165,16 @@ class RewardJudge:
 
 
 def _fit(gaps: NDArray[np.float64], prompts: NDArray[np.int_]) -> NDArray[np.float64]:
-    """Direction of the reward; the penalty is chosen by accuracy on prompts left out. A pair and its reversal count alike."""
+    """Direction of the reward; the penalty is chosen by accuracy on prompts left out. A pair and
+    its reversal count alike."""
     scale = gaps.std() or 1.0
     x, y = np.concatenate([gaps, -gaps]) / scale, np.repeat([1, 0], len(gaps))
-    folds = GroupKFold(min(5, len(np.unique(prompts)))).split(x, y, np.concatenate([prompts, prompts]))
+    folds = GroupKFold(min(5, len(np.unique(prompts)))).split(
+        x, y, np.concatenate([prompts, prompts])
+    )
     model = LogisticRegressionCV(
-        Cs=np.logspace(-4, 1, 6), cv=list(folds), fit_intercept=False, scoring="neg_log_loss", max_iter=500,
+        Cs=np.logspace(-4, 1, 6), cv=list(folds), fit_intercept=False, scoring="neg_log_loss",
+        max_iter=500,
         l1_ratios=(0,), use_legacy_attributes=False,
     )  # fmt: skip
     return np.asarray(model.fit(x, y).coef_[0] / scale)
@@ -172,7 +203,8 @@ class Usage:
 
 @dataclass
 class EndpointJudge:
-    """Any OpenAI-compatible endpoint. Both orders of A and B are asked; answers that change with the order are half a win.
+    """Any OpenAI-compatible endpoint. Both orders of A and B are asked; answers that change with
+    the order are half a win.
 
     `descriptions` says in words what each criterion rewards.
     """
@@ -197,10 +229,15 @@ class EndpointJudge:
         """Those that are described."""
         return list(self.descriptions)
 
-    def compare(self, criterion: str, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> list[float]:
+    def compare(
+        self, criterion: str, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]
+    ) -> list[float]:
         """See `Judge`."""
         with ThreadPoolExecutor(self.workers) as pool:
-            jobs = [pool.submit(self._both_orders, criterion, *row) for row in zip(prompts, first, second)]
+            jobs = [
+                pool.submit(self._both_orders, criterion, *row)
+                for row in zip(prompts, first, second)
+            ]
             try:
                 return [job.result() for job in jobs]
             except JudgeError:
@@ -211,13 +248,23 @@ class EndpointJudge:
         """See `Judge`."""
         used, cost = self.usage, None
         if self.price is not None:
-            cost = (used.prompt_tokens * self.price[0] + used.completion_tokens * self.price[1]) / 1e6
-        return {"model": self.model, "criteria": dict(self.descriptions), **vars(used), "cost": cost}
+            cost = (
+                used.prompt_tokens * self.price[0] + used.completion_tokens * self.price[1]
+            ) / 1e6
+        return {
+            "model": self.model,
+            "criteria": dict(self.descriptions),
+            **vars(used),
+            "cost": cost,
+        }
 
     def _both_orders(self, criterion: str, prompt: Prompt, first: str, second: str) -> float:
         if first == second:
             return 0.5
-        one, two = self._ask(criterion, prompt, first, second), 1 - self._ask(criterion, prompt, second, first)
+        one, two = (
+            self._ask(criterion, prompt, first, second),
+            1 - self._ask(criterion, prompt, second, first),
+        )
         with self._lock:
             self.usage.comparisons += 1
             self.usage.disagreements += one != two
@@ -225,8 +272,8 @@ class EndpointJudge:
 
     def _ask(self, criterion: str, prompt: Prompt, a: str, b: str) -> float:
         """1 if A is said to be better, 0 if B is, 1/2 for a tie."""
-        body = {"model": self.model, "messages": _question(self.descriptions[criterion], prompt, a, b), "max_tokens": 8,
-                "temperature": 0.0}  # fmt: skip
+        question = _question(self.descriptions[criterion], prompt, a, b)
+        body = {"model": self.model, "messages": question, "max_tokens": 8, "temperature": 0.0}
         headers = {"Content-Type": "application/json"}
         if os.environ.get(self.key_variable):
             headers["Authorization"] = f"Bearer {os.environ[self.key_variable]}"
@@ -242,13 +289,21 @@ class EndpointJudge:
                 request = urllib.request.Request(address, json.dumps(body).encode(), headers)
                 with urllib.request.urlopen(request, timeout=self.timeout) as reply:
                     content = json.load(reply)
-                said = str(content["choices"][0]["message"]["content"]).strip().strip(".*\"'() ").upper()
+                said = (
+                    str(content["choices"][0]["message"]["content"])
+                    .strip()
+                    .strip(".*\"'() ")
+                    .upper()
+                )
             except urllib.error.HTTPError as error:
-                problem = f"HTTP {error.code} {error.reason}: {error.read(300).decode(errors='replace')}"
+                problem = (
+                    f"HTTP {error.code} {error.reason}: {error.read(300).decode(errors='replace')}"
+                )
                 if error.code in (400, 401, 403, 404, 422):  # asking again will not help
                     break
                 continue
-            except (OSError, ValueError, KeyError, IndexError, TypeError) as error:  # no connection, or not such an endpoint
+            # no connection, or not such an endpoint
+            except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
                 problem = f"{type(error).__name__}: {error}"
                 continue
             used = content.get("usage") or {}
@@ -267,8 +322,9 @@ _ANSWERS = {"A": 1.0, "B": 0.0, "TIE": 0.5}
 def _question(description: str, prompt: Prompt, a: str, b: str) -> list[dict[str, str]]:
     conversation = "\n\n".join(f"{m.role.upper()}: {m.content}" for m in prompt)
     rules = (
-        "You compare two replies, A and B, to the last message of a conversation, for one reader. The order in which they are "
-        f"shown says nothing. What this reader wants: {description}. Reply with one word: A, B, or TIE."
+        "You compare two replies, A and B, to the last message of a conversation, for one reader."
+        f" The order in which they are shown says nothing. What this reader wants: {description}."
+        " Reply with one word: A, B, or TIE."
     )
     shown = f"<conversation>\n{conversation}\n</conversation>\n\n<A>\n{a}\n</A>\n\n<B>\n{b}\n</B>"
     return [{"role": "system", "content": rules}, {"role": "user", "content": shown}]

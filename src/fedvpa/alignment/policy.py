@@ -1,8 +1,9 @@
-"""A policy pi(y | x, z): a base language model, a LoRA adapter, a conditioner, and the preferences that have names.
+"""A policy pi(y | x, z): a base language model, a LoRA adapter, a conditioner, and the preferences
+that have names.
 
 | file | what |
 |---|---|
-| `policy.json` | base model, form of conditioning, latent dimensions, named preferences (z of each), the selector's run |
+| `policy.json` | base model, form of conditioning, z of each named preference, the selector's run |
 | `adapter/` | the LoRA adapter, as PEFT writes it |
 | `conditioner.safetensors` | the map from z to the adapter's gates, to soft tokens or to a shift |
 """
@@ -22,7 +23,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedvpa.alignment.conditioning import CONDITIONER, PREFERENCE, Form, PreferenceConditioner, attach, read_conditioner
+from fedvpa.alignment.conditioning import (
+    CONDITIONER,
+    PREFERENCE,
+    Form,
+    PreferenceConditioner,
+    attach,
+    read_conditioner,
+)
 from fedvpa.alignment.sampling import ShrinkingSampler
 from fedvpa.checkpoint import plain_json, write_atomically
 from fedvpa.errors import BadInputError
@@ -55,7 +63,9 @@ class PolicyCard:
         if name == "neutral":
             return torch.tensor(self.neutral)
         if name not in self.preferences:
-            raise BadInputError(f"no preference '{name}' (known: {', '.join([*self.preferences, 'neutral'])})")
+            raise BadInputError(
+                f"no preference '{name}' (known: {', '.join([*self.preferences, 'neutral'])})"
+            )
         return torch.tensor(self.preferences[name])
 
     def mix(self, weights: Mapping[str, float]) -> Float[Tensor, "d"]:
@@ -66,7 +76,10 @@ class PolicyCard:
         """
         total = sum(weights.values())
         if not weights or min(weights.values()) < 0 or total <= 0:
-            raise BadInputError("a mix needs weights that are not negative and do not sum to zero, as helpful=0.3,harmless=0.7")
+            raise BadInputError(
+                "a mix needs weights that are not negative and do not sum to zero, as"
+                " helpful=0.3,harmless=0.7"
+            )
         return torch.stack([self.z(name) * (w / total) for name, w in weights.items()]).sum(0)
 
     @property
@@ -88,7 +101,8 @@ class Sampling:
 
 
 class Drawn(NamedTuple):
-    """A batch of responses: which prompts, the texts, which of them ended by themselves, and how many tokens were drawn."""
+    """A batch of responses: which prompts, the texts, which of them ended by themselves, and how
+    many tokens were drawn."""
 
     rows: list[int]
     texts: list[str]
@@ -97,14 +111,20 @@ class Drawn(NamedTuple):
 
 
 class Policy:
-    """A language model that a latent preference steers. `model` is the PEFT model with a conditioner attached, or the bare
-    base model, which knows no z."""
+    """A language model that a latent preference steers. `model` is the PEFT model with a
+    conditioner attached, or the bare base model, which knows no z."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
         generation = model.generation_config
-        stops = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
-        self.stops = sorted({*(stops if isinstance(stops, list) else [stops]), *_turn_ends(tokenizer)})
+        stops = (
+            generation.eos_token_id
+            if generation.eos_token_id is not None
+            else tokenizer.eos_token_id
+        )
+        self.stops = sorted(
+            {*(stops if isinstance(stops, list) else [stops]), *_turn_ends(tokenizer)}
+        )
 
     @property
     def device(self) -> torch.device:
@@ -114,17 +134,24 @@ class Policy:
     def prompt_ids(self, prompt: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, up to where the answer begins."""
         turns = [{"role": m.role, "content": m.content} for m in prompt]
-        found = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True)
+        found = self.tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, tokenize=True, return_dict=True
+        )
         return list(found["input_ids"])
 
     @torch.inference_mode()
     def sample(
-        self, prompts: Sequence[Sequence[Message]], z: Float[Tensor, "n d"] | None, sampling: Sampling, seed: int
+        self,
+        prompts: Sequence[Sequence[Message]],
+        z: Float[Tensor, "n d"] | None,
+        sampling: Sampling,
+        seed: int,
     ) -> Iterator[Drawn]:
         """Yield batches of responses.
 
-        z None is the base model itself, the adapter being switched off. A batch's randomness depends on the seed and on its
-        first prompt's index alone, so that work can be taken up again.
+        z None is the base model itself, the adapter being switched off. A batch's randomness
+        depends on the seed and on its first prompt's index alone, so that work can be taken up
+        again.
         """
         ids = [self.prompt_ids(p) for p in prompts]
         order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
@@ -133,27 +160,41 @@ class Policy:
             index = order[at : at + sampling.batch]
             with torch.random.fork_rng(), self._adapter(z is not None):
                 torch.manual_seed(seed * 1_000_003 + index[0])
-                drawn = self._draw([ids[i] for i in index], None if z is None else z[index], sampling)
+                drawn = self._draw(
+                    [ids[i] for i in index], None if z is None else z[index], sampling
+                )
             texts = self.tokenizer.batch_decode(drawn, skip_special_tokens=True)
             stop = torch.isin(drawn, torch.tensor(self.stops, device=drawn.device))
             ended = stop.any(-1)
             length = int((stop.cumsum(-1) == 0).sum()) + int(ended.sum())
             texts = [text.strip() for text in texts]
             if sampling.whole:
-                texts = [text if done else whole_sentences(text) for text, done in zip(texts, ended.tolist())]
+                texts = [
+                    text if done else whole_sentences(text)
+                    for text, done in zip(texts, ended.tolist())
+                ]
             yield Drawn(index, texts, ended.tolist(), length)
 
-    def respond(self, prompt: Sequence[Message], z: Float[Tensor, "d"] | None, sampling: Sampling, seed: int = 0) -> str:
+    def respond(
+        self,
+        prompt: Sequence[Message],
+        z: Float[Tensor, "d"] | None,
+        sampling: Sampling,
+        seed: int = 0,
+    ) -> str:
         """One response."""
         row = None if z is None else z.unsqueeze(0)
         return next(self.sample([prompt], row, sampling, seed)).texts[0]
 
     @torch.inference_mode()
-    def divergence(self, prompt: Sequence[Message], text: str, z: Float[Tensor, "d"] | None) -> tuple[float, float]:
-        """How far the policy is from the base model along a response, and what the base model thinks of it.
+    def divergence(
+        self, prompt: Sequence[Message], text: str, z: Float[Tensor, "d"] | None
+    ) -> tuple[float, float]:
+        """How far the policy is from the base model along a response, and what the base model
+        thinks of it.
 
-        Returns the mean over the response's tokens of KL(pi(. | y<t, x, z) || pi_ref(. | y<t, x)), and of -log pi_ref(y_t),
-        both in nats; NaN for an empty response.
+        Returns the mean over the response's tokens of KL(pi(. | y<t, x, z) || pi_ref(. | y<t, x)),
+        and of -log pi_ref(y_t), both in nats; NaN for an empty response.
         """
         start = self.prompt_ids(prompt)
         answer = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -163,19 +204,35 @@ class Policy:
         target = ids[0, len(start) :]
         self.model.eval()
         with self._adapter(False):
-            plain = self.model(input_ids=ids, logits_to_keep=len(answer) + 1).logits[0, :-1].float().log_softmax(-1)
+            plain = (
+                self.model(input_ids=ids, logits_to_keep=len(answer) + 1)
+                .logits[0, :-1]
+                .float()
+                .log_softmax(-1)
+            )
         surprise = -float(plain.gather(-1, target[:, None]).mean())
         if z is None:
             return 0.0, surprise
         given = {"input_ids": ids, PREFERENCE: z.unsqueeze(0).to(self.device)}
-        steered = self.model(**given, logits_to_keep=len(answer) + 1).logits[0, :-1].float().log_softmax(-1)
+        steered = (
+            self.model(**given, logits_to_keep=len(answer) + 1)
+            .logits[0, :-1]
+            .float()
+            .log_softmax(-1)
+        )
         return float((steered.exp() * (steered - plain)).sum(-1).mean()), surprise
 
     def _draw(self, ids: list[list[int]], z: Tensor | None, sampling: Sampling) -> Tensor:
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.stops[0]
+        pad = (
+            self.tokenizer.pad_token_id
+            if self.tokenizer.pad_token_id is not None
+            else self.stops[0]
+        )
         width = max(map(len, ids))
         tokens = torch.tensor([[pad] * (width - len(row)) + row for row in ids], device=self.device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=self.device)
+        mask = torch.tensor(
+            [[0] * (width - len(row)) + [1] * len(row) for row in ids], device=self.device
+        )
         given: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask}
         sampler, held = ShrinkingSampler(sampling.temperature, sampling.top_p), nullcontext()
         if z is not None:
@@ -187,7 +244,8 @@ class Policy:
                 held = conditioner.holding(z)
         with held:
             drawn: Tensor = self.model.generate(
-                **given, custom_generate=sampler, do_sample=False, temperature=None, top_p=None, top_k=None,
+                **given, custom_generate=sampler, do_sample=False, temperature=None, top_p=None,
+                top_k=None,
                 max_new_tokens=sampling.max_new_tokens, pad_token_id=pad, eos_token_id=self.stops,
             )  # fmt: skip
         return drawn
@@ -199,7 +257,8 @@ class Policy:
 
 
 def whole_sentences(text: str) -> str:
-    """A text that was cut off, up to the end of its last whole sentence or line; all of it where it has none."""
+    """A text that was cut off, up to the end of its last whole sentence or line; all of it where it
+    has none."""
     ends = [match.end() for match in re.finditer(r"[.!?][\"')\]]*(?=\s|$)|\n", text)]
     return text[: ends[-1]].rstrip() if ends else text
 
@@ -214,15 +273,22 @@ def _turn_ends(tokenizer: Any) -> list[int]:
 def new_conditioner(
     card: PolicyCard, model: Any, tokenizer: Any, rank: int, tokens: int, seed: int = 0
 ) -> PreferenceConditioner:
-    """An untrained conditioner for a base model and an adapter of this rank, or for that many soft tokens."""
+    """An untrained conditioner for a base model and an adapter of this rank, or for that many soft
+    tokens."""
     centre = torch.tensor(card.centre)
     if card.form == "gate":
-        return PreferenceConditioner.gates(centre, card.scale, torch.tensor(list(card.preferences.values())), rank)
+        return PreferenceConditioner.gates(
+            centre, card.scale, torch.tensor(list(card.preferences.values())), rank
+        )
     table = model.get_input_embeddings().weight.detach().float()
     if card.form == "shift":
         return PreferenceConditioner.shift(centre, card.scale, table.shape[-1], float(table.std()))
-    anchor = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return PreferenceConditioner.soft_tokens(centre, card.scale, table[anchor], float(table.std()), tokens, seed)
+    anchor = (
+        tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    )
+    return PreferenceConditioner.soft_tokens(
+        centre, card.scale, table[anchor], float(table.std()), tokens, seed
+    )
 
 
 def save_card(card: PolicyCard, folder: Path) -> None:
@@ -239,16 +305,21 @@ def load_card(folder: Path) -> PolicyCard:
     try:
         return PolicyCard(**json.loads((folder / "policy.json").read_text(encoding="utf-8")))
     except OSError as error:
-        raise BadInputError(f"{folder}: no policy there (no policy.json); make one with `fedvpa align`") from error
+        raise BadInputError(
+            f"{folder}: no policy there (no policy.json); make one with `fedvpa align`"
+        ) from error
     except (ValueError, TypeError) as error:
         raise BadInputError(f"{folder}/policy.json: not one of this version: {error}") from error
 
 
-def load_policy(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[Policy, PolicyCard]:
+def load_policy(
+    folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = None
+) -> tuple[Policy, PolicyCard]:
     """Open an aligned policy.
 
     Raises:
-        BadInputError: no policy there, or its base model cannot be had or is another one than it was trained on.
+        BadInputError: no policy there, or its base model cannot be had or is another one than it
+            was trained on.
     """
     from peft import PeftModel
 
@@ -257,7 +328,8 @@ def load_policy(folder: str | Path, device: str = "cpu", dtype: torch.dtype | No
     loaded = load_causal_model(card.base, dtype, device)
     if loaded.revision != card.revision:
         raise BadInputError(
-            f"{folder}: was trained on other weights of '{card.base}' ({card.revision}) than are found now ({loaded.revision})"
+            f"{folder}: was trained on other weights of '{card.base}' ({card.revision}) than are"
+            f" found now ({loaded.revision})"
         )
     model: Any = PeftModel.from_pretrained(loaded.module, str(folder / "adapter"))
     attach(model, read_conditioner(folder, card.form).to(device))

@@ -20,7 +20,8 @@ Prompt = tuple[Message, ...]
 
 @dataclass
 class PromptSet:
-    """Usable prompts in their order, the group that each comes from (or ``A & B``), and what was left out (reason -> count)."""
+    """Usable prompts in their order, the group that each comes from (or ``A & B``), and what was
+    left out (reason -> count)."""
 
     prompts: list[Prompt]
     groups: list[str | None] = field(default_factory=list)
@@ -30,31 +31,43 @@ class PromptSet:
         """A random choice of `limit` prompts, in their order; all of them with 0."""
         if not 0 < limit < len(self.prompts):
             return self.prompts
-        return [self.prompts[i] for i in sorted(random.Random(seed).sample(range(len(self.prompts)), limit))]
+        return [
+            self.prompts[i]
+            for i in sorted(random.Random(seed).sample(range(len(self.prompts)), limit))
+        ]
 
     def balanced(self, limit: int, seed: int) -> tuple[list[Prompt], list[str]]:
-        """About `limit` prompts (0: all), as many of each group as of any other, at random; and the group of each (``all``
-        where there are none).
+        """About `limit` prompts (0: all), as many of each group as of any other, at random; and the
+        group of each (``all`` where there are none).
 
         Raises:
             BadInputError: fewer than one prompt a group was asked for.
         """
         names = sorted(set(self.groups), key=str)
         places = {name: [i for i, g in enumerate(self.groups) if g == name] for name in names}
-        each = min(min(map(len, places.values())), limit // len(names) if limit else len(self.prompts))
+        each = min(
+            min(map(len, places.values())), limit // len(names) if limit else len(self.prompts)
+        )
         if each < 1:
-            raise BadInputError(f"--limit {limit}: there are {len(names)} groups of prompts, and every one needs a prompt")
+            raise BadInputError(
+                f"--limit {limit}: there are {len(names)} groups of prompts, and every one needs a"
+                " prompt"
+            )
         chosen = sorted(i for name in names for i in random.Random(seed).sample(places[name], each))
         return [self.prompts[i] for i in chosen], [self.groups[i] or "all" for i in chosen]
 
 
-def read_prompts(source: str, split: str | None, most_tokens: int, count_tokens: Callable[[Prompt], int]) -> PromptSet:
-    """Prompts of the persona generator (``personas``; no user is trained on split ``test``), of a text file (one a line), of a
-    jsonl file of `{"prompt": ...}`, or of a folder or file of preference pairs (their answers are not read). Prompts without a
-    user turn at their end, too long ones and repetitions are left out.
+def read_prompts(
+    source: str, split: str | None, most_tokens: int, count_tokens: Callable[[Prompt], int]
+) -> PromptSet:
+    """Prompts of the persona generator (``personas``; no user is trained on split ``test``), of a
+    text file (one a line), of a jsonl file of `{"prompt": ...}`, or of a folder or file of
+    preference pairs (their answers are not read). Prompts without a user turn at their end, too
+    long ones and repetitions are left out.
 
     Raises:
-        BadInputError: nothing to read, a broken record, or no usable prompt; the message counts what was left out.
+        BadInputError: nothing to read, a broken record, or no usable prompt; the message counts
+            what was left out.
     """
     path = Path(source).expanduser()
     found: list[Prompt]
@@ -62,7 +75,9 @@ def read_prompts(source: str, split: str | None, most_tokens: int, count_tokens:
     if source == "personas":
         found = [(Message("user", text),) for text in personas.prompts(split or "train")]
     elif path.is_file() and path.suffix == ".txt":
-        found = [(Message("user", line.strip()),) for line in _text(path).splitlines() if line.strip()]
+        found = [
+            (Message("user", line.strip()),) for line in _text(path).splitlines() if line.strip()
+        ]
     elif path.is_file() and path.suffix == ".jsonl" and _holds_prompts(path):
         found = [
             parse_prompt(_prompt_of(line, f"{path}:{n}"), f"{path}:{n}")
@@ -91,7 +106,9 @@ def read_prompts(source: str, split: str | None, most_tokens: int, count_tokens:
         else:
             seen.add(prompt)
             result.prompts.append(prompt)
-            result.groups.append(" & ".join(sorted(holders[prompt])) if holders.get(prompt) else None)
+            result.groups.append(
+                " & ".join(sorted(holders[prompt])) if holders.get(prompt) else None
+            )
     if not result.prompts:
         why = "; ".join(f"{n} x {reason}" for reason, n in result.skipped.items()) or "it is empty"
         raise BadInputError(f"{source}: no usable prompt in it ({why})")
@@ -105,7 +122,11 @@ def read_styles(file: str) -> list[str]:
         BadInputError: unreadable or empty.
     """
     try:
-        found = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        found = [
+            line.strip()
+            for line in Path(file).read_text(encoding="utf-8").splitlines()
+            if line.strip()
+        ]
     except (OSError, UnicodeDecodeError) as error:
         raise BadInputError(f"--styles {file}: cannot be read: {error}") from error
     if not found:

@@ -1,5 +1,6 @@
-"""A decoding loop for `generate(custom_generate=...)` that draws from the nucleus without sorting the vocabulary, and leaves
-rows that have ended out of the batch. On a CPU both cost as much as the model's own work when a batch's lengths differ.
+"""A decoding loop for `generate(custom_generate=...)` that draws from the nucleus without sorting
+the vocabulary, and leaves rows that have ended out of the batch. On a CPU both cost as much as the
+model's own work when a batch's lengths differ.
 
 Prompt, cache, logits processors and stopping criteria stay Transformers' own.
 """
@@ -17,11 +18,15 @@ TOP = 256
 """Tokens that are looked at first: nearly every nucleus lies within them."""
 
 
-def draw_from_nucleus(logits: Float[Tensor, "b v"], temperature: float, top_p: float) -> Int[Tensor, "b"]:
-    """One token of each row, from the smallest set of tokens whose probability reaches `top_p` (Holtzman et al., 2020,
-    *The curious case of neural text degeneration*); temperature 0 is the most probable token.
+def draw_from_nucleus(
+    logits: Float[Tensor, "b v"], temperature: float, top_p: float
+) -> Int[Tensor, "b"]:
+    """One token of each row, from the smallest set of tokens whose probability reaches `top_p`
+    (Holtzman et al., 2020, *The curious case of neural text degeneration*); temperature 0 is the
+    most probable token.
 
-    The set is found among the `TOP` likeliest tokens; rows whose set is larger are sorted. The draw is a Gumbel-max draw.
+    The set is found among the `TOP` likeliest tokens; rows whose set is larger are sorted. The draw
+    is a Gumbel-max draw.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -38,11 +43,18 @@ def draw_from_nucleus(logits: Float[Tensor, "b v"], temperature: float, top_p: f
     return chosen.squeeze(-1)
 
 
-def _within(ordered: Float[Tensor, "b k"], total: Float[Tensor, "b 1"], top_p: float) -> Int[Tensor, "b 1"]:
-    """A draw among the first of `ordered` (descending logits) up to where their probability reaches `top_p`."""
+def _within(
+    ordered: Float[Tensor, "b k"], total: Float[Tensor, "b 1"], top_p: float
+) -> Int[Tensor, "b 1"]:
+    """A draw among the first of `ordered` (descending logits) up to where their probability reaches
+    `top_p`."""
     probability = (ordered - total).exp()
     before = probability.cumsum(-1) - probability
-    return (ordered + _gumbel(ordered)).masked_fill(before >= top_p, -torch.inf).argmax(-1, keepdim=True)
+    return (
+        (ordered + _gumbel(ordered))
+        .masked_fill(before >= top_p, -torch.inf)
+        .argmax(-1, keepdim=True)
+    )
 
 
 def _gumbel(like: Tensor) -> Tensor:
@@ -52,11 +64,17 @@ def _gumbel(like: Tensor) -> Tensor:
 class ShrinkingSampler:
     """The loop. `on_keep` is told which of the rows still there go on, when others are left out."""
 
-    def __init__(self, temperature: float, top_p: float, on_keep: Callable[[Int[Tensor, "k"]], None] | None = None) -> None:
+    def __init__(
+        self,
+        temperature: float,
+        top_p: float,
+        on_keep: Callable[[Int[Tensor, "k"]], None] | None = None,
+    ) -> None:
         self._temperature, self._top_p, self._on_keep = temperature, top_p, on_keep
 
     def __call__(
-        self, model: Any, input_ids: Int[Tensor, "b t"], logits_processor: Any, stopping_criteria: Any, generation_config: Any,
+        self, model: Any, input_ids: Int[Tensor, "b t"], logits_processor: Any,
+        stopping_criteria: Any, generation_config: Any,
         **kwargs: Any,
     ) -> Int[Tensor, "b n"]:  # fmt: skip
         """New tokens of every row, filled up with the padding token behind its end."""
@@ -67,10 +85,15 @@ class ShrinkingSampler:
         first = True
         while True:
             given = model.prepare_inputs_for_generation(
-                input_ids, next_sequence_length=None if first else 1, is_first_iteration=first, **kwargs
+                input_ids,
+                next_sequence_length=None if first else 1,
+                is_first_iteration=first,
+                **kwargs,
             )
             outputs = model(**given, return_dict=True)
-            kwargs = model._update_model_kwargs_for_generation(outputs, kwargs, is_encoder_decoder=False)
+            kwargs = model._update_model_kwargs_for_generation(
+                outputs, kwargs, is_encoder_decoder=False
+            )
             if first:
                 kwargs.pop("inputs_embeds", None)
             first = False
@@ -88,7 +111,9 @@ class ShrinkingSampler:
                 kwargs = _keep(kwargs, live)
                 if self._on_keep is not None:
                     self._on_keep(live)
-        out = torch.full((count, len(drawn)), int(generation_config.pad_token_id), device=input_ids.device)
+        out = torch.full(
+            (count, len(drawn)), int(generation_config.pad_token_id), device=input_ids.device
+        )
         for step, (row, token) in enumerate(drawn):
             out[row, step] = token
         return out
@@ -97,5 +122,9 @@ class ShrinkingSampler:
 def _keep(kwargs: dict[str, Any], live: Int[Tensor, "k"]) -> dict[str, Any]:
     """The rows of every batched tensor, and of the cache, that go on."""
     kwargs["cache"].batch_select_indices(live)
-    tensors = {k: v[live] for k, v in kwargs.items() if isinstance(v, Tensor) and k in ("attention_mask", "position_ids")}
+    tensors = {
+        k: v[live]
+        for k, v in kwargs.items()
+        if isinstance(v, Tensor) and k in ("attention_mask", "position_ids")
+    }
     return kwargs | tensors

@@ -1,4 +1,5 @@
-"""Training of a policy with conditional DPO, the part that `fedvpa align` and `fedvpa feddpo` share."""
+"""Training of a policy with conditional DPO, the part that `fedvpa align` and `fedvpa feddpo`
+share."""
 
 from __future__ import annotations
 
@@ -28,12 +29,14 @@ def load_base(config: TrainingConfig) -> LoadedModel:
     Raises:
         BadInputError: it cannot be had.
     """
-    return load_causal_model(config.base, None if config.dtype == "auto" else getattr(torch, config.dtype), config.device)
+    return load_causal_model(
+        config.base, None if config.dtype == "auto" else getattr(torch, config.dtype), config.device
+    )
 
 
 def by_prompt(pairs: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
-    """Pairs of a prompt side by side, prompts at random: in a batch that holds a prompt's opposite preferences, what they have
-    in common cancels, and what z has to decide is left."""
+    """Pairs of a prompt side by side, prompts at random: in a batch that holds a prompt's opposite
+    preferences, what they have in common cancels, and what z has to decide is left."""
     together: dict[str, list[dict[str, Any]]] = {}
     for pair in pairs:
         together.setdefault(json.dumps(pair["prompt"]), []).append(pair)
@@ -43,13 +46,15 @@ def by_prompt(pairs: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]
 
 
 def train_dpo(
-    loaded: LoadedModel, card: PolicyCard, pairs: list[dict[str, Any]], config: TrainingConfig, previous: Path | None,
+    loaded: LoadedModel, card: PolicyCard, pairs: list[dict[str, Any]], config: TrainingConfig,
+    previous: Path | None,
     place: Path, stage: str, report: OnStage,
 ) -> tuple[Any, dict[str, Any]]:  # fmt: skip
-    """DPO on rows of TRL's with their z, in this order, from the weights in `previous`, against the base model.
+    """DPO on rows of TRL's with their z, in this order, from the weights in `previous`, against the
+    base model.
 
-    The weights end up in `place/trained`; checkpoints in `place` let an interrupted training go on. Returns the PEFT model and
-    figures. The model in `loaded` becomes part of it.
+    The weights end up in `place/trained`; checkpoints in `place` let an interrupted training go on.
+    Returns the PEFT model and figures. The model in `loaded` becomes part of it.
     """
     from datasets import Dataset, disable_progress_bars, load_from_disk
     from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
@@ -60,25 +65,35 @@ def train_dpo(
     saved = place / "pairs"
     if not (saved / "dataset_info.json").is_file():
         Dataset.from_list(pairs).save_to_disk(str(saved))
-    conditioner = new_conditioner(card, loaded.module, loaded.tokenizer, config.rank, config.tokens, config.seed)
+    conditioner = new_conditioner(
+        card, loaded.module, loaded.tokenizer, config.rank, config.tokens, config.seed
+    )
     if loaded.tokenizer.pad_token_id is None:
         loaded.tokenizer.pad_token = loaded.tokenizer.eos_token
     micro = min(config.micro_batch, config.batch)
     weighted = config.sft_weight > 0
     arguments = DPOConfig(
-        output_dir=str(place / "checkpoints"), num_train_epochs=config.epochs, per_device_train_batch_size=micro,
+        output_dir=str(place / "checkpoints"), num_train_epochs=config.epochs,
+        per_device_train_batch_size=micro,
         gradient_accumulation_steps=config.batch // micro,
-        loss_type=["sigmoid", "sft"] if weighted else ["sigmoid"], loss_weights=[1.0, config.sft_weight] if weighted else None,
-        learning_rate=config.learning_rate, lr_scheduler_type="cosine", warmup_steps=0.1, beta=config.beta, seed=config.seed,
-        precompute_ref_log_probs=True, gradient_checkpointing=config.gradient_checkpointing, max_length=None,
-        save_strategy="steps", save_steps=config.save_every, save_total_limit=2, logging_steps=1, report_to=[],
-        disable_tqdm=True, use_cpu=config.device == "cpu", bf16=False, train_sampling_strategy="sequential",
+        loss_type=["sigmoid", "sft"] if weighted else ["sigmoid"], loss_weights=[1.0,
+        config.sft_weight] if weighted else None,
+        learning_rate=config.learning_rate, lr_scheduler_type="cosine", warmup_steps=0.1,
+        beta=config.beta, seed=config.seed,
+        precompute_ref_log_probs=True, gradient_checkpointing=config.gradient_checkpointing,
+        max_length=None,
+        save_strategy="steps", save_steps=config.save_every, save_total_limit=2, logging_steps=1,
+        report_to=[],
+        disable_tqdm=True, use_cpu=config.device == "cpu", bf16=False,
+        train_sampling_strategy="sequential",
     )  # fmt: skip
     stops = tuple(Policy(loaded.module, loaded.tokenizer).stops)
     trainer = ConditionalDPOTrainer(
-        model=loaded.module, args=arguments, processing_class=loaded.tokenizer, train_dataset=load_from_disk(str(saved)),
+        model=loaded.module, args=arguments, processing_class=loaded.tokenizer,
+        train_dataset=load_from_disk(str(saved)),
         data_collator=PreferenceCollator(pad_token_id=loaded.tokenizer.pad_token_id, stops=stops),
-        peft_config=LoraConfig(r=config.rank, lora_alpha=2 * config.rank, lora_dropout=0.0, target_modules="all-linear",
+        peft_config=LoraConfig(r=config.rank, lora_alpha=2 * config.rank, lora_dropout=0.0,
+        target_modules="all-linear",
                                task_type="CAUSAL_LM"),
         conditioner=conditioner,
     )  # fmt: skip
@@ -89,9 +104,14 @@ def train_dpo(
     class Tell(TrainerCallback):
         """Passes TRL's log on."""
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        def on_log(
+            self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+        ) -> None:
             if logs and "loss" in logs:
-                note = f"loss {float(logs['loss']):.3f}, accuracy {float(logs.get('rewards/accuracies', 0)):.2f}"
+                note = (
+                    f"loss {float(logs['loss']):.3f}, accuracy"
+                    f" {float(logs.get('rewards/accuracies', 0)):.2f}"
+                )
                 report(stage, state.global_step, state.max_steps, note)
 
     trainer.remove_callback(PrinterCallback)
@@ -116,7 +136,8 @@ def train_dpo(
 
 
 def publish(trained: Path, card: PolicyCard, root: Path) -> None:
-    """Make a policy of what `train_dpo` left in `trained`. The card comes last: it marks the policy as whole."""
+    """Make a policy of what `train_dpo` left in `trained`. The card comes last: it marks the
+    policy as whole."""
     shutil.copytree(trained / "adapter", root / "adapter", dirs_exist_ok=True)
     shutil.copy(trained / "conditioner.safetensors", root / "conditioner.safetensors")
     save_card(card, root)

@@ -1,8 +1,9 @@
-"""`fedvpa winrate`: what a policy says under each preference, against the base model, the other preferences and other policies;
-judged by whoever is asked to, with intervals over prompts.
+"""`fedvpa winrate`: what a policy says under each preference, against the base model, the other
+preferences and other policies; judged by whoever is asked to, with intervals over prompts.
 
-Every arm (the base model, a preference, a mix, a user, a system prompt, another policy) answers the very same prompts, as many
-of each group of prompts as of any other. A comparison is always of two arms on one prompt.
+Every arm (the base model, a preference, a mix, a user, a system prompt, another policy) answers the
+very same prompts, as many of each group of prompts as of any other. A comparison is always of two
+arms on one prompt.
 """
 
 from __future__ import annotations
@@ -28,7 +29,14 @@ from fedvpa.checkpoint import plain_json, write_atomically
 from fedvpa.data.personas import ATTRIBUTES, measure
 from fedvpa.errors import BadInputError, RunError
 from fedvpa.evaluation.statistics import interval
-from fedvpa.evaluation.winrates import difference, distinct_n, length_controlled, monotone, repetition, win_rate
+from fedvpa.evaluation.winrates import (
+    difference,
+    distinct_n,
+    length_controlled,
+    monotone,
+    repetition,
+    win_rate,
+)
 
 BASE = "base"
 """The arm of the base model itself."""
@@ -38,7 +46,8 @@ OnProgress = Callable[[str, int, int, str], None]
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to answer: under z of a policy, or as the base model (z None), after a system prompt if there is one.
+    """One way to answer: under z of a policy, or as the base model (z None), after a system prompt
+    if there is one.
 
     `asked` is the preference that it is meant to meet.
     """
@@ -52,7 +61,8 @@ class Arm:
 
 
 class Answer(NamedTuple):
-    """A response, whether it ended by itself, its tokens' mean KL to the base model and surprise under it (nats)."""
+    """A response, whether it ended by itself, its tokens' mean KL to the base model and surprise
+    under it (nats)."""
 
     text: str
     ended: bool
@@ -71,7 +81,8 @@ class Setting:
     seed: int = 0
     mixes: list[dict[str, float]] = field(default_factory=list)
     users: dict[str, Float[Tensor, "d"]] = field(default_factory=dict)
-    """z of users, by the name of the preference that they are expected to have (a name, or name:preference)."""
+    """z of users, by the name of the preference that they are expected to have (a name, or
+    name:preference)."""
     steering: Mapping[str, str] = field(default_factory=dict)
     """System prompt by preference."""
     versus: Mapping[str, str] = field(default_factory=dict)
@@ -82,14 +93,17 @@ class Setting:
 
 
 def winrate(
-    directory: str, out: str, setting: Setting, judges_of: Callable[[Sequence[Prompt]], Sequence[Judge]], *,
+    directory: str, out: str, setting: Setting, judges_of: Callable[[Sequence[Prompt]],
+    Sequence[Judge]], *,
     resume: bool = False, on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Generate, judge, and return what `winrate.json` holds; a judge that failed has an ``error`` in place of figures.
-    `judges_of` is told the prompts, so that a judge that is trained can leave them out.
+    """Generate, judge, and return what `winrate.json` holds; a judge that failed has an ``error``
+    in place of figures. `judges_of` is told the prompts, so that a judge that is trained can leave
+    them out.
 
     Raises:
-        BadInputError: no policy there, names that are not known, no usable prompts, or a directory in use.
+        BadInputError: no policy there, names that are not known, no usable prompts, or a directory
+            in use.
         RunError: an arm has not answered every prompt.
     """
     began = time.perf_counter()
@@ -97,7 +111,10 @@ def winrate(
     policy, card = load_policy(directory, setting.device)
     arms = arms_of(card, setting)
     chosen = read_prompts(
-        setting.prompts, setting.split, setting.max_prompt_tokens or 1 << 20, lambda p: len(policy.prompt_ids(p))
+        setting.prompts,
+        setting.split,
+        setting.max_prompt_tokens or 1 << 20,
+        lambda p: len(policy.prompt_ids(p)),
     )
     prompts, group = chosen.balanced(setting.limit, setting.seed)
     groups = Counter(group)
@@ -114,16 +131,27 @@ def winrate(
                 opened = (arm.policy, load_policy(arm.policy or directory, setting.device)[0])
             found, rate = _answer(opened[1], arm, prompts, setting, on_progress)
             head = {"arm": arm.name, "tokens_per_second": rate}
-            lines = [json.dumps(head), *(json.dumps(a._asdict(), ensure_ascii=False) for a in found)]
+            lines = [
+                json.dumps(head),
+                *(json.dumps(a._asdict(), ensure_ascii=False) for a in found),
+            ]
             write_atomically(file, ("\n".join(lines) + "\n").encode())
         head, *rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        answers[arm.name], speed[arm.name] = [Answer(**row) for row in rows], head["tokens_per_second"]
+        answers[arm.name], speed[arm.name] = (
+            [Answer(**row) for row in rows],
+            head["tokens_per_second"],
+        )
     for name, rows in answers.items():
         if len(rows) != len(prompts) or len(set(groups.values())) != 1:
-            raise RunError(f"{root}: '{name}' answered {len(rows)} of {len(prompts)} prompts; delete responses/ and try again")
+            raise RunError(
+                f"{root}: '{name}' answered {len(rows)} of {len(prompts)} prompts; delete"
+                " responses/ and try again"
+            )
     results: dict[str, Any] = {
-        **asked, "prompt_groups": dict(groups), "prompts_left_out": dict(chosen.skipped), "preferences": list(card.preferences),
-        "texts": {name: _texts(rows) | {"tokens_per_second": speed[name]} for name, rows in answers.items()},
+        **asked, "prompt_groups": dict(groups), "prompts_left_out": dict(chosen.skipped),
+        "preferences": list(card.preferences),
+        "texts": {name: _texts(rows) | {"tokens_per_second": speed[name]} for name,
+        rows in answers.items()},
         "judges": {},
     }  # fmt: skip
     if setting.mixes:
@@ -134,7 +162,10 @@ def winrate(
         except JudgeError as error:
             results["judges"][judge.name] = {"error": str(error), **judge.about()}
     results["samples"] = [
-        {"prompt": [m._asdict() for m in prompts[i]], "responses": {name: rows[i].text for name, rows in answers.items()}}
+        {
+            "prompt": [m._asdict() for m in prompts[i]],
+            "responses": {name: rows[i].text for name, rows in answers.items()},
+        }
         for i in range(0, len(prompts), max(1, len(prompts) // 8))
     ]
     results["seconds"] = time.perf_counter() - began
@@ -161,10 +192,21 @@ def arms_of(card: PolicyCard, setting: Setting) -> list[Arm]:
         other = load_card(Path(folder))
         for name in other.preferences:
             known = name if name in card.preferences else None
-            arms.append(Arm(label if len(other.preferences) == 1 else f"{label} {name}", other.z(name), known, None, folder))
+            arms.append(
+                Arm(
+                    label if len(other.preferences) == 1 else f"{label} {name}",
+                    other.z(name),
+                    known,
+                    None,
+                    folder,
+                )
+            )
     names = [arm.name for arm in arms]
     if len(set(names)) < len(names):
-        raise BadInputError(f"two arms have the same name: {', '.join(sorted({n for n in names if names.count(n) > 1}))}")
+        raise BadInputError(
+            "two arms have the same name:"
+            f" {', '.join(sorted({n for n in names if names.count(n) > 1}))}"
+        )
     return arms
 
 
@@ -172,15 +214,19 @@ def _mix_name(mix: Mapping[str, float]) -> str:
     return ",".join(f"{name}={weight:g}" for name, weight in mix.items())
 
 
-def _asked(directory: str, setting: Setting, arms: Sequence[Arm], prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """What the responses depend on: nothing is taken up again after a policy or a prompt has changed."""
+def _asked(
+    directory: str, setting: Setting, arms: Sequence[Arm], prompts: Sequence[Prompt]
+) -> dict[str, Any]:
+    """What the responses depend on: nothing is taken up again after a policy or a prompt has
+    changed."""
     digest = hashlib.sha256(json.dumps(prompts).encode())
     for folder in (directory, *setting.versus.values()):
         for file in WEIGHTS:
             digest.update((Path(folder) / file).read_bytes())
     return {
         "policy": directory, "fingerprint": digest.hexdigest()[:16], "prompts": setting.prompts,
-        "split": setting.split, "limit": setting.limit, "max_prompt_tokens": setting.max_prompt_tokens, "seed": setting.seed,
+        "split": setting.split, "limit": setting.limit,
+        "max_prompt_tokens": setting.max_prompt_tokens, "seed": setting.seed,
         "sampling": {k: v for k, v in vars(setting.sampling).items() if k != "whole"},
         "arms": [{"name": a.name, "asked": a.asked, "system": a.system, "policy": a.policy,
                   "z": None if a.z is None else a.z.tolist()} for a in arms],
@@ -192,9 +238,14 @@ def _claim(root: Path, asked: dict[str, Any], resume: bool) -> None:
     file = root / "asked.json"
     if resume and file.is_file():
         if json.loads(file.read_text()) != json.loads(plain_json(asked)):
-            raise BadInputError(f"{root}: was begun with other settings or another policy; resume it with the same ones")
+            raise BadInputError(
+                f"{root}: was begun with other settings or another policy; resume it with the same"
+                " ones"
+            )
     elif root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise BadInputError(f"{root}: not empty; take its responses up again with --resume, or choose another --out")
+        raise BadInputError(
+            f"{root}: not empty; take its responses up again with --resume, or choose another --out"
+        )
     (root / "responses").mkdir(parents=True, exist_ok=True)
     write_atomically(file, plain_json(asked))
 
@@ -211,12 +262,18 @@ def _answer(
             texts[i], ended[i] = text, end
         done, tokens = done + len(batch.rows), tokens + batch.tokens
         if report:
-            report(f"responses: {arm.name}", done, len(prompts), f"{tokens / (time.perf_counter() - began):.0f} tokens/s")
+            report(
+                f"responses: {arm.name}",
+                done,
+                len(prompts),
+                f"{tokens / (time.perf_counter() - began):.0f} tokens/s",
+            )
     rate = tokens / (time.perf_counter() - began)
     out = []
     for i, (prompt, text, end) in enumerate(zip(prompts, texts, ended)):
         kl, surprise = policy.divergence(prompt, text, arm.z)
-        out.append(Answer(text, end, math.nan if arm.system else kl, surprise))  # of a system prompt it is not computed
+        # of a system prompt it is not computed
+        out.append(Answer(text, end, math.nan if arm.system else kl, surprise))
         if report:
             report(f"distance to the base model: {arm.name}", i + 1, len(prompts), "")
     return out, rate
@@ -235,27 +292,43 @@ def _texts(rows: Sequence[Answer]) -> dict[str, Any]:
         "kl_per_token": interval([a.kl for a in rows]),
         "surprise": surprise,
         "perplexity": math.exp(surprise["mean"]) if not math.isnan(surprise["mean"]) else math.nan,
-        "measures": {name: interval([measure(a.text)[name] for a in rows]) for name, _, _ in ATTRIBUTES},
+        "measures": {
+            name: interval([measure(a.text)[name] for a in rows]) for name, _, _ in ATTRIBUTES
+        },
     }
 
 
-def _mixes(mixes: Sequence[Mapping[str, float]], answers: Mapping[str, Sequence[Answer]]) -> dict[str, Any]:
-    """How the exact measures move over the mixes: where all are of the same two preferences, from the first alone to the second
-    alone; else in the order they were given."""
+def _mixes(
+    mixes: Sequence[Mapping[str, float]], answers: Mapping[str, Sequence[Answer]]
+) -> dict[str, Any]:
+    """How the exact measures move over the mixes: where all are of the same two preferences,
+    from the first alone to the second alone; else in the order they were given."""
     names = [_mix_name(mix) for mix in mixes]
     ends = list(mixes[0])
     if len(ends) == 2 and all(set(mix) == set(ends) for mix in mixes):
-        share = {_mix_name(mix): mix[ends[0]] / sum(mix.values()) for mix in mixes} | {ends[0]: 1.0, ends[1]: 0.0}
+        share = {_mix_name(mix): mix[ends[0]] / sum(mix.values()) for mix in mixes} | {
+            ends[0]: 1.0,
+            ends[1]: 0.0,
+        }
         names = sorted(share, key=lambda name: -share[name])
-    path = {a: [float(np.mean([measure(x.text)[a] for x in answers[n]])) for n in names] for a, _, _ in ATTRIBUTES}
-    return {"arms": names, "means": path, "monotone": {a: monotone(values) for a, values in path.items()}}
+    path = {
+        a: [float(np.mean([measure(x.text)[a] for x in answers[n]])) for n in names]
+        for a, _, _ in ATTRIBUTES
+    }
+    return {
+        "arms": names,
+        "means": path,
+        "monotone": {a: monotone(values) for a, values in path.items()},
+    }
 
 
 def _judged(
-    judge: Judge, arms: Sequence[Arm], prompts: Sequence[Prompt], answers: Mapping[str, Sequence[Answer]],
+    judge: Judge, arms: Sequence[Arm], prompts: Sequence[Prompt], answers: Mapping[str,
+    Sequence[Answer]],
     report: OnProgress | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Win rates by criterion: of every arm against the base model; of each preference against what else is asked for."""
+    """Win rates by criterion: of every arm against the base model; of each preference against what
+    else is asked for."""
     texts = {name: [a.text for a in rows] for name, rows in answers.items()}
     words = {name: [len(t.split()) for t in rows] for name, rows in texts.items()}
     own = {a.asked: a.name for a in arms if a.asked == a.name}
@@ -263,7 +336,8 @@ def _judged(
     jobs = [(c, a.name, BASE) for c in judge.criteria for a in others]
     jobs += [
         (c, own[c], a.name) for c in judge.criteria if c in own for a in others
-        if a.name != own[c] and (a.name in own.values() or a.asked == c or (a.asked is None and a.policy is not None))
+        if a.name != own[c]
+        and (a.name in own.values() or a.asked == c or (a.asked is None and a.policy is not None))
     ]  # fmt: skip
     against: dict[str, dict[str, Any]] = {}
     outcome: dict[tuple[str, str], list[float]] = {}

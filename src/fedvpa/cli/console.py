@@ -1,4 +1,5 @@
-"""What the commands print: rich on a terminal, plain lines in a log, nothing but JSON on standard output with ``--json -``."""
+"""What the commands print: rich on a terminal, plain lines in a log, nothing but JSON on standard
+output with ``--json -``."""
 
 from __future__ import annotations
 
@@ -14,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from fedvpa.checkpoint import plain_json, write_atomically
@@ -85,7 +93,8 @@ class _Bar:
         if self._console.is_terminal:
             if self._progress is None:
                 self._progress = Progress(
-                    TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                    TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                    TimeElapsedColumn(),
                     TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=self._console,
                 )  # fmt: skip
                 self._progress.start()
@@ -109,7 +118,8 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def emit_json(target: str | None, content: Any) -> None:
-    """Write JSON to a file, or to standard output for ``-``; NaN becomes null, so that every reader can read it.
+    """Write JSON to a file, or to standard output for ``-``; NaN becomes null, so that every reader
+    can read it.
 
     Raises:
         OSError: the file cannot be written.
@@ -129,8 +139,11 @@ def configure_logging(quiet: bool, debug: bool) -> None:
         format="%(message)s",
         level=logging.DEBUG if debug else logging.ERROR if quiet else logging.WARNING,
     )
-    logging.getLogger("fedvpa").setLevel(logging.DEBUG if debug else logging.ERROR if quiet else logging.INFO)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # between libraries, not the user's
+    logging.getLogger("fedvpa").setLevel(
+        logging.DEBUG if debug else logging.ERROR if quiet else logging.INFO
+    )
+    # between libraries, not the user's
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

@@ -1,6 +1,6 @@
-"""The command line: ``fedvpa data | embed | train | evaluate | compare | personalize | score``, and for policies
-``align | feddpo | generate | chat | export | winrate``; across machines ``federation | server | client |
-privacy``.
+"""The command line: ``fedvpa data | embed | train | evaluate | compare | personalize | score``, and
+for policies ``align | feddpo | generate | chat | export | winrate``; across machines ``federation |
+server | client | privacy``.
 
 Exit codes: 0 ok, 1 a run failed or was interrupted, 2 bad usage or bad input.
 """
@@ -32,7 +32,10 @@ def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = argparse.ArgumentParser(
         prog="fedvpa",
-        description="Federated variational preference alignment: personalised rewards from private pairwise preferences.",
+        description=(
+            "Federated variational preference alignment: personalised rewards from private pairwise"
+            " preferences."
+        ),
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"fedvpa {__version__}")
@@ -47,7 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars; ours say what is being done
+    # the libraries' own bars; ours say what is being done
+    os.environ.setdefault("TQDM_DISABLE", "1")
     arguments = build_parser().parse_args(argv)
     reporter = Reporter(arguments.quiet)
     configure_logging(arguments.quiet, arguments.debug)
@@ -64,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(arguments, f"failed: {error}", 1)
     except KeyboardInterrupt:
-        return _fail(arguments, "interrupted; a run that had begun can be continued with --resume", 1)
+        return _fail(
+            arguments, "interrupted; a run that had begun can be continued with --resume", 1
+        )
 
 
 def _fail(arguments: argparse.Namespace, message: str, code: int) -> int:

@@ -1,4 +1,5 @@
-"""Command-line flags derived from the configuration: every setting has a flag, its help and its default from one place."""
+"""Command-line flags derived from the configuration: every setting has a flag, its help and its
+default from one place."""
 
 from __future__ import annotations
 
@@ -48,7 +49,9 @@ def short_flags() -> dict[str, str]:
 
 def add_settings(parser: argparse.ArgumentParser, skip: tuple[str, ...] = ()) -> None:
     """Add ``--config FILE`` and a flag for every setting but those in `skip`."""
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings; flags go before it")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="YAML file of settings; flags go before it"
+    )
     short = short_flags()
     groups: dict[str, Any] = {}
     for name, info in leaf_settings().items():
@@ -65,7 +68,9 @@ def add_settings(parser: argparse.ArgumentParser, skip: tuple[str, ...] = ()) ->
             dest=name,
             default=argparse.SUPPRESS,
             metavar="{" + ",".join(choices) + "}" if choices else name.rsplit(".", 1)[-1].upper(),
-            help=f"{info.description or ''} (default: {_shown(info.default)})".replace("%", "%%").strip(),
+            help=f"{info.description or ''} (default: {_shown(info.default)})".replace(
+                "%", "%%"
+            ).strip(),
         )
 
 
@@ -85,7 +90,9 @@ def settings_given(arguments: argparse.Namespace) -> dict[str, Any]:
         for part in path:
             place = place.setdefault(part, {})
         place[last] = _parsed(known[name], value)
-    file: Mapping[str, Any] = read_yaml(arguments.config) if getattr(arguments, "config", None) else {}
+    file: Mapping[str, Any] = (
+        read_yaml(arguments.config) if getattr(arguments, "config", None) else {}
+    )
     return merged(file, nested)
 
 
@@ -99,7 +106,9 @@ def add_flat_settings(parser: argparse.ArgumentParser, model: type[BaseModel]) -
             dest=name,
             default=argparse.SUPPRESS,
             metavar="{" + ",".join(choices) + "}" if choices else name.upper(),
-            help=f"{info.description or ''} (default: {_shown(info.default)})".replace("%", "%%").strip(),
+            help=f"{info.description or ''} (default: {_shown(info.default)})".replace(
+                "%", "%%"
+            ).strip(),
         )
 
 
@@ -109,7 +118,9 @@ def flat_settings_given(arguments: argparse.Namespace, model: type[T]) -> T:
     Raises:
         BadInputError: a value that the model refuses.
     """
-    given = {name: getattr(arguments, name) for name in model.model_fields if hasattr(arguments, name)}
+    given = {
+        name: getattr(arguments, name) for name in model.model_fields if hasattr(arguments, name)
+    }
     try:
         return model.model_validate(given)
     except ValidationError as error:
@@ -117,7 +128,8 @@ def flat_settings_given(arguments: argparse.Namespace, model: type[T]) -> T:
 
 
 def _parsed(info: FieldInfo, value: str) -> Any:
-    """Text as given; lists by commas; 'none' where a setting may be None. Everything else is pydantic's to check."""
+    """Text as given; lists by commas; 'none' where a setting may be None. Everything else is
+    pydantic's to check."""
     if get_origin(info.annotation) is tuple:
         return [part for part in value.strip("[]() ").replace(" ", "").split(",") if part]
     if value.lower() == "none" and type(None) in get_args(info.annotation):
@@ -127,7 +139,11 @@ def _parsed(info: FieldInfo, value: str) -> Any:
 
 def _choices(annotation: Any) -> list[str]:
     arguments = get_args(annotation)
-    return [str(a) for a in arguments] if arguments and all(isinstance(a, str) for a in arguments) else []
+    return (
+        [str(a) for a in arguments]
+        if arguments and all(isinstance(a, str) for a in arguments)
+        else []
+    )
 
 
 def _shown(default: Any) -> str:

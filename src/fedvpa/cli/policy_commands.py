@@ -1,4 +1,5 @@
-"""``fedvpa align``, ``feddpo``, ``generate``, ``export`` and ``chat``: train a policy that z steers, and use it."""
+"""``fedvpa align``, ``feddpo``, ``generate``, ``export`` and ``chat``: train a policy that z
+steers, and use it."""
 
 from __future__ import annotations
 
@@ -28,30 +29,52 @@ _MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD = -4, -1, -2  # malloc.h
 
 def register(commands: Any) -> None:
     """Add the commands."""
-    one = commands.add_parser("align", help="train a policy that a selector's preferences steer", allow_abbrev=False)
+    one = commands.add_parser(
+        "align", help="train a policy that a selector's preferences steer", allow_abbrev=False
+    )
     one.add_argument("directory", metavar="RUN", help="a trained run with prototypes (fedvpa-gp)")
-    one.add_argument("--prompts", required=True, metavar="SOURCE", help="public: personas, .txt, .jsonl, or preference pairs")
+    one.add_argument(
+        "--prompts",
+        required=True,
+        metavar="SOURCE",
+        help="public: personas, .txt, .jsonl, or preference pairs",
+    )
     one.add_argument("--split", help="only files called SPLIT.*")
     _training_flags(one, AlignConfig)
     one.set_defaults(run=run_align)
 
-    fed = commands.add_parser("feddpo", help="baseline: one policy by federated DPO on the clients' pairs", allow_abbrev=False)
+    fed = commands.add_parser(
+        "feddpo",
+        help="baseline: one policy by federated DPO on the clients' pairs",
+        allow_abbrev=False,
+    )
     fed.add_argument("directory", metavar="RUN", help="a run whose clients and pairs are used")
     _training_flags(fed, FedDPOConfig)
     fed.set_defaults(run=run_feddpo)
 
-    many = commands.add_parser("generate", help="responses of a policy under a preference", allow_abbrev=False)
+    many = commands.add_parser(
+        "generate", help="responses of a policy under a preference", allow_abbrev=False
+    )
     many.add_argument("directory", metavar="DIR", help="what `fedvpa align` made")
     many.add_argument("--prompts", required=True, metavar="SOURCE")
     many.add_argument("--split", help="only files called SPLIT.*")
-    many.add_argument("--limit", type=int, default=0, help="at most this many prompts, picked at random (default: all)")
-    many.add_argument("--responses", required=True, metavar="FILE", help="jsonl to write: prompt and response")
+    many.add_argument(
+        "--limit",
+        type=int,
+        default=0,
+        help="at most this many prompts, picked at random (default: all)",
+    )
+    many.add_argument(
+        "--responses", required=True, metavar="FILE", help="jsonl to write: prompt and response"
+    )
     _sampling_flags(many)
     add_common(many)
     many.set_defaults(run=run_generate)
 
     export = commands.add_parser(
-        "export", help="write a policy with one preference built in, for plain transformers", allow_abbrev=False
+        "export",
+        help="write a policy with one preference built in, for plain transformers",
+        allow_abbrev=False,
     )
     export.add_argument("directory", metavar="DIR", help="what `fedvpa align` made")
     export.add_argument("--out", required=True, metavar="FOLDER")
@@ -63,7 +86,9 @@ def register(commands: Any) -> None:
     add_common(export)
     export.set_defaults(run=run_export)
 
-    talk = commands.add_parser("chat", help="talk to a policy under a preference", allow_abbrev=False)
+    talk = commands.add_parser(
+        "chat", help="talk to a policy under a preference", allow_abbrev=False
+    )
     talk.add_argument("directory", metavar="DIR", help="what `fedvpa align` made")
     _sampling_flags(talk)
     add_common(talk)
@@ -74,7 +99,9 @@ def _training_flags(parser: argparse.ArgumentParser, config: type[TrainingConfig
     parser.add_argument("--out", required=True, metavar="DIR", help="where the policy goes")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
     add_flat_settings(parser, config)
-    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write the summary as JSON")
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="write the summary as JSON"
+    )
     add_common(parser)
 
 
@@ -92,7 +119,9 @@ def _preference_flags(parser: argparse.ArgumentParser) -> Any:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--prefer", metavar="NAME", help="a named preference, or neutral")
     which.add_argument("--mix", metavar="A=0.3,B=0.7", help="a weighted mean of named preferences")
-    which.add_argument("--user", metavar="FILE", help="comparisons of a user, whose z the selector infers")
+    which.add_argument(
+        "--user", metavar="FILE", help="comparisons of a user, whose z the selector infers"
+    )
     which.add_argument("--z", metavar="FILE", help="z as `fedvpa personalize --json` writes it")
     return which
 
@@ -105,19 +134,24 @@ def run_align(arguments: argparse.Namespace, reporter: Reporter) -> int:
     _keep_freed_memory()
     with reporter.stages() as on_stage:
         result = align(
-            arguments.directory, arguments.prompts, arguments.out, config, split=arguments.split, resume=arguments.resume,
+            arguments.directory, arguments.prompts, arguments.out, config, split=arguments.split,
+            resume=arguments.resume,
             on_stage=on_stage,
         )  # fmt: skip
     summary = result.summary
-    reporter.say(f"{summary['prompts_used']} prompts; left out: {summary['prompts_skipped'] or 'none'}")
+    reporter.say(
+        f"{summary['prompts_used']} prompts; left out: {summary['prompts_skipped'] or 'none'}"
+    )
     for number, row in enumerate(summary["iterations"]):
         reporter.say(
-            f"iteration {number}: pairs {row['pairs']}, {row['dropped_under_margin']} dropped under the margin; "
-            f"loss {row['loss']:.3f}, preference accuracy {row['preference_accuracy']:.2f}"
+            f"iteration {number}: pairs {row['pairs']}, {row['dropped_under_margin']} dropped under"
+            f" the margin; loss {row['loss']:.3f}, preference accuracy"
+            f" {row['preference_accuracy']:.2f}"
         )
     names = ", ".join(summary["preferences"])
     reporter.say(
-        f"{result.root}: preferences {names}; {summary['seconds']:.0f} s; next: fedvpa chat {result.root} --prefer ..."
+        f"{result.root}: preferences {names}; {summary['seconds']:.0f} s; next: fedvpa chat"
+        f" {result.root} --prefer ..."
     )
     emit_json(arguments.json, summary)
     return 0
@@ -130,15 +164,21 @@ def run_feddpo(arguments: argparse.Namespace, reporter: Reporter) -> int:
     config = flat_settings_given(arguments, FedDPOConfig)
     _keep_freed_memory()
     with reporter.stages() as on_stage:
-        result = feddpo(arguments.directory, arguments.out, config, resume=arguments.resume, on_stage=on_stage)
-    reporter.say(f"{result.root}: {config.rounds} rounds, {result.summary['seconds']:.0f} s; one policy, preference 'shared'")
+        result = feddpo(
+            arguments.directory, arguments.out, config, resume=arguments.resume, on_stage=on_stage
+        )
+    reporter.say(
+        f"{result.root}: {config.rounds} rounds, {result.summary['seconds']:.0f} s; one policy,"
+        " preference 'shared'"
+    )
     emit_json(arguments.json, result.summary)
     return 0
 
 
 def _keep_freed_memory() -> None:
-    """Have the C library keep large blocks that were freed: training on a CPU otherwise gives hundreds of MiB back to the
-    system and asks for them again in every step, and pages that come back are zeroed (docs/alignment.md has the figures)."""
+    """Have the C library keep large blocks that were freed: training on a CPU otherwise gives
+    hundreds of MiB back to the system and asks for them again in every step, and pages that come
+    back are zeroed (docs/alignment.md has the figures)."""
     if sys.platform != "linux":
         return
     tune = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
@@ -152,7 +192,9 @@ def run_generate(arguments: argparse.Namespace, reporter: Reporter) -> int:
     policy, card = load_policy(arguments.directory, arguments.device)
     z = _wanted_z(arguments, card)
     sampling = _sampling(arguments)
-    found = read_prompts(arguments.prompts, arguments.split, 1 << 20, lambda p: len(policy.prompt_ids(p)))
+    found = read_prompts(
+        arguments.prompts, arguments.split, 1 << 20, lambda p: len(policy.prompt_ids(p))
+    )
     prompts = found.some(arguments.limit, arguments.seed)
     texts = [""] * len(prompts)
     rows = None if z is None else z.expand(len(prompts), -1)
@@ -178,14 +220,25 @@ def run_export(arguments: argparse.Namespace, reporter: Reporter) -> int:
     check_free(out)
     if arguments.format == "all":
         if arguments.prefer or arguments.mix or arguments.user or arguments.z:
-            raise BadInputError("--format all writes every named preference; leave --prefer, --mix, --user and --z out")
-        jobs = [(kind, card.z(name), out / f"{name}-{kind}") for name in card.preferences for kind in ("merged", "peft")]
+            raise BadInputError(
+                "--format all writes every named preference; leave --prefer, --mix, --user and"
+                " --z out"
+            )
+        jobs = [
+            (kind, card.z(name), out / f"{name}-{kind}")
+            for name in card.preferences
+            for kind in ("merged", "peft")
+        ]
     else:
         jobs = [(arguments.format, _chosen_z(arguments, card), out)]
     for kind, z, folder in jobs:
         policy, _ = load_policy(arguments.directory)
         (export_merged if kind == "merged" else export_adapter)(policy, z, folder)
-        loader = "transformers' AutoModelForCausalLM" if kind == "merged" else "peft's AutoPeftModelForCausalLM (see README.md)"
+        loader = (
+            "transformers' AutoModelForCausalLM"
+            if kind == "merged"
+            else "peft's AutoPeftModelForCausalLM (see README.md)"
+        )
         reporter.say(f"{folder}: load it with {loader}")
     return 0
 
@@ -194,7 +247,10 @@ def run_chat(arguments: argparse.Namespace, reporter: Reporter) -> int:
     """Read turns from standard input until it ends; answers go to standard output."""
     policy, card = load_policy(arguments.directory, arguments.device)
     z, sampling = _wanted_z(arguments, card), _sampling(arguments)
-    reporter.say(f"preferences: {', '.join(card.preferences)}; /prefer NAME, /mix A=0.3,B=0.7, /off, /reset, /quit")
+    reporter.say(
+        f"preferences: {', '.join(card.preferences)}; /prefer NAME, /mix A=0.3,B=0.7, /off, /reset,"
+        " /quit"
+    )
     history: list[Message] = []
     while True:
         if sys.stdin.isatty():
@@ -231,7 +287,9 @@ def _switch(
         return None, history
     if command == "/reset":
         return z, []
-    raise BadInputError(f"unknown command {command} (known: /prefer NAME, /mix A=0.3,B=0.7, /off, /reset, /quit)")
+    raise BadInputError(
+        f"unknown command {command} (known: /prefer NAME, /mix A=0.3,B=0.7, /off, /reset, /quit)"
+    )
 
 
 def _wanted_z(arguments: argparse.Namespace, card: PolicyCard) -> torch.Tensor | None:
@@ -259,7 +317,9 @@ def posterior_mean(file: str, card: PolicyCard) -> torch.Tensor:
 
 def _checked(z: torch.Tensor, card: PolicyCard) -> torch.Tensor:
     if z.shape != (card.latent,):
-        raise BadInputError(f"z has {z.numel()} dimensions, but the policy was trained with {card.latent}")
+        raise BadInputError(
+            f"z has {z.numel()} dimensions, but the policy was trained with {card.latent}"
+        )
     return z
 
 
@@ -275,7 +335,9 @@ def parse_weights(text: str) -> dict[str, float]:
         try:
             weights[name.strip()] = float(value)
         except ValueError as error:
-            raise BadInputError(f"'{part.strip()}' is not NAME=WEIGHT, as in helpful=0.3,harmless=0.7") from error
+            raise BadInputError(
+                f"'{part.strip()}' is not NAME=WEIGHT, as in helpful=0.3,harmless=0.7"
+            ) from error
     return weights
 
 

@@ -17,18 +17,26 @@ from fedvpa.models.backbone import Item
 
 def register(commands: Any) -> None:
     """Add the commands."""
-    new = commands.add_parser("personalize", help="infer a new user's preference, without training", allow_abbrev=False)
+    new = commands.add_parser(
+        "personalize", help="infer a new user's preference, without training", allow_abbrev=False
+    )
     new.add_argument("directory", metavar="RUN")
     new.add_argument("--pairs", required=True, metavar="FILE", help="the user's comparisons")
     new.add_argument("--on-bad-record", choices=["few", "error", "skip"], default="few")
-    new.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write z and the rest as JSON")
+    new.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="write z and the rest as JSON"
+    )
     add_common(new)
     new.set_defaults(run=run_personalize)
 
-    score = commands.add_parser("score", help="score responses under a preference", allow_abbrev=False)
+    score = commands.add_parser(
+        "score", help="score responses under a preference", allow_abbrev=False
+    )
     score.add_argument("directory", metavar="RUN")
     score.add_argument(
-        "--z", required=True, help="FILE written by `personalize --json FILE`, or prototype:K, or mean (nothing known)"
+        "--z",
+        required=True,
+        help="FILE written by `personalize --json FILE`, or prototype:K, or mean (nothing known)",
     )
     score.add_argument(
         "--responses",
@@ -36,7 +44,9 @@ def register(commands: Any) -> None:
         metavar="FILE",
         help='jsonl: {"prompt": ..., "response": ...} a line; prompt as in pairs',
     )
-    score.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write the scores as JSON")
+    score.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="write the scores as JSON"
+    )
     add_common(score)
     score.set_defaults(run=run_score)
 
@@ -46,15 +56,25 @@ def run_personalize(arguments: argparse.Namespace, reporter: Reporter) -> int:
     source = read_pairs(arguments.pairs, None, arguments.on_bad_record)
     model = PreferenceModel(arguments.directory)
     user = model.personalize(source.pairs)
-    reporter.say(f"{user.pairs} comparisons; |z| = {float(user.mean.norm()):.2f}, mean sigma {float(user.sigma.mean()):.2f}")
+    reporter.say(
+        f"{user.pairs} comparisons; |z| = {float(user.mean.norm()):.2f}, mean sigma"
+        f" {float(user.sigma.mean()):.2f}"
+    )
     if user.nearest is not None:
         group = f" (mostly {user.nearest_group})" if user.nearest_group else ""
-        reporter.say(f"nearest prototype: {user.nearest}{group}, probability {user.probability[user.nearest]:.3f}")
+        reporter.say(
+            f"nearest prototype: {user.nearest}{group}, probability"
+            f" {user.probability[user.nearest]:.3f}"
+        )
         reporter.say("all: " + ", ".join(f"{p:.3f}" for p in user.probability))
     hint = (
-        "  - no better than a coin: few, noisy, or unlike any preference that the model knows" if user.surprise > 0.69 else ""
+        "  - no better than a coin: few, noisy, or unlike any preference that the model knows"
+        if user.surprise > 0.69
+        else ""
     )
-    reporter.say(f"surprise, each by the others: {user.surprise:.2f} nats a pair (a coin: 0.69){hint}")
+    reporter.say(
+        f"surprise, each by the others: {user.surprise:.2f} nats a pair (a coin: 0.69){hint}"
+    )
     emit_json(arguments.json or "-", user.to_json())
     return 0
 
@@ -68,7 +88,10 @@ def run_score(arguments: argparse.Namespace, reporter: Reporter) -> int:
     reporter.table(
         "reward, relative to the average training response",
         ["response", "reward"],
-        [(item.response[:70].replace("\n", " "), f"{score:+.3f}") for item, score in zip(items, scores)],
+        [
+            (item.response[:70].replace("\n", " "), f"{score:+.3f}")
+            for item, score in zip(items, scores)
+        ],
     )
     emit_json(arguments.json or "-", {"scores": scores})
     return 0
@@ -93,7 +116,11 @@ def read_responses(path: Path) -> list[Item]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise BadInputError(f"{where}: not JSON: {error.msg}, column {error.colno}") from error
-        if not isinstance(record, dict) or "prompt" not in record or not isinstance(record.get("response"), str):
+        if (
+            not isinstance(record, dict)
+            or "prompt" not in record
+            or not isinstance(record.get("response"), str)
+        ):
             raise BadInputError(f'{where}: needs "prompt" and "response" (text)')
         if not record["response"].strip():
             raise BadInputError(f"{where}: empty response")

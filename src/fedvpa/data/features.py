@@ -1,7 +1,8 @@
-"""Features of texts, computed once: a content-addressed cache in SQLite, safe under several processes and under kill -9.
+"""Features of texts, computed once: a content-addressed cache in SQLite, safe under several
+processes and under kill -9.
 
-A feature's key is a hash of everything that decides its value: weights, chat template, limits, number type, layer, pooling
-and text. The backbone is loaded only if something is missing.
+A feature's key is a hash of everything that decides its value: weights, chat template, limits,
+number type, layer, pooling and text. The backbone is loaded only if something is missing.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from fedvpa.types import PreferencePair
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS feature (key BLOB PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS backbone (stamp TEXT PRIMARY KEY, name TEXT NOT NULL, signature TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS backbone
+  (stamp TEXT PRIMARY KEY, name TEXT NOT NULL, signature TEXT NOT NULL);
 """
 
 
@@ -48,7 +50,9 @@ class FeatureCache:
         self.path = path or cache_home() / "features.sqlite"
         self._backbone: Backbone | None = None
 
-    def pairs(self, pairs: Sequence[PreferencePair], progress: Progress | None = None) -> FeatureTable:
+    def pairs(
+        self, pairs: Sequence[PreferencePair], progress: Progress | None = None
+    ) -> FeatureTable:
         """Features of both responses of every pair.
 
         Raises:
@@ -59,7 +63,9 @@ class FeatureCache:
         values, name, signature, computed = self.items(items, progress)
         return FeatureTable(values.view(len(pairs), 2, -1), name, signature, computed)
 
-    def items(self, items: Sequence[Item], progress: Progress | None = None) -> tuple[Float[Tensor, "n h"], str, str, int]:
+    def items(
+        self, items: Sequence[Item], progress: Progress | None = None
+    ) -> tuple[Float[Tensor, "n h"], str, str, int]:
         """Features, the backbone's name and signature, and how many features had to be computed."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +75,9 @@ class FeatureCache:
                 database.executescript(_SCHEMA)
                 return self._items(database, items, progress)
         except sqlite3.Error as error:
-            raise RunError(f"the feature cache {self.path} cannot be used: {error}; set FEDVPA_CACHE elsewhere") from error
+            raise RunError(
+                f"the feature cache {self.path} cannot be used: {error}; set FEDVPA_CACHE elsewhere"
+            ) from error
 
     def _items(
         self, database: sqlite3.Connection, items: Sequence[Item], progress: Progress | None
@@ -83,14 +91,21 @@ class FeatureCache:
             backbone, tap = self.backbone()
 
             def keep(index: list[int], block: Tensor) -> None:
-                rows = [(todo[i], block[j, 0].numpy().astype("<f4").tobytes()) for j, i in enumerate(index)]
+                rows = [
+                    (todo[i], block[j, 0].numpy().astype("<f4").tobytes())
+                    for j, i in enumerate(index)
+                ]
                 database.execute("BEGIN IMMEDIATE")
                 database.executemany("INSERT OR IGNORE INTO feature VALUES (?, ?)", rows)
                 database.execute("COMMIT")
                 found.update(rows)
 
             backbone.encode(list(missing.values()), [tap], on_batch=keep, progress=progress)
-        table = np.stack([np.frombuffer(found[k], dtype="<f4") for k in keys]) if keys else np.zeros((0, 0), "<f4")
+        table = (
+            np.stack([np.frombuffer(found[k], dtype="<f4") for k in keys])
+            if keys
+            else np.zeros((0, 0), "<f4")
+        )
         return torch.from_numpy(table.astype(np.float32)), name, signature, len(missing)
 
     def backbone(self) -> tuple[Backbone, Tap]:
@@ -110,19 +125,29 @@ class FeatureCache:
         return self._backbone, tap
 
     def _identity(self, database: sqlite3.Connection) -> tuple[str, str]:
-        """Name and signature of the backbone; remembered by the place and date of its files, so that it need not load."""
+        """Name and signature of the backbone; remembered by the place and date of its files, so
+        that it need not load."""
         stamp = location_stamp(self.settings.backbone)
         if stamp is not None:
-            stamp = hashlib.sha256(f"{stamp}|{self.settings.model_dump_json()}".encode()).hexdigest()
-            row = database.execute("SELECT name, signature FROM backbone WHERE stamp = ?", (stamp,)).fetchone()
+            stamp = hashlib.sha256(
+                f"{stamp}|{self.settings.model_dump_json()}".encode()
+            ).hexdigest()
+            row = database.execute(
+                "SELECT name, signature FROM backbone WHERE stamp = ?", (stamp,)
+            ).fetchone()
             if row is not None:
                 return row[0], row[1]
         backbone, tap = self.backbone()
         name, signature = backbone.name, backbone.signature(tap)
-        stamp = location_stamp(self.settings.backbone)  # known now even if loading has fetched or converted the model
+        # known now even if loading has fetched or converted the model
+        stamp = location_stamp(self.settings.backbone)
         if stamp is not None:
-            stamp = hashlib.sha256(f"{stamp}|{self.settings.model_dump_json()}".encode()).hexdigest()
-            database.execute("INSERT OR REPLACE INTO backbone VALUES (?, ?, ?)", (stamp, name, signature))
+            stamp = hashlib.sha256(
+                f"{stamp}|{self.settings.model_dump_json()}".encode()
+            ).hexdigest()
+            database.execute(
+                "INSERT OR REPLACE INTO backbone VALUES (?, ?, ?)", (stamp, name, signature)
+            )
         return name, signature
 
 

@@ -1,4 +1,5 @@
-"""What a set of pairs holds: counts, lengths, groups, duplicates, and leaks between training and test."""
+"""What a set of pairs holds: counts, lengths, groups, duplicates, and leaks between training and
+test."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ def inspect_pairs(source: PairSet, test: PairSet | None = None) -> dict[str, Any
         },
         "duplicates": sum(n - 1 for n in contents.values()),
         "contradictions": sum(len(a) > 1 for a in answers.values()),
-        "longer_is_chosen": round(sum(d > 0 for d in longer) / max(1, sum(d != 0 for d in longer)), 3),
+        "longer_is_chosen": round(
+            sum(d > 0 for d in longer) / max(1, sum(d != 0 for d in longer)), 3
+        ),
         "skipped": dict(source.skipped),
     }
     if test is not None:

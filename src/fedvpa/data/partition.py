@@ -1,6 +1,8 @@
-"""From pairs to clients: natural ids, by group at any ratio, Dirichlet, mixed preferences, and the mirrored protocol.
+"""From pairs to clients: natural ids, by group at any ratio, Dirichlet, mixed preferences, and the
+mirrored protocol.
 
-Flower Datasets' partitioners would serve for the Dirichlet case alone and need an older `datasets`; the few lines are here.
+Flower Datasets' partitioners would serve for the Dirichlet case alone and need an older `datasets`;
+the few lines are here.
 """
 
 from __future__ import annotations
@@ -45,8 +47,11 @@ class Partitioner:
     max_pairs: int = 0
     least_pairs: int = 2
 
-    def __call__(self, pairs: Sequence[PreferencePair], seed: int, prefix: str = "client") -> list[ClientPairs]:
-        """Divide `pairs`. No pair goes to two clients (but for `mirrored`, where its reversal does), none is kept twice.
+    def __call__(
+        self, pairs: Sequence[PreferencePair], seed: int, prefix: str = "client"
+    ) -> list[ClientPairs]:
+        """Divide `pairs`. No pair goes to two clients (but for `mirrored`, where its reversal
+        does), none is kept twice.
 
         Raises:
             BadInputError: ids, groups or pairs do not suffice; the message says how many there are.
@@ -64,8 +69,9 @@ class Partitioner:
                 own = own[: self.max_pairs]
             if len(own) < self.least_pairs:
                 raise BadInputError(
-                    f"{client.name} would hold {len(own)} pair{'s' * (len(own) != 1)}, but needs at least "
-                    f"{self.least_pairs} (context and target): {len(pairs)} pairs for {len(clients)} clients; use fewer clients"
+                    f"{client.name} would hold {len(own)} pair{'s' * (len(own) != 1)}, but needs at"
+                    f" least {self.least_pairs} (context and target): {len(pairs)} pairs for"
+                    f" {len(clients)} clients; use fewer clients"
                 )
             out.append(replace(client, pairs=tuple(own)))
         return out
@@ -76,7 +82,11 @@ class Partitioner:
         return "natural" if pairs and all(p.client_id is not None for p in pairs) else "group"
 
     def _divide(
-        self, pairs: Sequence[PreferencePair], generator: np.random.Generator, prefix: str, count: int
+        self,
+        pairs: Sequence[PreferencePair],
+        generator: np.random.Generator,
+        prefix: str,
+        count: int,
     ) -> list[ClientPairs]:
         kind = self._kind(pairs)
         if kind == "natural":
@@ -95,26 +105,43 @@ class Partitioner:
                     dealt[holder].append(pair)
         if kind == "mixed" and len(pools) > 1:
             _swap_between_groups(dealt, owners, self.mixing, generator)
-        return [ClientPairs(f"{prefix}-{i:04d}", g or None, tuple(own)) for i, (g, own) in enumerate(zip(owners, dealt))]
+        return [
+            ClientPairs(f"{prefix}-{i:04d}", g or None, tuple(own))
+            for i, (g, own) in enumerate(zip(owners, dealt))
+        ]
 
-    def _natural(self, pairs: Sequence[PreferencePair], generator: np.random.Generator, count: int) -> list[ClientPairs]:
+    def _natural(
+        self, pairs: Sequence[PreferencePair], generator: np.random.Generator, count: int
+    ) -> list[ClientPairs]:
         by_id: dict[str, list[PreferencePair]] = defaultdict(list)
         for pair in pairs:
             if pair.client_id is None:
-                raise BadInputError(f"{pair.source}: partition=natural needs a client_id in every record")
+                raise BadInputError(
+                    f"{pair.source}: partition=natural needs a client_id in every record"
+                )
             by_id[pair.client_id].append(pair)
-        usable = {name: own for name, own in by_id.items() if len(without_duplicates(own)) >= self.least_pairs}
+        usable = {
+            name: own
+            for name, own in by_id.items()
+            if len(without_duplicates(own)) >= self.least_pairs
+        }
         if not usable:
-            raise BadInputError(f"none of the {len(by_id)} client ids has {self.least_pairs} or more pairs")
+            raise BadInputError(
+                f"none of the {len(by_id)} client ids has {self.least_pairs} or more pairs"
+            )
         names = sorted(usable)
         if len(names) > count:
             names = sorted(generator.permutation(names)[:count].tolist())
-        return [ClientPairs(name, _majority_group(usable[name]), tuple(usable[name])) for name in names]
+        return [
+            ClientPairs(name, _majority_group(usable[name]), tuple(usable[name])) for name in names
+        ]
 
     def _owners(self, groups: list[str], count: int) -> list[str]:
         """Group of every client, groups interleaved; each group gets at least one."""
         if count < len(groups):
-            raise BadInputError(f"{count} clients are too few for {len(groups)} groups ({', '.join(groups)})")
+            raise BadInputError(
+                f"{count} clients are too few for {len(groups)} groups ({', '.join(groups)})"
+            )
         shares = [1.0] * len(groups)
         if self.group_ratio:
             try:
@@ -123,8 +150,8 @@ class Partitioner:
                 shares = []
             if len(shares) != len(groups) or min(shares) <= 0:
                 raise BadInputError(
-                    f"data.group_ratio: '{self.group_ratio}' must give a positive number for each of the "
-                    f"{len(groups)} groups ({', '.join(groups)}), as in 70:30"
+                    f"data.group_ratio: '{self.group_ratio}' must give a positive number for each"
+                    f" of the {len(groups)} groups ({', '.join(groups)}), as in 70:30"
                 )
         exact = np.array(shares) / sum(shares) * count
         counts = np.maximum(1, np.floor(exact).astype(int))
@@ -136,9 +163,14 @@ class Partitioner:
         return [g for _, g in sorted(slots)]
 
     def _dirichlet(
-        self, pools: dict[str, list[PreferencePair]], generator: np.random.Generator, prefix: str, count: int
+        self,
+        pools: dict[str, list[PreferencePair]],
+        generator: np.random.Generator,
+        prefix: str,
+        count: int,
     ) -> list[ClientPairs]:
-        """Each client's mixture of groups is drawn from a Dirichlet; clients are equally large (cf. Hsu et al., 2019)."""
+        """Each client's mixture of groups is drawn from a Dirichlet; clients are equally large (cf.
+        Hsu et al., 2019)."""
         each = sum(map(len, pools.values())) // count
         left = {g: list(pool) for g, pool in pools.items()}
         groups = sorted(pools)
@@ -150,13 +182,19 @@ class Partitioner:
                 available = np.array([m if left[g] else 0.0 for g, m in zip(groups, mixture)])
                 if available.sum() <= 0:
                     available = np.array([float(len(left[g])) for g in groups])
-                own.append(left[groups[generator.choice(len(groups), p=available / available.sum())]].pop())
+                own.append(
+                    left[groups[generator.choice(len(groups), p=available / available.sum())]].pop()
+                )
             clients.append(ClientPairs(f"{prefix}-{i:04d}", _majority_group(own), tuple(own)))
         return clients
 
-    def _mirrored(self, pairs: Sequence[PreferencePair], generator: np.random.Generator, prefix: str) -> list[ClientPairs]:
+    def _mirrored(
+        self, pairs: Sequence[PreferencePair], generator: np.random.Generator, prefix: str
+    ) -> list[ClientPairs]:
         if self.clients < 2 or self.clients % 2:
-            raise BadInputError(f"protocol=mirrored needs an even number of clients, not {self.clients}")
+            raise BadInputError(
+                f"protocol=mirrored needs an even number of clients, not {self.clients}"
+            )
         return [
             side
             for client in self._divide(pairs, generator, prefix, self.clients // 2)
@@ -165,13 +203,17 @@ class Partitioner:
 
 
 def mirror_image(client: ClientPairs) -> ClientPairs:
-    """The client of opposite taste: the same pairs with every label reversed, in a group of their own."""
+    """The client of opposite taste: the same pairs with every label reversed, in a group of
+    their own."""
     group = "mirrored" if client.group in (None, "original") else f"{client.group}{MIRRORED}"
     return ClientPairs(f"{client.name}{MIRRORED}", group, tuple(p.reversed() for p in client.pairs))
 
 
-def corrupt(clients: Sequence[ClientPairs], share: float, kind: Literal["random", "reversed"], seed: int) -> list[ClientPairs]:
-    """Spoil the labels of a share of the clients, drawn at random: all of them reversed, or each by the toss of a coin."""
+def corrupt(
+    clients: Sequence[ClientPairs], share: float, kind: Literal["random", "reversed"], seed: int
+) -> list[ClientPairs]:
+    """Spoil the labels of a share of the clients, drawn at random: all of them reversed, or each by
+    the toss of a coin."""
     generator = np.random.default_rng([seed, 23])
     spoilt = set(generator.permutation(len(clients))[: round(share * len(clients))].tolist())
     out = []
@@ -185,18 +227,21 @@ def corrupt(clients: Sequence[ClientPairs], share: float, kind: Literal["random"
 
 
 def without_duplicates(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
-    """Keep the first of pairs with equal prompt and responses, whatever their labels: a target never sits in the context."""
+    """Keep the first of pairs with equal prompt and responses, whatever their labels: a target
+    never sits in the context."""
     return list({pair.content_key(): pair for pair in reversed(pairs)}.values())[::-1]
 
 
 def split_off(client: ClientPairs, share: float, seed: int) -> tuple[ClientPairs, ClientPairs]:
-    """Divide a client's pairs at random: the larger part, and `share` of them (one at least if there are five or more)."""
+    """Divide a client's pairs at random: the larger part, and `share` of them (one at least if
+    there are five or more)."""
     count = len(client.pairs)
     held = round(share * count)
     if share > 0 and held == 0 and count >= 5:
         held = 1
     held = min(held, count - 2)
-    owner = client.name.removesuffix(MIRRORED)  # a mirrored pair of clients holds the same pairs out
+    # a mirrored pair of clients holds the same pairs out
+    owner = client.name.removesuffix(MIRRORED)
     name = int.from_bytes(hashlib.sha256(owner.encode()).digest()[:8], "big")
     order = np.random.default_rng([seed, name]).permutation(count)
     parts = (sorted(order[held:].tolist()), sorted(order[:held].tolist()))
@@ -204,9 +249,11 @@ def split_off(client: ClientPairs, share: float, seed: int) -> tuple[ClientPairs
     return replace(client, pairs=first), replace(client, pairs=second)
 
 
-def _pools(pairs: Sequence[PreferencePair], generator: np.random.Generator) -> dict[str, list[PreferencePair]]:
-    """Shuffled pairs of every group, without repetitions within a group (two groups may well judge the same pair); without
-    groups all are in one, called ''."""
+def _pools(
+    pairs: Sequence[PreferencePair], generator: np.random.Generator
+) -> dict[str, list[PreferencePair]]:
+    """Shuffled pairs of every group, without repetitions within a group (two groups may well
+    judge the same pair); without groups all are in one, called ''."""
     named = [p.group is not None for p in pairs]
     if any(named) and not all(named):
         stray = pairs[named.index(False)]
@@ -227,7 +274,10 @@ def _majority_group(pairs: Sequence[PreferencePair]) -> str | None:
 
 
 def _swap_between_groups(
-    dealt: list[list[PreferencePair]], owners: list[str], share: float, generator: np.random.Generator
+    dealt: list[list[PreferencePair]],
+    owners: list[str],
+    share: float,
+    generator: np.random.Generator,
 ) -> None:
     """Exchange `share` of every client's pairs with clients of other groups, in place."""
     gifts: list[tuple[str, PreferencePair]] = []

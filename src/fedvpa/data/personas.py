@@ -1,9 +1,11 @@
-"""`personas`: users with known preference vectors, over responses that differ in measurable attributes.
+"""`personas`: users with known preference vectors, over responses that differ in measurable
+attributes.
 
-A response is written from attributes a in {-1, +1}^5 (length, tone, stance, layout, engagement): which of a topic's points
-are made and how they are worded. A user's utility is u(y) = v . a(y); v is its group's vector plus a personal scatter, and
-the preferred response is the one of higher utility, but for a share of flipped labels. All groups see pairs of one and the
-same distribution. Groups 2k and 2k+1 want opposite things, above all in attribute k.
+A response is written from attributes a in {-1, +1}^5 (length, tone, stance, layout, engagement):
+which of a topic's points are made and how they are worded. A user's utility is u(y) = v . a(y); v
+is its group's vector plus a personal scatter, and the preferred response is the one of higher
+utility, but for a share of flipped labels. All groups see pairs of one and the same distribution.
+Groups 2k and 2k+1 want opposite things, above all in attribute k.
 """
 
 from __future__ import annotations
@@ -40,7 +42,10 @@ UNSEEN = 1_000_000
 """Users from this index on are never trained on."""
 
 _MAIN, _MINOR = 2.0, 0.5
-_SIGNS = np.array([[0, 1, -1, 1, 1], [-1, 0, 1, 1, -1], [1, 1, 0, -1, 1], [1, -1, -1, 0, -1], [-1, 1, 1, -1, 0]], dtype=float)
+_SIGNS = np.array(
+    [[0, 1, -1, 1, 1], [-1, 0, 1, 1, -1], [1, 1, 0, -1, 1], [1, -1, -1, 0, -1], [-1, 1, 1, -1, 0]],
+    dtype=float,
+)
 
 
 @dataclass(frozen=True)
@@ -57,10 +62,17 @@ def _phrases() -> _Phrases:
 
 
 def prompts(split: str | None = None) -> list[str]:
-    """All prompts, in a fixed order; or those of ``test``, or of any other split: no prompt is in both."""
+    """All prompts, in a fixed order; or those of ``test``, or of any other split: no prompt is in
+    both."""
     phrases = _phrases()
-    every = [framing.format(topic=topic) for topic in phrases.topics for framing in phrases.framings]
-    return [prompt for i, prompt in enumerate(every) if split is None or (i % 4 == 3) == (split == "test")]
+    every = [
+        framing.format(topic=topic) for topic in phrases.topics for framing in phrases.framings
+    ]
+    return [
+        prompt
+        for i, prompt in enumerate(every)
+        if split is None or (i % 4 == 3) == (split == "test")
+    ]
 
 
 def group_names(groups: int) -> list[str]:
@@ -76,7 +88,8 @@ def group_names(groups: int) -> list[str]:
 
 
 def group_vectors(groups: int) -> NDArray[np.float64]:
-    """True preference vectors [groups, 5]: 2 on a group's own attribute, 1/2 on the others; 2k and 2k+1 are opposed."""
+    """True preference vectors [groups, 5]: 2 on a group's own attribute, 1/2 on the others; 2k and
+    2k+1 are opposed."""
     group_names(groups)
     base = _MAIN * np.eye(len(ATTRIBUTES)) + _MINOR * _SIGNS
     return np.array([(-base if m % 2 == 0 else base)[m // 2] for m in range(groups)])
@@ -90,27 +103,37 @@ def user_vector(settings: PersonasConfig, user: int, seed: int) -> tuple[int, ND
 
 
 def personas(
-    settings: PersonasConfig, users: Sequence[int], seed: int, split: str = "train", pairs: int | None = None
+    settings: PersonasConfig,
+    users: Sequence[int],
+    seed: int,
+    split: str = "train",
+    pairs: int | None = None,
 ) -> list[ClientPairs]:
     """Comparisons of the given users, each of two of a prompt's `CANDIDATES` responses.
 
-    `split` names an independent draw for the same users; no prompt of ``test`` is ever one of ``train``.
+    `split` names an independent draw for the same users; no prompt of ``test`` is ever one of
+    ``train``.
 
     Raises:
-        BadInputError: more comparisons a user than half of all that there are, or more groups than poles.
+        BadInputError: more comparisons a user than half of all that there are, or more groups than
+            poles.
     """
     names = group_names(settings.groups)
     bank = prompts(split)
     wanted, most = pairs or settings.pairs, len(bank) * CANDIDATES * (CANDIDATES - 1) // 4
     if wanted > most:
-        raise BadInputError(f"personas: at most {most} comparisons a user in '{split}', not {wanted}")
+        raise BadInputError(
+            f"personas: at most {most} comparisons a user in '{split}', not {wanted}"
+        )
     out = []
     for user in users:
         group, vector = user_vector(settings, user, seed)
         generator = np.random.default_rng([seed, 13, user, *split.encode()])
         own: dict[str, PreferencePair] = {}
         while len(own) < wanted:
-            pair = _compare(vector, bank, settings.noise, generator, f"user-{user:04d}", names[group])
+            pair = _compare(
+                vector, bank, settings.noise, generator, f"user-{user:04d}", names[group]
+            )
             own.setdefault(pair.content_key(), pair)
         out.append(ClientPairs(f"user-{user:04d}", names[group], tuple(own.values())))
     return out
@@ -118,15 +141,18 @@ def personas(
 
 @cache
 def candidates(prompt: str) -> list[tuple[NDArray[np.int_], str]]:
-    """The responses that users of any seed choose from, with their attributes: distinct, and the same whenever asked for,
-    so that their features are computed once for all experiments.
+    """The responses that users of any seed choose from, with their attributes: distinct, and the
+    same whenever asked for, so that their features are computed once for all experiments.
 
     Raises:
         BadInputError: not one of the generator's prompts.
     """
     generator = np.random.default_rng([17, *prompt.encode()])
     kinds = np.array(list(product((-1, 1), repeat=len(ATTRIBUTES))))
-    return [(kind, respond(prompt, kind, generator)) for kind in generator.permutation(kinds)[:CANDIDATES]]
+    return [
+        (kind, respond(prompt, kind, generator))
+        for kind in generator.permutation(kinds)[:CANDIDATES]
+    ]
 
 
 def _compare(
@@ -138,14 +164,18 @@ def _compare(
     group: str,
 ) -> PreferencePair:
     prompt = bank[generator.integers(len(bank))]
-    (first, one), (second, two) = (candidates(prompt)[i] for i in generator.choice(CANDIDATES, 2, replace=False))
+    (first, one), (second, two) = (
+        candidates(prompt)[i] for i in generator.choice(CANDIDATES, 2, replace=False)
+    )
     chosen, rejected = (one, two) if vector @ (first - second) > 0 else (two, one)
     if generator.random() < noise:
         chosen, rejected = rejected, chosen
     return PreferencePair((Message("user", prompt),), chosen, rejected, user, group, "personas")
 
 
-def respond(prompt: str, attributes: Sequence[int] | NDArray[np.int_], generator: np.random.Generator) -> str:
+def respond(
+    prompt: str, attributes: Sequence[int] | NDArray[np.int_], generator: np.random.Generator
+) -> str:
     """Write a response to one of `prompts()` with these attributes, each -1 or +1.
 
     Raises:
@@ -174,7 +204,9 @@ def respond(prompt: str, attributes: Sequence[int] | NDArray[np.int_], generator
     note = pick(f"{kind}_note")
     closing = pick("warm_close" if tone > 0 else "formal_close")
     last = pick("asking_close" if engagement > 0 else "stating_close")
-    tail = f"{note} {closing} {last}" if length > 0 else f"{generator.choice([note, closing])} {last}"
+    tail = (
+        f"{note} {closing} {last}" if length > 0 else f"{generator.choice([note, closing])} {last}"
+    )
     separator = "\n" if layout > 0 else " "
     return f"{opening}{separator}{body}{separator}{tail}"
 
@@ -182,8 +214,8 @@ def respond(prompt: str, attributes: Sequence[int] | NDArray[np.int_], generator
 def measure(text: str) -> dict[str, float]:
     """Exact measures of a text: one number per attribute, higher towards the pole at +1.
 
-    Words; warm minus formal phrases; cautious minus direct phrases (a share of all sentences); share of lines that are
-    bullets; 1 if it ends with a question.
+    Words; warm minus formal phrases; cautious minus direct phrases (a share of all sentences);
+    share of lines that are bullets; 1 if it ends with a question.
     """
     styles = _phrases().styles
     low = text.lower()
@@ -193,12 +225,16 @@ def measure(text: str) -> dict[str, float]:
         return sum(low.count(phrase.lower()) for name in names for phrase in styles[name])
 
     hedges = len(re.findall(r"\b(may|might|perhaps|could|possibly|can be|unsure)\b", low))
-    orders = len(re.findall(r"\b(always|must|without exception|right away|simply|exactly|stop|skip)\b", low))
+    orders = len(
+        re.findall(r"\b(always|must|without exception|right away|simply|exactly|stop|skip)\b", low)
+    )
     lines = [line for line in text.splitlines() if line.strip()]
     return {
         "length": float(len(text.split())),
-        "tone": float(hits("warm_open", "warm_close") - hits("formal_open", "formal_close")) + 0.5 * low.count("!"),
+        "tone": float(hits("warm_open", "warm_close") - hits("formal_open", "formal_close"))
+        + 0.5 * low.count("!"),
         "stance": (hedges - orders) / sentences,
-        "layout": sum(line.lstrip().startswith(("-", "*", "•")) for line in lines) / max(1, len(lines)),
+        "layout": sum(line.lstrip().startswith(("-", "*", "•")) for line in lines)
+        / max(1, len(lines)),
         "engagement": float(text.rstrip().endswith("?")),
     }

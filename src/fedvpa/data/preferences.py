@@ -2,9 +2,10 @@ r"""One preference record, as found in the wild, to a checked `PreferencePair`.
 
 Formats, recognised record by record:
 
-* **HH-RLHF** - ``{"chosen": "\n\nHuman: ...\n\nAssistant: ...", "rejected": ...}``; the prompt is what both share up to the
-  last ``\n\nAssistant:`` (Bai et al., 2022, arXiv 2204.05862).
-* **TRL preference**, standard or conversational, with explicit or implicit prompt (TRL documentation, *Dataset formats*).
+* **HH-RLHF** - ``{"chosen": "\n\nHuman: ...\n\nAssistant: ...", "rejected": ...}``; the prompt is
+  what both share up to the last ``\n\nAssistant:`` (Bai et al., 2022, arXiv 2204.05862).
+* **TRL preference**, standard or conversational, with explicit or implicit prompt (TRL
+  documentation, *Dataset formats*).
 
 Optional columns: ``client_id`` and ``group`` (text or whole number).
 """
@@ -20,11 +21,16 @@ from fedvpa.types import Message, PreferencePair, Role
 
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 _ROLES = ("system", "user", "assistant")
-_NO_COMPARISON = ("empty response", "identical responses", "chosen and rejected have different prompts")
+_NO_COMPARISON = (
+    "empty response",
+    "identical responses",
+    "chosen and rejected have different prompts",
+)
 
 
 def is_no_comparison(error: RecordError) -> bool:
-    """Whether the record is well-formed but compares nothing, as a few records of every annotated data set do."""
+    """Whether the record is well-formed but compares nothing, as a few records of every
+    annotated data set do."""
     return error.reason.startswith(_NO_COMPARISON)
 
 
@@ -35,7 +41,9 @@ def parse_record(record: Any, where: str) -> PreferencePair:
         RecordError: with `where` and the reason, for anything that is not a usable comparison.
     """
     if not isinstance(record, Mapping):
-        raise RecordError(where, f"expected a JSON object, found {_kind(record)}", "one object a line, not a list")
+        raise RecordError(
+            where, f"expected a JSON object, found {_kind(record)}", "one object a line, not a list"
+        )
     for key in ("chosen", "rejected"):
         if key not in record:
             found = ", ".join(sorted(map(str, record)))[:120] or "no keys"
@@ -59,7 +67,11 @@ def parse_record(record: Any, where: str) -> PreferencePair:
         if not text.strip():
             raise RecordError(where, f"empty response in '{key}'")
         if _unencodable(text):
-            raise RecordError(where, f"undecodable characters in '{key}'", "a lone surrogate; write the file as UTF-8")
+            raise RecordError(
+                where,
+                f"undecodable characters in '{key}'",
+                "a lone surrogate; write the file as UTF-8",
+            )
     if chosen_text.strip() == rejected_text.strip():
         raise RecordError(where, "identical responses", "a pair must hold two different replies")
     _check_prompt(turns, where)
@@ -113,7 +125,9 @@ def parse_prompt(prompt: Any, where: str) -> tuple[Message, ...]:
     elif isinstance(prompt, str):
         turns = (Message("user", prompt.strip()),)
     else:
-        raise RecordError(where, f"wrong type: 'prompt' is {_kind(prompt)}", "text or a list of messages")
+        raise RecordError(
+            where, f"wrong type: 'prompt' is {_kind(prompt)}", "text or a list of messages"
+        )
     _check_prompt(turns, where)
     return turns
 
@@ -122,23 +136,41 @@ def _check_prompt(turns: tuple[Message, ...], where: str) -> None:
     if not any(m.role == "user" and m.content.strip() for m in turns):
         raise RecordError(where, "no user turn in the prompt")
     if any(_unencodable(m.content) for m in turns):
-        raise RecordError(where, "undecodable characters in the prompt", "a lone surrogate; write the file as UTF-8")
+        raise RecordError(
+            where,
+            "undecodable characters in the prompt",
+            "a lone surrogate; write the file as UTF-8",
+        )
 
 
-def _textual(prompt: Any, chosen: str, rejected: str, where: str) -> tuple[tuple[Message, ...], str, str]:
+def _textual(
+    prompt: Any, chosen: str, rejected: str, where: str
+) -> tuple[tuple[Message, ...], str, str]:
     if prompt is not None:
         if not isinstance(prompt, str):
-            raise RecordError(where, f"wrong type: 'prompt' is {_kind(prompt)} although the responses are text")
+            raise RecordError(
+                where, f"wrong type: 'prompt' is {_kind(prompt)} although the responses are text"
+            )
         return parse_prompt(prompt, where), chosen, rejected
     if chosen.lstrip("\n").startswith("Human:") or rejected.lstrip("\n").startswith("Human:"):
         return _hh(chosen, rejected, where)
     shared = _common_prefix(chosen, rejected)
     if not shared.strip():
         if not chosen.strip() or not rejected.strip():
-            raise RecordError(where, f"empty response in '{'rejected' if chosen.strip() else 'chosen'}'")
-        raise RecordError(where, "chosen and rejected have different prompts", "they share no beginning; add a 'prompt' key")
+            raise RecordError(
+                where, f"empty response in '{'rejected' if chosen.strip() else 'chosen'}'"
+            )
+        raise RecordError(
+            where,
+            "chosen and rejected have different prompts",
+            "they share no beginning; add a 'prompt' key",
+        )
     if len(shared) in (len(chosen), len(rejected)):
-        reason = "identical responses" if chosen == rejected else "empty response: one reply is the beginning of the other"
+        reason = (
+            "identical responses"
+            if chosen == rejected
+            else "empty response: one reply is the beginning of the other"
+        )
         raise RecordError(where, reason)
     return (Message("user", shared.strip()),), chosen[len(shared) :], rejected[len(shared) :]
 
@@ -148,26 +180,42 @@ def _hh(chosen: str, rejected: str, where: str) -> tuple[tuple[Message, ...], st
     for key, text in (("chosen", chosen), ("rejected", rejected)):
         head, marker, reply = text.rpartition(_ASSISTANT)
         if not marker or _HUMAN in reply:
-            raise RecordError(where, f"no final assistant turn in '{key}'", "it must end with '\\n\\nAssistant: ...'")
+            raise RecordError(
+                where,
+                f"no final assistant turn in '{key}'",
+                "it must end with '\\n\\nAssistant: ...'",
+            )
         halves.append((head, reply))
     if halves[0][0] != halves[1][0]:
-        raise RecordError(where, "chosen and rejected have different prompts", "they must agree up to the last reply")
+        raise RecordError(
+            where,
+            "chosen and rejected have different prompts",
+            "they must agree up to the last reply",
+        )
     return parse_hh_dialogue(halves[0][0], where), halves[0][1], halves[1][1]
 
 
-def _conversational(prompt: Any, chosen: list[Any], rejected: list[Any], where: str) -> tuple[tuple[Message, ...], str, str]:
+def _conversational(
+    prompt: Any, chosen: list[Any], rejected: list[Any], where: str
+) -> tuple[tuple[Message, ...], str, str]:
     sides = [_messages(chosen, "chosen", where), _messages(rejected, "rejected", where)]
     for key, side in zip(("chosen", "rejected"), sides):
         if not side or side[-1].role != "assistant":
             raise RecordError(where, f"no final assistant turn in '{key}'")
     if prompt is None:
         if sides[0][:-1] != sides[1][:-1]:
-            raise RecordError(where, "chosen and rejected have different prompts", "they must agree up to the last reply")
+            raise RecordError(
+                where,
+                "chosen and rejected have different prompts",
+                "they must agree up to the last reply",
+            )
         turns = sides[0][:-1]
     else:
         turns = parse_prompt(prompt, where)
         if len(sides[0]) != 1 or len(sides[1]) != 1:
-            raise RecordError(where, "with an explicit prompt each response must be exactly one assistant message")
+            raise RecordError(
+                where, "with an explicit prompt each response must be exactly one assistant message"
+            )
     return turns, sides[0][-1].content, sides[1][-1].content
 
 
@@ -177,19 +225,27 @@ def _messages(raw: list[Any], key: str, where: str) -> tuple[Message, ...]:
         role, content = item.get("role"), item.get("content")
         if role not in _ROLES or not isinstance(content, str):
             raise RecordError(
-                where, f"message {position} of '{key}' needs a role out of {', '.join(_ROLES)} and text as content"
+                where,
+                f"message {position} of '{key}' needs a role out of {', '.join(_ROLES)} and text as"
+                " content",
             )
         turns.append(Message(cast(Role, role), content.strip()))
     return tuple(turns)
 
 
 def _is_messages(value: Any) -> bool:
-    return isinstance(value, list) and len(value) > 0 and all(isinstance(item, Mapping) for item in value)
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(item, Mapping) for item in value)
+    )
 
 
 def _common_prefix(first: str, second: str) -> str:
     """Longest common prefix, cut back to a word boundary (as TRL's `extract_prompt` does)."""
-    length = next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
+    length = next(
+        (i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second))
+    )
     if length < min(len(first), len(second)):
         while length > 0 and not first[length - 1].isspace():
             length -= 1
@@ -220,5 +276,12 @@ def _kind(value: Any) -> str:
         return "null"
     if isinstance(value, float) and math.isnan(value):
         return "NaN"
-    names = {str: "text", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    names = {
+        str: "text",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        dict: "an object",
+    }
     return names.get(type(value), type(value).__name__)

@@ -1,4 +1,5 @@
-"""Tables of a comparison: means over seeds with intervals, paired differences, closure; as CSV, Markdown and one page."""
+"""Tables of a comparison: means over seeds with intervals, paired differences, closure; as CSV,
+Markdown and one page."""
 
 from __future__ import annotations
 
@@ -22,17 +23,21 @@ ORACLE = "oracle-group"
 
 COLUMNS = (
     ("seen", "seen"), ("closure_seen", "closure, seen"), ("worst_group", "worst group, seen"),
-    ("rarest_group", "rarest group, seen"), ("closure_rarest", "closure, rarest"), ("other_group", "other group's z, seen"),
-    ("unseen", "unseen"), ("closure_unseen", "closure, unseen"), ("no_context", "unseen, no context"), ("ari", "ARI"),
+    ("rarest_group", "rarest group, seen"), ("closure_rarest", "closure, rarest"), ("other_group",
+    "other group's z, seen"),
+    ("unseen", "unseen"), ("closure_unseen", "closure, unseen"), ("no_context",
+    "unseen, no context"), ("ari", "ARI"),
     ("ece", "ECE"), ("nll", "NLL"), ("difference_seen", "minus reference, seen"),
-    ("difference_unseen", "minus reference, unseen"), ("difference_no_context", "minus reference, no context"),
+    ("difference_unseen", "minus reference, unseen"), ("difference_no_context",
+    "minus reference, no context"),
 )  # fmt: skip
 """Key and heading of every column; one that is empty in all rows of a table is left out."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """One evaluated run: `found` is its eval.json; `run` names its directory if that holds a report."""
+    """One evaluated run: `found` is its eval.json; `run` names its directory if that holds a
+    report."""
 
     setting: str
     row: str
@@ -42,10 +47,14 @@ class Result:
     run: str | None = None
 
 
-def compared(setting: str, about: str, results: Sequence[Result], rows: Sequence[str]) -> dict[str, Any]:
-    """The table of one setting; the first row is the reference of the differences, which are paired by client and seed.
+def compared(
+    setting: str, about: str, results: Sequence[Result], rows: Sequence[str]
+) -> dict[str, Any]:
+    """The table of one setting; the first row is the reference of the differences, which are paired
+    by client and seed.
 
-    Closure is (own - monolithic) / (oracle - monolithic), where monolithic is the better of the shared rewards.
+    Closure is (own - monolithic) / (oracle - monolithic), where monolithic is the better of the
+    shared rewards.
     """
     by_row = {row: {r.seed: r.found for r in results if r.row == row} for row in rows}
     by_row = {row: found for row, found in by_row.items() if found}
@@ -54,34 +63,62 @@ def compared(setting: str, about: str, results: Sequence[Result], rows: Sequence
     reference = next(iter(by_row))
     table = []
     for row, found in by_row.items():
-        line: dict[str, Any] = {"row": row, "seeds": len(found), "seconds": _mean([f["seconds"] for f in found.values()])}
+        line: dict[str, Any] = {
+            "row": row,
+            "seeds": len(found),
+            "seconds": _mean([f["seconds"] for f in found.values()]),
+        }
         for part, key in (("seen", "seen"), ("unseen", "unseen"), ("no_context", None)):
             line[part] = _over_seeds([_clients(f, part) for f in found.values()])
             shared = sorted(set(found) & set(by_row[reference]))
             line[f"difference_{part}"] = None
             if row != reference and shared:
                 line[f"difference_{part}"] = _over_seeds(
-                    [[a - b for a, b in zip(_clients(found[s], part), _clients(by_row[reference][s], part))] for s in shared]
+                    [
+                        [
+                            a - b
+                            for a, b in zip(
+                                _clients(found[s], part), _clients(by_row[reference][s], part)
+                            )
+                        ]
+                        for s in shared
+                    ]
                 )
             if key is not None:
-                line[f"closure_{part}"] = _closure(by_row, method, row, oracle, lambda f, part=part: _seed_mean(f, part))
+                line[f"closure_{part}"] = _closure(
+                    by_row, method, row, oracle, lambda f, part=part: _seed_mean(f, part)
+                )
         line |= _groups(by_row, method, row, oracle)
         line["other_group"] = interval(
             [f["seen"]["accuracy"]["other_group"]["mean"] for f in found.values()
              if f["seen"] and "other_group" in f["seen"]["accuracy"]]
         )  # fmt: skip
-        line["ari"] = interval([f["latent"]["ari"] for f in found.values() if f.get("latent", {}).get("ari") is not None])
+        line["ari"] = interval(
+            [
+                f["latent"]["ari"]
+                for f in found.values()
+                if f.get("latent", {}).get("ari") is not None
+            ]
+        )
         line["ece"] = interval([f["ece"]["own"] for f in found.values()])
         line["nll"] = interval([f["nll"]["own"]["mean"] for f in found.values()])
-        line["collapsed"] = sum(collapsed(f) for f in found.values()) if "latent" in next(iter(found.values())) else None
+        line["collapsed"] = (
+            sum(collapsed(f) for f in found.values())
+            if "latent" in next(iter(found.values()))
+            else None
+        )
         table.append(line)
     return {"setting": setting, "about": about, "reference": reference, "rows": table}
 
 
 def collapsed(found: Mapping[str, Any]) -> bool:
-    """Whether z is not used: seen clients are served no better by their own z than by another group's, by 0.02 at least."""
+    """Whether z is not used: seen clients are served no better by their own z than by another
+    group's, by 0.02 at least."""
     accuracy = (found["seen"] or found)["accuracy"]
-    return "other_group" in accuracy and accuracy["own"]["mean"] - accuracy["other_group"]["mean"] < 0.02
+    return (
+        "other_group" in accuracy
+        and accuracy["own"]["mean"] - accuracy["other_group"]["mean"] < 0.02
+    )
 
 
 def _clients(found: Mapping[str, Any], part: str) -> list[float]:
@@ -97,8 +134,8 @@ def _seed_mean(found: Mapping[str, Any], part: str) -> float:
 
 
 def _over_seeds(values: list[list[float]]) -> Interval:
-    """Interval over seeds of the clients' means: clients of one seed share a model, so they are not independent. With one
-    seed there is nothing but the clients, and the interval is over them."""
+    """Interval over seeds of the clients' means: clients of one seed share a model, so they are not
+    independent. With one seed there is nothing but the clients, and the interval is over them."""
     if len(values) == 1:
         return interval(values[0])
     return interval([interval(clients)["mean"] for clients in values])
@@ -109,7 +146,11 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _closure(
-    by_row: Mapping[str, Mapping[int, Any]], method: Mapping[str, str], row: str, oracle: str | None, value: Any
+    by_row: Mapping[str, Mapping[int, Any]],
+    method: Mapping[str, str],
+    row: str,
+    oracle: str | None,
+    value: Any,
 ) -> Interval | None:
     baselines = [r for r in by_row if method[r] in MONOLITHIC]
     if oracle is None or not baselines or row == oracle or row in baselines:
@@ -129,13 +170,20 @@ def _closure(
 def _groups(
     by_row: Mapping[str, Mapping[int, Any]], method: Mapping[str, str], row: str, oracle: str | None
 ) -> dict[str, Interval | None]:
-    """Accuracy in the group where it is lowest over the seeds, and in the one with the fewest clients if one has fewer."""
+    """Accuracy in the group where it is lowest over the seeds, and in the one with the fewest
+    clients if one has fewer."""
     every = [f["seen"]["accuracy"]["by_group"] for f in by_row[row].values() if f["seen"]]
-    out: dict[str, Interval | None] = {"worst_group": None, "rarest_group": None, "closure_rarest": None}
+    out: dict[str, Interval | None] = {
+        "worst_group": None,
+        "rarest_group": None,
+        "closure_rarest": None,
+    }
     names = [name for name in (every[0] if every else {}) if all(name in e for e in every)]
     if len(names) < 2:
         return out
-    out["worst_group"] = min((interval([e[n]["mean"] for e in every]) for n in names), key=lambda v: v["mean"])
+    out["worst_group"] = min(
+        (interval([e[n]["mean"] for e in every]) for n in names), key=lambda v: v["mean"]
+    )
     size = {n: every[0][n]["n"] for n in names}
     rarest = min(names, key=lambda n: size[n])
     if max(size.values()) > 1.25 * size[rarest]:
@@ -152,9 +200,12 @@ def as_csv(results: Sequence[Result]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     few = sorted({int(n) for r in results for n in r.found["few_shot"]})
     writer.writerow(
-        ["setting", "row", "method", "seed", "seen", "seen_worst_group", "seen_other_group", "unseen", "unseen_worst_group",
-         "unseen_other_group", "ari", "ari_inferred", "components", "active_units", "coverage_90", "leaking_single_pair", "nll",
-         "ece", "weight_entropy", "weight_same_group", "corrupted_auc_nll", "seconds", *(f"context_{n}" for n in few),
+        ["setting", "row", "method", "seed", "seen", "seen_worst_group", "seen_other_group",
+        "unseen", "unseen_worst_group",
+         "unseen_other_group", "ari", "ari_inferred", "components", "active_units", "coverage_90",
+         "leaking_single_pair", "nll",
+         "ece", "weight_entropy", "weight_same_group", "corrupted_auc_nll", "seconds",
+         *(f"context_{n}" for n in few),
          *(f"nll_{n}" for n in few), *(f"ece_{n}" for n in few)]
     )  # fmt: skip
     for r in results:
@@ -162,12 +213,16 @@ def as_csv(results: Sequence[Result]) -> str:
         seen: dict[str, Any] = f["seen"]["accuracy"] if f["seen"] else {}
         shots = [f["few_shot"].get(str(n)) for n in few]
         values = [
-            _at(seen, "own", "mean"), _at(seen, "worst_group", "mean"), _at(seen, "other_group", "mean"),
-            f["accuracy"]["own"]["mean"], f["accuracy"]["worst_group"]["mean"], _at(f["accuracy"], "other_group", "mean"),
+            _at(seen, "own", "mean"), _at(seen, "worst_group", "mean"), _at(seen, "other_group",
+            "mean"),
+            f["accuracy"]["own"]["mean"], f["accuracy"]["worst_group"]["mean"], _at(f["accuracy"],
+            "other_group", "mean"),
             latent.get("ari"), _at(latent, "inferred", "ari"), latent.get("population_components"),
-            posterior.get("active_units"), posterior.get("coverage_90"), f.get("leaking_single_pair_accuracy"),
+            posterior.get("active_units"), posterior.get("coverage_90"),
+            f.get("leaking_single_pair_accuracy"),
             f["nll"]["own"]["mean"], f["ece"]["own"], _at(f, "prior_weights", "entropy"),
-            _at(f, "prior_weights", "same_group_weight"), _at(f, "corrupted", "nll", "auc"), f["seconds"],
+            _at(f, "prior_weights", "same_group_weight"), _at(f, "corrupted", "nll", "auc"),
+            f["seconds"],
             *(_at(s, "accuracy", "mean") for s in shots), *(_at(s, "nll", "mean") for s in shots),
             *(_at(s, "ece") for s in shots),
         ]  # fmt: skip
@@ -185,26 +240,51 @@ def _at(tree: Any, *path: str) -> Any:
 def as_markdown(tables: Sequence[Mapping[str, Any]]) -> str:
     """The tables, with what the columns mean."""
     lines = [
-        "Accuracy on target pairs that are disjoint from every context and from training; mean [95 % interval] over seeds",
-        "(with one seed: over clients). Differences are paired by client and seed. Closure: (own - monolithic) /",
-        "(oracle-group - monolithic), monolithic being the better of the shared rewards. A seed counts as collapsed if seen",
-        "clients' own z is less than 0.02 better than another group's. ECE, NLL: unseen clients, full context.",
+        (
+            "Accuracy on target pairs that are disjoint from every context and from training; mean"
+            " [95 % interval] over seeds"
+        ),
+        (
+            "(with one seed: over clients). Differences are paired by client and seed. Closure:"
+            " (own - monolithic) /"
+        ),
+        (
+            "(oracle-group - monolithic), monolithic being the better of the shared rewards. A seed"
+            " counts as collapsed if seen"
+        ),
+        (
+            "clients' own z is less than 0.02 better than another group's. ECE, NLL: unseen"
+            " clients, full context."
+        ),
     ]
     for table in tables:
         columns = shown_columns(table)
         title = table["setting"] or "comparison"
         lines += ["", f"## {title}", ""]
-        lines += [f"{table['about']} " * bool(table["about"]) + f"At most {table['context']} context pairs of unseen clients."]
-        lines += ["", "| | " + " | ".join(name for _, name in columns) + " | collapsed |", "|---" * (len(columns) + 2) + "|"]
+        lines += [
+            f"{table['about']} " * bool(table["about"])
+            + f"At most {table['context']} context pairs of unseen clients."
+        ]
+        lines += [
+            "",
+            "| | " + " | ".join(name for _, name in columns) + " | collapsed |",
+            "|---" * (len(columns) + 2) + "|",
+        ]
         for r in table["rows"]:
             count = "-" if r["collapsed"] is None else f"{r['collapsed']} of {r['seeds']}"
-            lines.append(f"| {r['row']} | " + " | ".join(show(r[key]) for key, _ in columns) + f" | {count} |")
+            lines.append(
+                f"| {r['row']} | "
+                + " | ".join(show(r[key]) for key, _ in columns)
+                + f" | {count} |"
+            )
     return "\n".join(lines) + "\n"
 
 
 def shown_columns(table: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The columns that hold something in some row."""
-    return [(key, name) for key, name in COLUMNS if any(show(row[key]) != "-" for row in table["rows"])]
+    return [
+        (key, name) for key, name in COLUMNS if any(show(row[key]) != "-" for row in table["rows"])
+    ]
 
 
 def show(value: Mapping[str, Any] | None) -> str:
@@ -215,9 +295,11 @@ def show(value: Mapping[str, Any] | None) -> str:
     return f"{value['mean']:.3f}{spread}"
 
 
-def render_comparison(tables: Sequence[Mapping[str, Any]], results: Sequence[Result], maps: Mapping[str, str]) -> str:
-    """One page: a section a setting with its table, few-shot curves and the reference's latent map (`maps`, by run), and how
-    far every seed's latent finds the groups."""
+def render_comparison(
+    tables: Sequence[Mapping[str, Any]], results: Sequence[Result], maps: Mapping[str, str]
+) -> str:
+    """One page: a section a setting with its table, few-shot curves and the reference's latent map
+    (`maps`, by run), and how far every seed's latent finds the groups."""
     sections = []
     for table in tables:
         here = [r for r in results if r.setting == table["setting"]]
@@ -233,7 +315,9 @@ def render_comparison(tables: Sequence[Mapping[str, Any]], results: Sequence[Res
                 "runs": [r.run for r in here if r.run],
             }
         )
-    environment = Environment(loader=PackageLoader("fedvpa.evaluation", "."), autoescape=select_autoescape())
+    environment = Environment(
+        loader=PackageLoader("fedvpa.evaluation", "."), autoescape=select_autoescape()
+    )
     collapse = plots.svg(_collapse(results)) if any(_found_groups(r) for r in results) else ""
     return environment.get_template("comparison.html").render(sections=sections, collapse=collapse)
 
@@ -245,7 +329,15 @@ def _few_shot(results: Sequence[Result], rows: Sequence[str]) -> Figure:
         sizes = list(found[0])
         means = [_mean([f[s]["accuracy"]["mean"] for f in found]) for s in sizes]
         style = "-" if i < len(plots.COLOURS) else "--"
-        axes.plot(range(len(sizes)), means, style, marker="o", ms=4, color=plots.COLOURS[i % len(plots.COLOURS)], label=row)
+        axes.plot(
+            range(len(sizes)),
+            means,
+            style,
+            marker="o",
+            ms=4,
+            color=plots.COLOURS[i % len(plots.COLOURS)],
+            label=row,
+        )
         axes.set_xticks(range(len(sizes)), sizes)
     axes.axhline(0.5, color=plots.GREY, lw=0.8, ls=":")
     axes.set_xlabel("context pairs")
@@ -259,23 +351,33 @@ def _found_groups(result: Result) -> bool:
 
 
 def _collapse(results: Sequence[Result]) -> Figure:
-    """A dot a seed: ARI of the seen clients' posterior means with the true groups, and own minus other group's z."""
+    """A dot a seed: ARI of the seen clients' posterior means with the true groups, and own minus
+    other group's z."""
     usable = [r for r in results if _found_groups(r)]
     labels = list(dict.fromkeys((r.setting, r.row) for r in usable))
     fig = Figure(figsize=(8.4, 0.9 + 0.2 * len(labels)), layout="constrained")
     left, right = fig.subplots(1, 2, sharey=True)
     for y, label in enumerate(labels):
         runs = [r for r in usable if (r.setting, r.row) == label]
-        gap = [r.found["seen"]["accuracy"] if r.found["seen"] else r.found["accuracy"] for r in runs]
+        gap = [
+            r.found["seen"]["accuracy"] if r.found["seen"] else r.found["accuracy"] for r in runs
+        ]
         apart = [g["own"]["mean"] - g["other_group"]["mean"] for g in gap if "other_group" in g]
         for axes, values in ((left, [r.found["latent"]["ari"] for r in runs]), (right, apart)):
             axes.scatter(values, [y] * len(values), s=16, color=plots.COLOURS[0], alpha=0.6, lw=0)
-    for axes, name in ((left, "ARI of the clients' means, a dot a seed"), (right, "own z minus another group's z, seen")):
+    for axes, name in (
+        (left, "ARI of the clients' means, a dot a seed"),
+        (right, "own z minus another group's z, seen"),
+    ):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.axvline(0, color=plots.GREY, lw=0.8, ls=":")
         axes.set_xlabel(name)
         axes.tick_params(labeltop=True)
-    left.set_yticks(range(len(labels)), [" · ".join(part for part in label if part) for label in labels], fontsize=7)
+    left.set_yticks(
+        range(len(labels)),
+        [" · ".join(part for part in label if part) for label in labels],
+        fontsize=7,
+    )
     left.set_ylim(len(labels) - 0.4, -0.6)
     return fig

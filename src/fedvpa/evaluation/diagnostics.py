@@ -1,4 +1,5 @@
-"""What the latent holds: collapse, clusters, use (method.md, *Diagnostics*). True groups are read here and nowhere else."""
+"""What the latent holds: collapse, clusters, use (method.md, *Diagnostics*). True groups are
+read here and nowhere else."""
 
 from __future__ import annotations
 
@@ -17,11 +18,13 @@ from fedvpa.functional.gaussian import gaussian_log_prob, standard_kl_per_dimens
 from fedvpa.types import Posterior
 
 ACTIVE = 0.01
-"""A latent dimension is active if the variance of posterior means over clients exceeds this (Burda et al., 2016)."""
+"""A latent dimension is active if the variance of posterior means over clients exceeds this
+(Burda et al., 2016)."""
 
 
 def posterior_diagnostics(posterior: Posterior) -> dict[str, Any]:
-    """Active units, KL per dimension from N(0, I), mutual information estimate (nats), mean sigma."""
+    """Active units, KL per dimension from N(0, I), mutual information estimate (nats), mean
+    sigma."""
     mean, log_var = posterior
     kl = standard_kl_per_dimension(mean, log_var).mean(0)
     spread = mean.var(0, unbiased=False)
@@ -37,9 +40,11 @@ def posterior_diagnostics(posterior: Posterior) -> dict[str, Any]:
 
 
 def mutual_information(posterior: Posterior, samples: int = 16, most: int = 512) -> float:
-    """I(client; z) in nats: E log q_i(z) - log of the clients' mean density (Hoffman & Johnson, 2016); at most log K.
+    """I(client; z) in nats: E log q_i(z) - log of the clients' mean density (Hoffman & Johnson,
+    2016); at most log K.
 
-    Over the first `most` clients (their order is random): the densities of K clients at K samples grow with K^2.
+    Over the first `most` clients (their order is random): the densities of K clients at K samples
+    grow with K^2.
     """
     mean, log_var = (value[:most] for value in posterior)
     generator = torch.Generator().manual_seed(0)
@@ -50,10 +55,11 @@ def mutual_information(posterior: Posterior, samples: int = 16, most: int = 512)
 
 
 def cluster_diagnostics(mean: Float[Tensor, "k d"], group: Int[Tensor, "k"]) -> dict[str, Any]:
-    """k-means on the clients' means against the true groups (k = their number), and how far the groups stand apart.
+    """k-means on the clients' means against the true groups (k = their number), and how far the
+    groups stand apart.
 
-    ARI, NMI, silhouette, ratio of between- to within-group variance, accuracy of a linear probe (5-fold). Without two
-    groups there is nothing to compare with, and the entries are None.
+    ARI, NMI, silhouette, ratio of between- to within-group variance, accuracy of a linear probe
+    (5-fold). Without two groups there is nothing to compare with, and the entries are None.
     """
     from sklearn.cluster import KMeans
     from sklearn.linear_model import LogisticRegression
@@ -66,7 +72,8 @@ def cluster_diagnostics(mean: Float[Tensor, "k d"], group: Int[Tensor, "k"]) -> 
     if len(names) < 2 or (labels < 0).any() or len(x) <= len(names):
         return dict.fromkeys(keys)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # collapsed latents have fewer distinct points than clusters: that is the finding
+        # collapsed latents have fewer distinct points than clusters: that is the finding
+        warnings.simplefilter("ignore")
         found = KMeans(len(names), n_init=10, random_state=0).fit_predict(x)
         centre = np.stack([x[labels == g].mean(0) for g in names])
         index = np.searchsorted(names, labels)
@@ -76,7 +83,9 @@ def cluster_diagnostics(mean: Float[Tensor, "k d"], group: Int[Tensor, "k"]) -> 
         probe = None
         if smallest >= 2:
             folds = StratifiedKFold(min(5, smallest), shuffle=True, random_state=0)
-            probe = float(cross_val_score(LogisticRegression(max_iter=1000), x, labels, cv=folds).mean())
+            probe = float(
+                cross_val_score(LogisticRegression(max_iter=1000), x, labels, cv=folds).mean()
+            )
         return {
             "ari": float(adjusted_rand_score(labels, found)),
             "nmi": float(normalized_mutual_info_score(labels, found)),
@@ -93,21 +102,28 @@ def prototype_cosines(prototype: Float[Tensor, "m d"]) -> list[list[float]]:
 
 
 def coverage(context: Posterior, everything: Posterior, level: float = 0.9) -> float:
-    """Share of users and dimensions in which the mean from all of a user's pairs lies in the posterior's central interval
-    given the context alone; a calibrated posterior has `level`. The mean from all pairs stands for the unknown truth."""
+    """Share of users and dimensions in which the mean from all of a user's pairs lies in the
+    posterior's central interval given the context alone; a calibrated posterior has `level`. The
+    mean from all pairs stands for the unknown truth."""
     half = math.sqrt(2) * float(torch.erfinv(torch.tensor(level))) * (0.5 * context.log_var).exp()
     return float(((everything.mean - context.mean).abs() <= half).float().mean())
 
 
-def component_confidence(context: Float[Tensor, "u m"], everything: Float[Tensor, "u m"]) -> dict[str, float]:
-    """Mean posterior probability of the likeliest component given the context, and how often all of the user's pairs agree
-    with it: calibrated, the two are equal."""
+def component_confidence(
+    context: Float[Tensor, "u m"], everything: Float[Tensor, "u m"]
+) -> dict[str, float]:
+    """Mean posterior probability of the likeliest component given the context, and how often all of
+    the user's pairs agree with it: calibrated, the two are equal."""
     agreement = context.argmax(-1) == everything.argmax(-1)
-    return {"confidence": float(context.max(-1).values.mean()), "agreement": float(agreement.float().mean())}
+    return {
+        "confidence": float(context.max(-1).values.mean()),
+        "agreement": float(agreement.float().mean()),
+    }
 
 
 def detection(signal: Float[Tensor, "k"], corrupted: Bool[Tensor, "k"]) -> dict[str, float]:
-    """Mean of a signal over corrupted and over clean clients, and the AUC with which it tells them apart."""
+    """Mean of a signal over corrupted and over clean clients, and the AUC with which it tells them
+    apart."""
     from sklearn.metrics import roc_auc_score
 
     return {
@@ -120,7 +136,8 @@ def detection(signal: Float[Tensor, "k"], corrupted: Bool[Tensor, "k"]) -> dict[
 def prior_weight_diagnostics(
     log_weight: Float[Tensor, "k j"], peer_group: Int[Tensor, "j"], group: Int[Tensor, "k"]
 ) -> dict[str, float]:
-    """Entropy of the mixture weights (1 is uniform over the peers allowed) and the weight given to peers of one's group."""
+    """Entropy of the mixture weights (1 is uniform over the peers allowed) and the weight given to
+    peers of one's group."""
     weight = log_weight.exp()
     allowed = (log_weight > -torch.inf).sum(-1).clamp_min(2).log()
     entropy = -(weight * log_weight.masked_fill(weight == 0, 0.0)).sum(-1) / allowed
@@ -133,9 +150,12 @@ def prior_weight_diagnostics(
     }
 
 
-def switch_rate(predictor: LatentPredictor, trials: list[Trial], group: Int[Tensor, "u"]) -> dict[str, float | None]:
-    """How often replacing a user's z by one of another group reverses the predicted choice; and, of those pairs whose
-    prediction was right under the user's own z, how many (a pair that both groups would label alike should not switch)."""
+def switch_rate(
+    predictor: LatentPredictor, trials: list[Trial], group: Int[Tensor, "u"]
+) -> dict[str, float | None]:
+    """How often replacing a user's z by one of another group reverses the predicted choice; and, of
+    those pairs whose prediction was right under the user's own z, how many (a pair that both groups
+    would label alike should not switch)."""
     switched = total = right_switched = right = 0.0
     generator = torch.Generator().manual_seed(0)
     for trial in trials:
@@ -145,7 +165,10 @@ def switch_rate(predictor: LatentPredictor, trials: list[Trial], group: Int[Tens
             foreign = (group != group[u]).nonzero().squeeze(-1)
             if foreign.numel():
                 other[u] = foreign[torch.randint(foreign.numel(), (1,), generator=generator)].item()
-        own, swapped = predictor.margin(state, trial.target), predictor.margin(state[other], trial.target)
+        own, swapped = (
+            predictor.margin(state, trial.target),
+            predictor.margin(state[other], trial.target),
+        )
         mask = trial.target.mask & (other != torch.arange(group.numel())).unsqueeze(-1)
         change = ((own > 0) != (swapped > 0)) & mask
         switched += float(change.sum())

@@ -1,4 +1,5 @@
-"""Figures of the report, each as an SVG string; colours tell groups apart for colour-blind readers too (Okabe-Ito)."""
+"""Figures of the report, each as an SVG string; colours tell groups apart for colour-blind
+readers too (Okabe-Ito)."""
 
 from __future__ import annotations
 
@@ -17,7 +18,18 @@ from torch import Tensor
 
 from fedvpa.types import Posterior
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A6D3B", "#5A4FCF", "#777777", "#B22222")
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#8A6D3B",
+    "#5A4FCF",
+    "#777777",
+    "#B22222",
+)
 GREY = "#888888"
 
 
@@ -43,13 +55,17 @@ def latent_map(
     seen: Posterior, unseen: Posterior | None, prototypes: Float[Tensor, "m d"] | None,
     seen_group: Int[Tensor, "k"], unseen_group: Int[Tensor, "u"], names: Sequence[str],
 ) -> Figure:  # fmt: skip
-    """Posteriors on the two leading principal axes of the seen clients' means: one-sigma ellipses, prototypes as stars."""
+    """Posteriors on the two leading principal axes of the seen clients' means: one-sigma ellipses,
+    prototypes as stars."""
     centre = seen.mean.mean(0)
     axes_2d = torch.linalg.svd(seen.mean - centre, full_matrices=False).Vh[:2]
     if axes_2d.shape[0] < 2:
         axes_2d = torch.cat([axes_2d, torch.zeros(2 - axes_2d.shape[0], axes_2d.shape[1])])
     fig, axes = figure(6.2, 4.6)
-    for posterior, group, marker, label in ((seen, seen_group, "o", "seen"), (unseen, unseen_group, "^", "unseen")):
+    for posterior, group, marker, label in (
+        (seen, seen_group, "o", "seen"),
+        (unseen, unseen_group, "^", "unseen"),
+    ):
         if posterior is None:
             continue
         at = (posterior.mean - centre) @ axes_2d.T
@@ -60,13 +76,22 @@ def latent_map(
             name = names[g] if g >= 0 else "no group"
             face = colour if marker == "o" else "none"
             axes.scatter(
-                at[mine, 0], at[mine, 1], s=26, marker=marker, c=face, edgecolors=colour, label=f"{name}, {label}", zorder=3
+                at[mine, 0],
+                at[mine, 1],
+                s=26,
+                marker=marker,
+                c=face,
+                edgecolors=colour,
+                label=f"{name}, {label}",
+                zorder=3,
             )
             for point, cov in zip(at[mine], covariance[mine]):
                 axes.add_patch(_ellipse(point, cov, colour))
     if prototypes is not None:
         stars = (prototypes - centre) @ axes_2d.T
-        axes.scatter(stars[:, 0], stars[:, 1], s=150, marker="*", c="black", label="prototype", zorder=4)
+        axes.scatter(
+            stars[:, 0], stars[:, 1], s=150, marker="*", c="black", label="prototype", zorder=4
+        )
     axes.set_xlabel("first principal axis of z")
     axes.set_ylabel("second")
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
@@ -77,14 +102,21 @@ def _ellipse(point: Tensor, covariance: Float[Tensor, "2 2"], colour: str) -> El
     values, vectors = torch.linalg.eigh(covariance)
     width, height = (2 * values.clamp_min(0).sqrt()).tolist()
     angle = float(torch.rad2deg(torch.atan2(vectors[1, 0], vectors[0, 0])))
-    return Ellipse((float(point[0]), float(point[1])), width, height, angle=angle, fc=colour, alpha=0.07, lw=0)
+    return Ellipse(
+        (float(point[0]), float(point[1])), width, height, angle=angle, fc=colour, alpha=0.07, lw=0
+    )
 
 
 def learning_curves(history: Sequence[dict[str, Any]]) -> Figure:
     """Local loss by round, and accuracy on the clients' validation pairs."""
     fig, axes = figure()
     rounds = [row["round"] for row in history if "loss" in row]
-    axes.plot(rounds, [row["loss"] for row in history if "loss" in row], color=COLOURS[0], label="local loss")
+    axes.plot(
+        rounds,
+        [row["loss"] for row in history if "loss" in row],
+        color=COLOURS[0],
+        label="local loss",
+    )
     axes.set_xlabel("round")
     axes.set_ylabel("local loss (nats)", color=COLOURS[0])
     checked = [row for row in history if "validation_accuracy" in row]
@@ -92,7 +124,8 @@ def learning_curves(history: Sequence[dict[str, Any]]) -> Figure:
         right = axes.twinx()
         right.spines["top"].set_visible(False)
         right.plot(
-            [r["round"] for r in checked], [r["validation_accuracy"] for r in checked], color=COLOURS[1], marker=".",
+            [r["round"] for r in checked], [r["validation_accuracy"] for r in checked],
+            color=COLOURS[1], marker=".",
         )  # fmt: skip
         right.set_ylabel("validation accuracy", color=COLOURS[1])
     return fig
@@ -106,10 +139,26 @@ def few_shot_curve(few_shot: dict[str, Any], names: Sequence[str]) -> Figure:
     for g, name in enumerate(names):
         rows = [few_shot[str(s)]["by_group"].get(name) for s in sizes]
         if all(r is not None and r["n"] for r in rows):
-            axes.plot(position, [r["mean"] for r in rows], color=COLOURS[g % len(COLOURS)], alpha=0.6, lw=1, label=name)
+            axes.plot(
+                position,
+                [r["mean"] for r in rows],
+                color=COLOURS[g % len(COLOURS)],
+                alpha=0.6,
+                lw=1,
+                label=name,
+            )
     every = [few_shot[str(s)]["accuracy"] for s in sizes]
-    axes.plot(position, [r["mean"] for r in every], color="black", marker="o", ms=4, label="all clients")
-    axes.fill_between(position, [r["low"] for r in every], [r["high"] for r in every], color="black", alpha=0.12, lw=0)
+    axes.plot(
+        position, [r["mean"] for r in every], color="black", marker="o", ms=4, label="all clients"
+    )
+    axes.fill_between(
+        position,
+        [r["low"] for r in every],
+        [r["high"] for r in every],
+        color="black",
+        alpha=0.12,
+        lw=0,
+    )
     axes.axhline(0.5, color=GREY, lw=0.8, ls=":")
     axes.set_xticks(position, [str(s) for s in sizes])
     axes.set_xlabel("context pairs")
@@ -121,10 +170,19 @@ def few_shot_curve(few_shot: dict[str, Any], names: Sequence[str]) -> Figure:
 def controls(accuracy: dict[str, Any]) -> Figure:
     """Accuracy under the user's own z and under the controls."""
     fig, axes = figure(5.4, 2.8)
-    wanted = [n for n in ("own", "worst_group", "prior_mean", "shuffled", "other_group", "flipped") if n in accuracy]
+    wanted = [
+        n
+        for n in ("own", "worst_group", "prior_mean", "shuffled", "other_group", "flipped")
+        if n in accuracy
+    ]
     for i, name in enumerate(reversed(wanted)):
         value = accuracy[name]
-        axes.barh(i, value["mean"], color=COLOURS[0] if name in ("own", "worst_group") else GREY, height=0.65)
+        axes.barh(
+            i,
+            value["mean"],
+            color=COLOURS[0] if name in ("own", "worst_group") else GREY,
+            height=0.65,
+        )
         axes.plot([value["low"], value["high"]], [i, i], color="black", lw=1.2)
     axes.set_yticks(range(len(wanted)), [n.replace("_", " ") for n in reversed(wanted)])
     axes.axvline(0.5, color="black", lw=0.8, ls=":")
@@ -153,7 +211,13 @@ def calibration(probability: Sequence[float], bins: int = 10) -> Figure:
     for b in range(bins):
         mine = index == b
         if mine.any():
-            axes.scatter(confidence[mine].mean(), correct[mine].mean(), s=12 + 700 * mine.mean(), c=COLOURS[0], alpha=0.75)
+            axes.scatter(
+                confidence[mine].mean(),
+                correct[mine].mean(),
+                s=12 + 700 * mine.mean(),
+                c=COLOURS[0],
+                alpha=0.75,
+            )
     axes.set_xlabel("confidence")
     axes.set_ylabel("accuracy")
     axes.set_xlim(0.48, 1.02)

@@ -1,7 +1,9 @@
-"""The honest protocol: z from context pairs, scores on target pairs that are disjoint from them (method.md).
+"""The honest protocol: z from context pairs, scores on target pairs that are disjoint from them
+(method.md).
 
-Every user's pairs are divided into a context and targets, in several random ways; a method adapts to the context and predicts
-the targets. Whether the adapted state is used at all is asked by scoring the same targets with other states.
+Every user's pairs are divided into a context and targets, in several random ways; a method adapts
+to the context and predicts the targets. Whether the adapted state is used at all is asked by
+scoring the same targets with other states.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from fedvpa.functional.preference import expected_calibration_error
 from fedvpa.types import PairBatch
 
 CONTROLS = ("own", "other_group", "shuffled", "prior_mean", "flipped")
-"""The client's own state; states of clients of the other groups; of a random other client; the prior mean; and the state
-inferred from the client's context with all labels reversed."""
+"""The client's own state; states of clients of the other groups; of a random other client; the
+prior mean; and the state inferred from the client's context with all labels reversed."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Trial:
 
 @dataclass
 class Scores:
-    """Per-client scores of one condition, summed over trials, and all probabilities given to the choices made."""
+    """Per-client scores of one condition, summed over trials, and all probabilities given to the
+    choices made."""
 
     correct: Float[Tensor, "u"]
     nll: Float[Tensor, "u"]
@@ -70,7 +73,8 @@ class Scores:
 
 
 def split_trials(store: ClientStore, context: int, repeats: int, seed: int) -> list[Trial]:
-    """Random divisions of every client's pairs: at most `context`, and at most half of them, as context; targets the rest."""
+    """Random divisions of every client's pairs: at most `context`, and at most half of them, as
+    context; targets the rest."""
     everyone = torch.arange(len(store))
     pairs = store.batch(everyone)
     sizes = store.sizes
@@ -78,7 +82,9 @@ def split_trials(store: ClientStore, context: int, repeats: int, seed: int) -> l
     for repeat in range(repeats):
         keys = torch.full(pairs.mask.shape, 2.0)
         for c, name in enumerate(store.names):
-            keys[c, : int(sizes[c])] = torch.rand(int(sizes[c]), generator=stream(seed, "split", repeat, name))
+            keys[c, : int(sizes[c])] = torch.rand(
+                int(sizes[c]), generator=stream(seed, "split", repeat, name)
+            )
         order = keys.argsort(-1)
         held = torch.minimum(sizes // 2, torch.tensor(context))
         position = torch.arange(pairs.mask.shape[-1])
@@ -86,13 +92,17 @@ def split_trials(store: ClientStore, context: int, repeats: int, seed: int) -> l
         is_context = position < held.unsqueeze(-1)
         is_target = (position >= held.unsqueeze(-1)) & (position < sizes.unsqueeze(-1))
         trials.append(
-            Trial(select(pairs, order[:, :width], is_context[:, :width]), _left_aligned(select(pairs, order, is_target)))
+            Trial(
+                select(pairs, order[:, :width], is_context[:, :width]),
+                _left_aligned(select(pairs, order, is_target)),
+            )
         )
     return trials
 
 
 def given_trial(context: ClientStore, target: ClientStore) -> Trial:
-    """Contexts and targets from two stores of the same clients (seen clients: their training pairs, held-out pairs)."""
+    """Contexts and targets from two stores of the same clients (seen clients: their training pairs,
+    held-out pairs)."""
     everyone = torch.arange(len(context))
     return Trial(context.batch(everyone), target.batch(everyone))
 
@@ -102,7 +112,9 @@ def reversed_labels(context: PairBatch) -> PairBatch:
     return context._replace(difference=-context.difference, order=-context.order)
 
 
-def evaluate_controls(predictor: Predictor, trials: Sequence[Trial], group: Int[Tensor, "u"], seed: int) -> dict[str, Scores]:
+def evaluate_controls(
+    predictor: Predictor, trials: Sequence[Trial], group: Int[Tensor, "u"], seed: int
+) -> dict[str, Scores]:
     """Scores under each of `CONTROLS`; `other_group` is left out where there is one group only."""
     users = group.numel()
     out = {name: Scores.empty(users) for name in CONTROLS}
@@ -111,13 +123,18 @@ def evaluate_controls(predictor: Predictor, trials: Sequence[Trial], group: Int[
         mask = trial.target.mask
         out["own"].add(predictor.margin(own, trial.target), mask)
         out["prior_mean"].add(predictor.margin(predictor.neutral(users), trial.target), mask)
-        out["flipped"].add(predictor.margin(predictor.adapt(reversed_labels(trial.context), group), trial.target), mask)
+        out["flipped"].add(
+            predictor.margin(predictor.adapt(reversed_labels(trial.context), group), trial.target),
+            mask,
+        )
         if users > 1:
             other = derangement(users, stream(seed, "shuffle", repeat))
             out["shuffled"].add(predictor.margin(own[other], trial.target), mask)
         for other in _clients_of_other_groups(group, stream(seed, "other", repeat)):
             has = other >= 0
-            out["other_group"].add(predictor.margin(own[other.clamp_min(0)], trial.target), mask & has.unsqueeze(-1))
+            out["other_group"].add(
+                predictor.margin(own[other.clamp_min(0)], trial.target), mask & has.unsqueeze(-1)
+            )
     return {name: scores for name, scores in out.items() if scores.probability}
 
 
@@ -134,24 +151,33 @@ def evaluate_few_shot(
 
 
 def leaking_accuracy(predictor: Predictor, trials: Sequence[Trial]) -> float:
-    """Accuracy of the published protocol, which LEAKS: every target's state is inferred from that very target, label and all.
-    Reported to show what it hides; no other number of this package is made this way."""
+    """Accuracy of the published protocol, which LEAKS: every target's state is inferred from
+    that very target, label and all. Reported to show what it hides; no other number of this
+    package is made this way."""
     right = total = 0.0
     for trial in trials:
         pairs = trial.target
         chosen = pairs.mask.nonzero(as_tuple=True)
         alone = PairBatch(*(None if v is None else v[chosen].unsqueeze(1) for v in pairs))  # type: ignore[arg-type]
-        margin = predictor.margin(predictor.adapt(alone, torch.full((alone.mask.shape[0],), -1)), alone)
+        margin = predictor.margin(
+            predictor.adapt(alone, torch.full((alone.mask.shape[0],), -1)), alone
+        )
         right += float((margin > 0).sum() + 0.5 * (margin == 0).sum())
         total += margin.numel()
     return right / max(1.0, total)
 
 
 def by_group(
-    values: Sequence[float], group: Int[Tensor, "u"], names: Sequence[str], summarise: Callable[[list[float]], object]
+    values: Sequence[float],
+    group: Int[Tensor, "u"],
+    names: Sequence[str],
+    summarise: Callable[[list[float]], object],
 ) -> dict[str, object]:
     """Summary of the clients of each group."""
-    return {name: summarise([v for v, g in zip(values, group.tolist()) if g == i]) for i, name in enumerate(names)}
+    return {
+        name: summarise([v for v, g in zip(values, group.tolist()) if g == i])
+        for i, name in enumerate(names)
+    }
 
 
 def derangement(count: int, generator: torch.Generator) -> Int[Tensor, "u"]:
@@ -162,7 +188,9 @@ def derangement(count: int, generator: torch.Generator) -> Int[Tensor, "u"]:
     return out
 
 
-def _clients_of_other_groups(group: Int[Tensor, "u"], generator: torch.Generator) -> list[Int[Tensor, "u"]]:
+def _clients_of_other_groups(
+    group: Int[Tensor, "u"], generator: torch.Generator
+) -> list[Int[Tensor, "u"]]:
     """For every other group one random client of it, for each user (-1: none); a list of [u]."""
     present = sorted(set(group.tolist()) - {-1})
     if len(present) < 2:

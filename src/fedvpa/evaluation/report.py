@@ -36,40 +36,74 @@ def render_report(
 ) -> str:
     """The page for `results` (see docs/evaluation.md for its keys)."""
     run, data, protocol = results["run"], results["data"], results["protocol"]
-    figures = [("Own z against the controls (unseen clients).", plots.controls(results["accuracy"]))]
+    figures = [
+        ("Own z against the controls (unseen clients).", plots.controls(results["accuracy"]))
+    ]
     figures.append(("Few-shot curve, unseen clients; the band is a 95 % interval over clients.",
                     plots.few_shot_curve(results["few_shot"], group_names)))  # fmt: skip
     if seen is not None:
-        caption = "Latent map: posteriors by true group, with one-sigma ellipses; unseen clients from their context alone."
-        figures.append((caption, plots.latent_map(seen, unseen, prototypes, seen_group, unseen_group, group_names)))
+        caption = (
+            "Latent map: posteriors by true group, with one-sigma ellipses; unseen clients from"
+            " their context alone."
+        )
+        figures.append(
+            (
+                caption,
+                plots.latent_map(seen, unseen, prototypes, seen_group, unseen_group, group_names),
+            )
+        )
     if any("loss" in row for row in results["history"]):
         figures.append(("Learning curves.", plots.learning_curves(results["history"])))
     if "posterior" in results:
-        figures.append(("KL per dimension, mean over seen clients.", plots.kl_bars(results["posterior"]["kl_per_dimension"])))
+        figures.append(
+            (
+                "KL per dimension, mean over seen clients.",
+                plots.kl_bars(results["posterior"]["kl_per_dimension"]),
+            )
+        )
     figures.append(("Calibration on unseen clients' targets.", plots.calibration(probability)))
     traffic = results["communication"]
     down, up = traffic["down_bytes_per_client_and_round"], traffic["up_bytes_per_client_and_round"]
     figures.append(("Communication of one client.", plots.communication(down, up, run["rounds"])))
     warnings = []
     if protocol["training_leaks"]:
-        warnings.append("Trained with the single-pair protocol, which LEAKS: z was inferred from the very pair that was "
-                        "scored. The evaluation here does not.")  # fmt: skip
+        warnings.append(
+            "Trained with the single-pair protocol, which LEAKS: z was inferred from the very pair "
+            "that was scored. The evaluation here does not."
+        )
     if data["dropped_because_trained_on"]:
-        warnings.append(f"{data['dropped_because_trained_on']} evaluation pairs were dropped: the run was trained on them.")
-    columns = [("unseen clients", results)] + ([("seen clients", results["seen"])] if results["seen"] else [])
+        warnings.append(
+            f"{data['dropped_because_trained_on']} evaluation pairs were dropped: the run was"
+            " trained on them."
+        )
+    columns = [("unseen clients", results)] + (
+        [("seen clients", results["seen"])] if results["seen"] else []
+    )
     rows = [
         {"name": label, "cells": [_cell(part["accuracy"].get(key)) for _, part in columns]}
         for key, label in _ROWS
         if any(key in part["accuracy"] for _, part in columns)
     ]
-    rows.append({"name": "ECE, own z", "cells": [f"{part['ece']['own']:.3f}" for _, part in columns]})
-    rows.append({"name": "NLL, own z (nats a pair)", "cells": [_cell(part["nll"]["own"]) for _, part in columns]})
-    environment = Environment(loader=PackageLoader("fedvpa.evaluation", "."), autoescape=select_autoescape())
+    rows.append(
+        {"name": "ECE, own z", "cells": [f"{part['ece']['own']:.3f}" for _, part in columns]}
+    )
+    rows.append(
+        {
+            "name": "NLL, own z (nats a pair)",
+            "cells": [_cell(part["nll"]["own"]) for _, part in columns],
+        }
+    )
+    environment = Environment(
+        loader=PackageLoader("fedvpa.evaluation", "."), autoescape=select_autoescape()
+    )
     return environment.get_template("report.html").render(
         title=f"fedvpa: {run['method']} on {data['source'].rstrip('/').rsplit('/', 1)[-1]}",
-        lead=f"{run['clients']} training clients, {run['rounds']} rounds, seed {run['seed']}; evaluated on "
-        f"{data['unseen_clients']} unseen clients with up to {protocol['context']} context pairs "
-        f"({protocol['repeats']} random divisions into context and disjoint targets).",
+        lead=(
+            f"{run['clients']} training clients, {run['rounds']} rounds, seed {run['seed']};"
+            f" evaluated on {data['unseen_clients']} unseen clients with up to"
+            f" {protocol['context']} context pairs ({protocol['repeats']} random divisions into"
+            " context and disjoint targets)."
+        ),
         warnings=warnings,
         cards=_cards(results),
         columns=[name for name, _ in columns],
@@ -91,7 +125,9 @@ def _cell(value: dict[str, Any] | None) -> str:
 
 def _cards(results: dict[str, Any]) -> list[dict[str, str]]:
     def card(label: str, value: dict[str, Any]) -> dict[str, str]:
-        detail = "" if math.isnan(value["low"]) else f"95 %: {value['low']:.3f} to {value['high']:.3f}"
+        detail = (
+            "" if math.isnan(value["low"]) else f"95 %: {value['low']:.3f} to {value['high']:.3f}"
+        )
         return {"label": label, "value": f"{value['mean']:.3f}", "detail": detail}
 
     cards = [card("own z, unseen", results["accuracy"]["own"])]
@@ -100,13 +136,31 @@ def _cards(results: dict[str, Any]) -> list[dict[str, str]]:
     if results["seen"]:
         cards.append(card("own z, seen", results["seen"]["accuracy"]["own"]))
     if "latent" in results and results["latent"]["ari"] is not None:
-        cards.append({"label": "ARI, seen clients", "value": f"{results['latent']['ari']:.2f}", "detail": "k-means on means"})
+        cards.append(
+            {
+                "label": "ARI, seen clients",
+                "value": f"{results['latent']['ari']:.2f}",
+                "detail": "k-means on means",
+            }
+        )
     if "privacy" in results:
         spent = results["privacy"]
-        cards.append({"label": "epsilon, a client", "value": f"{spent['epsilon']:.2f}", "detail": f"delta {spent['delta']:g}"})
+        cards.append(
+            {
+                "label": "epsilon, a client",
+                "value": f"{spent['epsilon']:.2f}",
+                "detail": f"delta {spent['delta']:g}",
+            }
+        )
     if "posterior" in results:
         p = results["posterior"]
-        cards.append({"label": "active units", "value": str(p["active_units"]), "detail": f"of {p['dimensions']}"})
+        cards.append(
+            {
+                "label": "active units",
+                "value": str(p["active_units"]),
+                "detail": f"of {p['dimensions']}",
+            }
+        )
     return cards
 
 
@@ -121,7 +175,10 @@ def _diagnostics(results: dict[str, Any]) -> list[tuple[str, str]]:
         ("mean sigma", p["mean_sigma"]),
         ("ARI / NMI of k-means with the true groups (seen)", _pair(latent["ari"], latent["nmi"])),
         ("the same, z as inferred", _pair(latent["inferred"]["ari"], latent["inferred"]["nmi"])),
-        ("the same, unseen clients' contexts", _pair(latent["unseen"]["ari"], latent["unseen"]["nmi"])),
+        (
+            "the same, unseen clients' contexts",
+            _pair(latent["unseen"]["ari"], latent["unseen"]["nmi"]),
+        ),
         ("silhouette", latent["silhouette"]),
         ("between- / within-group variance", latent["between_within"]),
         ("linear probe of the group", latent["linear_probe"]),
@@ -137,7 +194,11 @@ def _diagnostics(results: dict[str, Any]) -> list[tuple[str, str]]:
                 _pair(w["same_group_weight"], w["same_group_share_of_peers"]),
             )
         )
-    return [(name, f"{value:.3f}" if isinstance(value, float) else str(value)) for name, value in entries if value is not None]
+    return [
+        (name, f"{value:.3f}" if isinstance(value, float) else str(value))
+        for name, value in entries
+        if value is not None
+    ]
 
 
 def _pair(first: float | None, second: float | None) -> str | None:

@@ -20,7 +20,8 @@ class Interval(TypedDict):
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Mean and 95 % interval; of one value the interval is unknown (NaN), and values that are NaN are left out."""
+    """Mean and 95 % interval; of one value the interval is unknown (NaN), and values that are
+    NaN are left out."""
     x = np.asarray([v for v in values if not math.isnan(v)], dtype=float)
     if x.size == 0:
         return Interval(mean=math.nan, low=math.nan, high=math.nan, n=0)
@@ -32,10 +33,13 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def ratio_interval(numerator: Sequence[float], denominator: Sequence[float]) -> Interval:
-    """Ratio of two means over the same seeds, with the 95 % interval of the delta method (linearised; Student t)."""
+    """Ratio of two means over the same seeds, with the 95 % interval of the delta method
+    (linearised; Student t)."""
     top, bottom = np.asarray(numerator, dtype=float), np.asarray(denominator, dtype=float)
     if abs(bottom.mean()) < 1e-9:
         return Interval(mean=math.nan, low=math.nan, high=math.nan, n=int(top.size))
     ratio = float(top.mean() / bottom.mean())
     spread = interval(((top - ratio * bottom) / bottom.mean()).tolist())
-    return Interval(mean=ratio, low=ratio + spread["low"], high=ratio + spread["high"], n=int(top.size))
+    return Interval(
+        mean=ratio, low=ratio + spread["low"], high=ratio + spread["high"], n=int(top.size)
+    )

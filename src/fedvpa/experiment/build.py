@@ -1,4 +1,5 @@
-"""From a configuration to an algorithm: the one place where settings meet the code that takes plain numbers."""
+"""From a configuration to an algorithm: the one place where settings meet the code that takes plain
+numbers."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ def build_reward(config: Config) -> ConditionedReward | SharedReward:
     """The reward of the method, with or without a latent."""
     m = config.model
     if config.variational:
-        return ConditionedReward(m.inputs, m.latent, m.conditioning, m.rank, m.reward_hidden, m.decoder_scale)
+        return ConditionedReward(
+            m.inputs, m.latent, m.conditioning, m.rank, m.reward_hidden, m.decoder_scale
+        )
     return SharedReward(m.inputs, m.reward_hidden if config.method == "fedavg-btl-mlp" else 0)
 
 
@@ -37,9 +40,12 @@ def build_algorithm(config: Config, store: ClientStore) -> Algorithm:
     reward = build_reward(config)
     assert isinstance(reward, SharedReward)
     groups = max(1, len(store.group_index()[0]))
-    sharing = {"fedbiscuit": "best", "oracle-group": "group", "oracle-bayes": "group", "local": "none"}.get(
-        config.method, "shared"
-    )
+    sharing = {
+        "fedbiscuit": "best",
+        "oracle-group": "group",
+        "oracle-bayes": "group",
+        "local": "none",
+    }.get(config.method, "shared")
     return FederatedReward(
         store, reward, _local(config), _simulation(config), _server(config), f.aggregation,
         sharing=sharing,  # type: ignore[arg-type]
@@ -53,8 +59,8 @@ def build_algorithm(config: Config, store: ClientStore) -> Algorithm:
 def build_variational(
     config: Config, participants: Participants, *, secret: bool = False, together: bool = False
 ) -> FederatedVariational:
-    """The server's side of a variational method, over clients in this process or elsewhere; `secret`: privacy's noise cannot be
-    repeated; `together`: participants answer with sums."""
+    """The server's side of a variational method, over clients in this process or elsewhere;
+    `secret`: privacy's noise cannot be repeated; `together`: participants answer with sums."""
     return FederatedVariational(
         participants,
         _selector(config),
@@ -84,8 +90,9 @@ def build_privacy(config: Config, clients: int) -> Privacy | None:
     modes = _modes(config) or 1
     if 3 * p.fit_noise * modes >= clients:
         raise BadInputError(
-            f"privacy.fit_noise: noise of {p.fit_noise:g} hides components of about {clients / modes:g} clients each; at most "
-            f"{clients / modes / 3:.3g} for {clients} clients and {modes} components (epsilon grows), or more clients"
+            f"privacy.fit_noise: noise of {p.fit_noise:g} hides components of about"
+            f" {clients / modes:g} clients each; at most {clients / modes / 3:.3g} for {clients}"
+            f" clients and {modes} components (epsilon grows), or more clients"
         )
     summed = config.prior.kind == "components" and config.prototypes.kind != "anchored"
     return Privacy(
@@ -104,7 +111,8 @@ def build_privacy(config: Config, clients: int) -> Privacy | None:
 
 
 def build_clients(config: Config, store: ClientStore, clients: int = 0) -> ClientSide:
-    """The clients' side of a variational method, for the clients of `store` (of `clients` in all, if it is not all)."""
+    """The clients' side of a variational method, for the clients of `store` (of `clients` in
+    all, if it is not all)."""
     schedule = _schedule(config)
     return ClientSide(
         store,
@@ -126,13 +134,16 @@ def _simulation(config: Config) -> Simulation:
 
 
 def _server(config: Config) -> ServerOptimiser:
-    return ServerOptimiser(config.federation.server_optimiser, config.federation.server_learning_rate)
+    return ServerOptimiser(
+        config.federation.server_optimiser, config.federation.server_learning_rate
+    )
 
 
 def _local(config: Config) -> LocalSettings:
     f = config.federation
     return LocalSettings(
-        config.seed, f.local_steps, f.batch_size, f.context_share, f.optimiser, f.learning_rate, f.momentum,
+        config.seed, f.local_steps, f.batch_size, f.context_share, f.optimiser, f.learning_rate,
+        f.momentum,
         f.weight_decay, config.objective.samples, config.model.latent if config.variational else 0,
     )  # fmt: skip
 
@@ -149,7 +160,8 @@ def _objective(config: Config) -> VariationalObjective:
     o, prior = config.objective, config.prior
     return VariationalObjective(
         _selector(config), prior.weights, prior.temperature, prior.estimator, prior.exclude_self,
-        o.free_bits, o.orthonormal_weight, config.prototypes.radius, config.federation.protocol == "single-pair",
+        o.free_bits, o.orthonormal_weight, config.prototypes.radius,
+        config.federation.protocol == "single-pair",
         o.reward_decay if config.model.conditioning == "bilinear" else 0.0,
     )  # fmt: skip
 
@@ -157,7 +169,8 @@ def _objective(config: Config) -> VariationalObjective:
 def _schedule(config: Config) -> Schedule:
     o, prior = config.objective, config.prior
     return Schedule(
-        o.kl_weight, o.kl_schedule, o.kl_warmup_rounds, prior.kind, prior.start_round, prior.members,
+        o.kl_weight, o.kl_schedule, o.kl_warmup_rounds, prior.kind, prior.start_round,
+        prior.members,
         config.prototypes.kind, config.prototypes_start, o.pull_weight,
     )  # fmt: skip
 

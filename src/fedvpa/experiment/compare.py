@@ -1,4 +1,5 @@
-"""Rows x settings x seeds: every cell trained and evaluated once (what is finished is not done again), then the tables."""
+"""Rows x settings x seeds: every cell trained and evaluated once (what is finished is not done
+again), then the tables."""
 
 from __future__ import annotations
 
@@ -43,28 +44,41 @@ class Cell:
     @property
     def name(self) -> str:
         """``setting/row-seed0``."""
-        return "/".join(part for part in (self.setting, f"{_slug(self.row)}-seed{self.config.seed}") if part)
+        return "/".join(
+            part for part in (self.setting, f"{_slug(self.row)}-seed{self.config.seed}") if part
+        )
 
     @property
     def reads(self) -> tuple[str | None, ...]:
         """What decides which texts have to be encoded."""
         data = self.config.data
-        return data.source, data.split, self.evaluation.data, self.evaluation.split, self.config.features.model_dump_json()
+        return (
+            data.source,
+            data.split,
+            self.evaluation.data,
+            self.evaluation.split,
+            self.config.features.model_dump_json(),
+        )
 
 
 def compare(
     comparisons: Sequence[Comparison], out: Path, jobs: int = 1, on_cell: OnCell | None = None,
     on_features: Progress | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Run all cells and write results.csv, results.md and report.html into `out`; returns a table a setting.
+    """Run all cells and write results.csv, results.md and report.html into `out`; returns a table a
+    setting.
 
     Raises:
         BadInputError: unusable settings or data, or cells of other settings in `out`.
-        RunError: some runs failed; the tables hold the others, and running again tries the failed ones once more.
+        RunError: some runs failed; the tables hold the others, and running again tries the failed
+            ones once more.
     """
     cells = [cell for setting in comparisons for cell in _cells(setting, out)]
     if len({cell.config.out for cell in cells}) < len(cells):
-        raise BadInputError("two rows of one setting differ only in characters that a directory's name cannot hold; rename one")
+        raise BadInputError(
+            "two rows of one setting differ only in characters that a directory's name cannot hold;"
+            " rename one"
+        )
     todo = [cell for cell in cells if _finished(cell) is None]
     done, failed = len(cells) - len(todo), dict[str, str]()
     if on_cell is not None and done:
@@ -76,12 +90,24 @@ def compare(
         if on_cell is not None:
             on_cell(done, len(cells), cell.name)
     results = [
-        Result(cell.setting, cell.row, cell.config.method, cell.config.seed, found, cell.name if cell.shown else None)
+        Result(
+            cell.setting,
+            cell.row,
+            cell.config.method,
+            cell.config.seed,
+            found,
+            cell.name if cell.shown else None,
+        )
         for cell in cells
         if (found := _finished(cell)) is not None
     ]
     tables = [
-        compared(setting.name, setting.about, [r for r in results if r.setting == setting.name], list(setting.rows))
+        compared(
+            setting.name,
+            setting.about,
+            [r for r in results if r.setting == setting.name],
+            list(setting.rows),
+        )
         for setting in comparisons
         if any(r.setting == setting.name for r in results)
     ]
@@ -89,11 +115,18 @@ def compare(
         table["context"] = next(s.test.context for s in comparisons if s.name == table["setting"])
     write_atomically(out / "results.csv", as_csv(results).encode())
     write_atomically(out / "results.md", as_markdown(tables).encode())
-    maps = {cell.name: file.read_text() for cell in cells if cell.shown and (file := _latent_map(cell)).is_file()}
+    maps = {
+        cell.name: file.read_text()
+        for cell in cells
+        if cell.shown and (file := _latent_map(cell)).is_file()
+    }
     write_atomically(out / "report.html", render_comparison(tables, results, maps).encode())
     if failed:
         shown = "; ".join(f"{name}: {why}" for name, why in list(failed.items())[:3])
-        raise RunError(f"{len(failed)} of {len(cells)} runs failed ({shown}); {out}/results.md holds the others")
+        raise RunError(
+            f"{len(failed)} of {len(cells)} runs failed ({shown}); {out}/results.md holds the"
+            " others"
+        )
     return tables
 
 
@@ -113,7 +146,9 @@ def _slug(label: str) -> str:
     return re.sub(r"[^A-Za-z0-9+.]+", "-", label).strip("-")
 
 
-def _run_all(cells: list[Cell], jobs: int, on_features: Progress | None) -> Iterator[tuple[Cell, FedvpaError | None]]:
+def _run_all(
+    cells: list[Cell], jobs: int, on_features: Progress | None
+) -> Iterator[tuple[Cell, FedvpaError | None]]:
     if jobs == 1 or len(cells) < 2:
         for cell in cells:
             yield cell, _attempt(cell, on_features)
@@ -122,8 +157,12 @@ def _run_all(cells: list[Cell], jobs: int, on_features: Progress | None) -> Iter
     first = {cell.reads: cell for cell in reversed(cells)}
     waiting = [cell for cell in cells if cell not in first.values()]
     context = get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        running: dict[Future[FedvpaError | None], Cell] = {pool.submit(_attempt, cell): cell for cell in first.values()}
+    with ProcessPoolExecutor(
+        jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        running: dict[Future[FedvpaError | None], Cell] = {
+            pool.submit(_attempt, cell): cell for cell in first.values()
+        }
         try:
             while running:
                 ready, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -138,7 +177,8 @@ def _run_all(cells: list[Cell], jobs: int, on_features: Progress | None) -> Iter
 
 
 def _attempt(cell: Cell, on_features: Progress | None = None) -> FedvpaError | None:
-    """Run a cell; an error that a run may well end with is returned, so that one of hundreds does not lose the rest."""
+    """Run a cell; an error that a run may well end with is returned, so that one of hundreds
+    does not lose the rest."""
     try:
         run_cell(cell, on_features)
     except RunError as error:
@@ -155,13 +195,20 @@ def run_cell(cell: Cell, on_features: Progress | None = None) -> None:
     found = evaluate(cell.config.out, cell.evaluation, on_features)
     if cell.shown:
         page = render_report(
-            found.results, seen=found.seen, unseen=found.unseen, prototypes=found.prototypes, group_names=found.group_names,
-            seen_group=found.seen_group, unseen_group=found.unseen_group, probability=found.probability,
+            found.results, seen=found.seen, unseen=found.unseen, prototypes=found.prototypes,
+            group_names=found.group_names,
+            seen_group=found.seen_group, unseen_group=found.unseen_group,
+            probability=found.probability,
         )  # fmt: skip
         write_atomically(paths.root / "report.html", page.encode())
         if found.seen is not None:
             figure = plots.latent_map(
-                found.seen, found.unseen, found.prototypes, found.seen_group, found.unseen_group, found.group_names
+                found.seen,
+                found.unseen,
+                found.prototypes,
+                found.seen_group,
+                found.unseen_group,
+                found.group_names,
             )
             write_atomically(_latent_map(cell), plots.svg(figure).encode())
     found.results["seconds"] = trained
@@ -181,7 +228,9 @@ def _finished(cell: Cell) -> dict[str, Any] | None:
     """
     paths = RunPaths(Path(cell.config.out))
     if paths.config.is_file() and load_config(paths) != cell.config:
-        raise BadInputError(f"{paths.root}: holds a run with other settings; choose another --out, or remove it")
+        raise BadInputError(
+            f"{paths.root}: holds a run with other settings; choose another --out, or remove it"
+        )
     file = paths.root / "eval.json"
     if not file.is_file():
         return None

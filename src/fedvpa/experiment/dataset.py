@@ -13,7 +13,14 @@ from torch import Tensor
 
 from fedvpa.config import Config, DataConfig
 from fedvpa.data.features import FeatureCache
-from fedvpa.data.partition import MIRRORED, ClientPairs, Partitioner, corrupt, mirror_image, split_off
+from fedvpa.data.partition import (
+    MIRRORED,
+    ClientPairs,
+    Partitioner,
+    corrupt,
+    mirror_image,
+    split_off,
+)
 from fedvpa.data.personas import UNSEEN, personas
 from fedvpa.data.reading import PairSet, read_pairs
 from fedvpa.errors import BadInputError
@@ -34,7 +41,8 @@ class TrainingData:
 
 
 class WhiteningSums(NamedTuple):
-    """A client's part of the whitening, in float64: sum of dh dh^T, sum of h over both responses, number of pairs."""
+    """A client's part of the whitening, in float64: sum of dh dh^T, sum of h over both responses,
+    number of pairs."""
 
     moment: Float[Tensor, "h h"]
     total: Float[Tensor, "h"]
@@ -88,8 +96,11 @@ class Whitener:
         return (features.mean(1) - self.centre) @ self.projection
 
 
-def public_whitener(config: Config, cache: FeatureCache, progress: Progress | None = None) -> Whitener | None:
-    """Whitening from public pairs, if some are named: then clients contribute nothing to it. No label is read.
+def public_whitener(
+    config: Config, cache: FeatureCache, progress: Progress | None = None
+) -> Whitener | None:
+    """Whitening from public pairs, if some are named: then clients contribute nothing to it. No
+    label is read.
 
     Raises:
         BadInputError: nothing usable is there.
@@ -116,17 +127,20 @@ def training_data(config: Config) -> TrainingData:
     share = config.data.validation_share
     parts = [split_off(client, share, config.seed) for client in clients]
     train = [a for a, _ in parts]
-    validation, _ = without_overlap([b for _, b in parts], train)  # nobody else may train on them, whatever the label
+    # nobody else may train on them, whatever the label
+    validation, _ = without_overlap([b for _, b in parts], train)
     return TrainingData(train, validation, source.skipped, source.first_skipped)
 
 
 def unseen_clients(
     data: DataConfig, seed: int, count: int, context: int, seen: set[str]
 ) -> tuple[list[ClientPairs], Counter[str]]:
-    """New clients from evaluation data: never trained on. Personas get `context` pairs and as many targets.
+    """New clients from evaluation data: never trained on. Personas get `context` pairs and as many
+    targets.
 
     Raises:
-        BadInputError: every client id of the evaluation data is among `seen`, the clients that were trained on.
+        BadInputError: every client id of the evaluation data is among `seen`, the clients that were
+            trained on.
     """
     if data.source == "personas":
         users = range(UNSEEN, UNSEEN + count)
@@ -135,25 +149,32 @@ def unseen_clients(
     new = [p for p in source.pairs if p.client_id is None or p.client_id not in seen]
     if not new:
         raise BadInputError(
-            f"{data.source}: every client id in it was trained on, so nobody is unseen; evaluate on other users, or leave "
-            "some out of training (--clients N takes N of them)"
+            f"{data.source}: every client id in it was trained on, so nobody is unseen; evaluate on"
+            " other users, or leave some out of training (--clients N takes N of them)"
         )
     return partitioner(data, count)(new, seed, prefix="unseen"), source.skipped
 
 
 def held_out_pairs(data: DataConfig, seed: int, seen: Sequence[ClientPairs]) -> list[ClientPairs]:
-    """Evaluation pairs for the clients that were trained on: their own where ids are natural, else dealt by group.
+    """Evaluation pairs for the clients that were trained on: their own where ids are natural, else
+    dealt by group.
 
-    A seen client that gets none is given an empty row. For mirrored clients the reversed halves get reversed pairs. A
-    persona gets half as many new pairs as it was given for training.
+    A seen client that gets none is given an empty row. For mirrored clients the reversed halves get
+    reversed pairs. A persona gets half as many new pairs as it was given for training.
     """
     if data.source == "personas":
         users = [int(client.name.split("-")[1]) for client in seen]
         return personas(data.personas, users, seed, "test", pairs=max(2, data.personas.pairs // 2))
     if data.protocol == "mirrored":
         plain = data.model_copy(update={"protocol": "natural"})
-        originals = held_out_pairs(plain, seed, [_ungrouped(c) for c in seen if not c.name.endswith(MIRRORED)])
-        return [side for c in originals for side in (replace(c, group=c.group or "original"), mirror_image(c))]
+        originals = held_out_pairs(
+            plain, seed, [_ungrouped(c) for c in seen if not c.name.endswith(MIRRORED)]
+        )
+        return [
+            side
+            for c in originals
+            for side in (replace(c, group=c.group or "original"), mirror_image(c))
+        ]
     pairs = read_pairs(data.source, data.split, data.on_bad_record).pairs
     named = {p.client_id for p in pairs if p.client_id is not None}
     if named & {c.name for c in seen}:
@@ -173,14 +194,25 @@ def _ungrouped(client: ClientPairs) -> ClientPairs:
 def partitioner(data: DataConfig, clients: int) -> Partitioner:
     """The partitioner that the settings describe."""
     return Partitioner(
-        clients, data.partition, data.group_ratio, data.dirichlet_alpha, data.mixing, data.protocol, data.max_pairs
+        clients,
+        data.partition,
+        data.group_ratio,
+        data.dirichlet_alpha,
+        data.mixing,
+        data.protocol,
+        data.max_pairs,
     )
 
 
-def without_overlap(clients: Sequence[ClientPairs], seen: Sequence[ClientPairs]) -> tuple[list[ClientPairs], int]:
-    """Drop evaluation pairs that any training client holds; returns what is left and how many were dropped."""
+def without_overlap(
+    clients: Sequence[ClientPairs], seen: Sequence[ClientPairs]
+) -> tuple[list[ClientPairs], int]:
+    """Drop evaluation pairs that any training client holds; returns what is left and how many were
+    dropped."""
     keys = {pair.content_key() for client in seen for pair in client.pairs}
-    left = [replace(c, pairs=tuple(p for p in c.pairs if p.content_key() not in keys)) for c in clients]
+    left = [
+        replace(c, pairs=tuple(p for p in c.pairs if p.content_key() not in keys)) for c in clients
+    ]
     return left, sum(len(c.pairs) for c in clients) - sum(len(c.pairs) for c in left)
 
 
@@ -192,11 +224,18 @@ def features_of(
     if not pairs:
         raise BadInputError("no pairs are left to work with")
     table = cache.pairs(pairs, progress)
-    return list(table.values.split([len(c.pairs) for c in clients])), table.backbone, table.signature
+    return (
+        list(table.values.split([len(c.pairs) for c in clients])),
+        table.backbone,
+        table.signature,
+    )
 
 
 def to_store(
-    clients: Sequence[ClientPairs], features: Sequence[Float[Tensor, "_ 2 h"]], whitener: Whitener, needs_common: bool
+    clients: Sequence[ClientPairs],
+    features: Sequence[Float[Tensor, "_ 2 h"]],
+    whitener: Whitener,
+    needs_common: bool,
 ) -> ClientStore:
     """Whitened pairs of the clients."""
     return build_store(
@@ -209,5 +248,6 @@ def to_store(
 
 
 def presentation_order(client: ClientPairs) -> Float[Tensor, "n"]:
-    """+1 where the chosen response is shown as A: decided by a hash of the texts, so by chance with regard to the label."""
+    """+1 where the chosen response is shown as A: decided by a hash of the texts, so by chance with
+    regard to the label."""
     return torch.tensor([1.0 if pair.chosen_is_first() else -1.0 for pair in client.pairs])

@@ -1,4 +1,5 @@
-"""Evaluate a run on seen and unseen clients; every number of the report comes from here (keys: docs/evaluation.md)."""
+"""Evaluate a run on seen and unseen clients; every number of the report comes from here (keys:
+docs/evaluation.md)."""
 
 from __future__ import annotations
 
@@ -86,24 +87,30 @@ class Evaluation:
     probability: list[float]
 
 
-def evaluate(directory: str, settings: EvaluationSettings, progress: Progress | None = None) -> Evaluation:
-    """Evaluate the run in `directory`; nothing is trained, and no target pair is in any context or training set.
+def evaluate(
+    directory: str, settings: EvaluationSettings, progress: Progress | None = None
+) -> Evaluation:
+    """Evaluate the run in `directory`; nothing is trained, and no target pair is in any context or
+    training set.
 
-    Of a run of a federation only unseen clients can be evaluated; whether its clients hold pairs of the evaluation data, nobody
-    here can tell.
+    Of a run of a federation only unseen clients can be evaluated; whether its clients hold pairs of
+    the evaluation data, nobody here can tell.
 
     Raises:
         BadInputError: no run there, or unusable evaluation data.
         CheckpointError: the run is unfinished or damaged.
     """
     run = open_run(directory, progress=progress)
-    elsewhere = run.config.data.source == FEDERATION  # the clients' pairs are not here: nothing can be said of seen clients
+    # the clients' pairs are not here: nothing can be said of seen clients
+    elsewhere = run.config.data.source == FEDERATION
     if not elsewhere:
         run = open_run(directory, with_clients=True, progress=progress)
     data = _evaluation_data(run.config.data, settings)
     trained = TrainingData([], [], Counter(), []) if elsewhere else training_data(run.config)
     everything = [*trained.train, *trained.validation]
-    raw_unseen, skipped = unseen_clients(data, run.config.seed, settings.clients, settings.context, set(run.store.names))
+    raw_unseen, skipped = unseen_clients(
+        data, run.config.seed, settings.clients, settings.context, set(run.store.names)
+    )
     unseen, dropped = without_overlap(raw_unseen, everything)
     held_raw = [] if elsewhere else held_out_pairs(data, run.config.seed, trained.train)
     held_out, dropped_seen = without_overlap(held_raw, everything)
@@ -112,7 +119,11 @@ def evaluate(directory: str, settings: EvaluationSettings, progress: Progress | 
     features, _, signature = features_of([*unseen, *held_out], cache, progress)
     _same_backbone(run, signature)
     unseen_store = to_store(unseen, features[: len(unseen)], run.whitener, run.needs_common)
-    held_out_store = to_store(held_out, features[len(unseen) :], run.whitener, run.needs_common) if held_out else None
+    held_out_store = (
+        to_store(held_out, features[len(unseen) :], run.whitener, run.needs_common)
+        if held_out
+        else None
+    )
     names = run.store.group_index()[0]  # a model that knows groups knows these, in this order
     names += sorted({g for g in unseen_store.groups if g is not None} - set(names))
     seen_group, unseen_group = _group_of(run.store, names), _group_of(unseen_store, names)
@@ -126,23 +137,34 @@ def evaluate(directory: str, settings: EvaluationSettings, progress: Progress | 
     seen_part: dict[str, Any] | None = None
     held_out_pairs_scored = 0 if held_out_store is None else int(held_out_store.sizes.sum())
     if held_out_store is not None and held_out_pairs_scored:
-        seen_part, _ = _part(predictor, [given_trial(run.store, held_out_store)], seen_group, names, sizes, settings.seed)
+        seen_part, _ = _part(
+            predictor,
+            [given_trial(run.store, held_out_store)],
+            seen_group,
+            names,
+            sizes,
+            settings.seed,
+        )
     history = run.checkpoint.history
     results: dict[str, Any] = {
         "fedvpa": __version__,
         "run": {
             "method": run.config.method, "preset": run.config.preset, "seed": run.config.seed,
-            "rounds": run.checkpoint.state.round, "clients": len(run.store), "config": run.config.model_dump(mode="json"),
+            "rounds": run.checkpoint.state.round, "clients": len(run.store),
+            "config": run.config.model_dump(mode="json"),
         },
         "data": {
             "source": data.source, "split": data.split, "unseen_clients": len(unseen_store),
-            "unseen_pairs": int(unseen_store.sizes.sum()), "held_out_pairs_of_seen_clients": held_out_pairs_scored,
-            "dropped_because_trained_on": None if elsewhere else dropped + dropped_seen, "skipped": dict(skipped),
+            "unseen_pairs": int(unseen_store.sizes.sum()),
+            "held_out_pairs_of_seen_clients": held_out_pairs_scored,
+            "dropped_because_trained_on": None if elsewhere else dropped + dropped_seen,
+            "skipped": dict(skipped),
             "groups": names,
         },
         "protocol": {
             "context": settings.context, "repeats": settings.repeats, "disjoint": True,
-            "training_leaks": run.config.variational and run.config.federation.protocol == "single-pair",
+            "training_leaks": run.config.variational
+            and run.config.federation.protocol == "single-pair",
             "interval": "95 % Student t over clients",
         },
         **unseen_part,
@@ -151,32 +173,45 @@ def evaluate(directory: str, settings: EvaluationSettings, progress: Progress | 
     }  # fmt: skip
     seen = unseen_posterior = prototypes = None
     algorithm = run.algorithm
-    if not elsewhere and isinstance(algorithm, FederatedVariational) and isinstance(predictor, VariationalPredictor):
+    if (
+        not elsewhere
+        and isinstance(algorithm, FederatedVariational)
+        and isinstance(predictor, VariationalPredictor)
+    ):
         seen = algorithm.posteriors(run.checkpoint.state)
         unseen_posterior = predictor.amortised(trials[0].context)
         prototypes = _prototypes(run)
         everything_known = [concatenate(t.context, t.target) for t in trials]
         results["posterior"] = posterior_diagnostics(seen) | {
-            "coverage_90": coverage(unseen_posterior, predictor.amortised(everything_known[0])),
+            "coverage_90": coverage(unseen_posterior, predictor.amortised(everything_known[0]))
         }
         results["leaking_single_pair_accuracy"] = leaking_accuracy(predictor, trials)
         results["latent"] = cluster_diagnostics(seen.mean, seen_group) | {
-            "inferred": cluster_diagnostics(predictor.posterior(_all_pairs(run.store)).mean, seen_group),
+            "inferred": cluster_diagnostics(
+                predictor.posterior(_all_pairs(run.store)).mean, seen_group
+            ),
             "unseen": cluster_diagnostics(unseen_posterior.mean, unseen_group),
             "switch_rate": switch_rate(predictor, trials, unseen_group),
             "prototype_cosines": None if prototypes is None else prototype_cosines(prototypes),
-            "population_components": None if predictor.population is None else predictor.population.weight.numel(),
+            "population_components": (
+                None if predictor.population is None else predictor.population.weight.numel()
+            ),
         }
         if predictor.population is not None:
             results["latent"]["component_confidence"] = component_confidence(
-                predictor.responsibilities(trials[0].context), predictor.responsibilities(everything_known[0])
+                predictor.responsibilities(trials[0].context),
+                predictor.responsibilities(everything_known[0]),
             )
         corrupted = torch.tensor([c.corrupted for c in trained.train])
         if corrupted.any():
             results["corrupted"] = _corrupted(predictor, run.store, corrupted)
         results["prior_weights"] = _prior_weights(algorithm, run, seen_group)
     if run.config.privacy.enabled and history:
-        results["privacy"] = {"epsilon": history[-1]["epsilon"], "delta": run.config.privacy.delta, "unit": "client"}
+        results["privacy"] = {
+            "epsilon": history[-1]["epsilon"],
+            "delta": run.config.privacy.delta,
+            "unit": "client",
+        }
     payload = manifest(algorithm, run.checkpoint.state, run.whitener)
     results["communication"] = {
         "down_bytes_per_client_and_round": _bytes_a_round(payload, "down"),
@@ -184,12 +219,17 @@ def evaluate(directory: str, settings: EvaluationSettings, progress: Progress | 
         "manifest": payload,
     }
     probability = torch.cat(scores["own"].probability).tolist()
-    return Evaluation(results, seen, unseen_posterior, prototypes, names, seen_group, unseen_group, probability)
+    return Evaluation(
+        results, seen, unseen_posterior, prototypes, names, seen_group, unseen_group, probability
+    )
 
 
-def _corrupted(predictor: VariationalPredictor, store: ClientStore, corrupted: Bool[Tensor, "k"]) -> dict[str, Any]:
-    """How the training clients with spoilt labels show: width of their posterior, entropy over the components, and how
-    badly the z inferred from their pairs predicts these same pairs (nats a pair)."""
+def _corrupted(
+    predictor: VariationalPredictor, store: ClientStore, corrupted: Bool[Tensor, "k"]
+) -> dict[str, Any]:
+    """How the training clients with spoilt labels show: width of their posterior, entropy over the
+    components, and how badly the z inferred from their pairs predicts these same pairs (nats a
+    pair)."""
     pairs = _all_pairs(store)
     state = predictor.adapt(pairs, torch.full((len(store),), -1))
     signals = {
@@ -199,11 +239,18 @@ def _corrupted(predictor: VariationalPredictor, store: ClientStore, corrupted: B
     if predictor.population is not None:
         share = predictor.responsibilities(pairs)
         signals["mixture_entropy"] = -(share * share.clamp_min(1e-30).log()).sum(-1)
-    return {"clients": int(corrupted.sum())} | {name: detection(signal, corrupted) for name, signal in signals.items()}
+    return {"clients": int(corrupted.sum())} | {
+        name: detection(signal, corrupted) for name, signal in signals.items()
+    }
 
 
 def _part(
-    predictor: Any, trials: list[Trial], group: Int[Tensor, "u"], names: list[str], sizes: Sequence[int], seed: int
+    predictor: Any,
+    trials: list[Trial],
+    group: Int[Tensor, "u"],
+    names: list[str],
+    sizes: Sequence[int],
+    seed: int,
 ) -> tuple[dict[str, Any], dict[str, Scores]]:
     """Controls and the few-shot curve of one set of clients, summarised over clients."""
     scores = evaluate_controls(predictor, trials, group, seed)
@@ -233,33 +280,47 @@ def _part(
 
 def _evaluation_data(trained: DataConfig, settings: EvaluationSettings) -> DataConfig:
     update: dict[str, Any] = {
-        "split": settings.split, "on_bad_record": settings.on_bad_record, "group_ratio": None, "max_pairs": 0,
+        "split": settings.split, "on_bad_record": settings.on_bad_record, "group_ratio": None,
+        "max_pairs": 0,
         "clients": settings.clients,
     }  # fmt: skip
     if settings.data is not None:
         update["source"] = settings.data
     elif trained.source == FEDERATION:
-        raise BadInputError("evaluate: the pairs of a federation are its clients'; say which data to evaluate on, --data")
+        raise BadInputError(
+            "evaluate: the pairs of a federation are its clients'; say which data to evaluate on,"
+            " --data"
+        )
     elif settings.split is None and trained.source != "personas":
-        raise BadInputError("evaluate: say which data, --data (and --split NAME); the training pairs must not be scored")
+        raise BadInputError(
+            "evaluate: say which data, --data (and --split NAME); the training pairs must not be"
+            " scored"
+        )
     return trained.model_copy(update=update)
 
 
 def _group_of(store: ClientStore, names: list[str]) -> Int[Tensor, "k"]:
-    return torch.tensor([-1 if g is None else names.index(g) for g in store.groups], dtype=torch.long)
+    return torch.tensor(
+        [-1 if g is None else names.index(g) for g in store.groups], dtype=torch.long
+    )
 
 
 def _same_backbone(run: Run, signature: str) -> None:
     trained = json.loads((run.paths.root / "data.json").read_text())["signature"]
     if trained != signature:
         raise BadInputError(
-            f"{run.paths.root}: was trained on features of another backbone or number type ({trained}) than this machine "
-            f"gives ({signature}); set --features.dtype and --features.backbone explicitly when training"
+            f"{run.paths.root}: was trained on features of another backbone or number type"
+            f" ({trained}) than this machine gives ({signature}); set --features.dtype and"
+            " --features.backbone explicitly when training"
         )
 
 
 def _bytes_a_round(payload: list[dict[str, Any]], direction: str) -> int:
-    return sum(row["bytes"] for row in payload if row["direction"] == direction and row["when"] == "every round")
+    return sum(
+        row["bytes"]
+        for row in payload
+        if row["direction"] == direction and row["when"] == "every round"
+    )
 
 
 def _all_pairs(store: ClientStore) -> PairBatch:
@@ -273,11 +334,15 @@ def _prototypes(run: Run) -> Tensor | None:
     return state.population.get("mean")
 
 
-def _prior_weights(algorithm: FederatedVariational, run: Run, group: Int[Tensor, "k"]) -> dict[str, float] | None:
+def _prior_weights(
+    algorithm: FederatedVariational, run: Run, group: Int[Tensor, "k"]
+) -> dict[str, float] | None:
     state = run.checkpoint.state
     prior = algorithm.prior(state)
     if prior is None or algorithm.by_sums:
         return None
     everyone = torch.arange(len(run.store))
-    log_weight = algorithm.objective.log_weight(state.clients.get("prior_logit"), prior, everyone, None)
+    log_weight = algorithm.objective.log_weight(
+        state.clients.get("prior_logit"), prior, everyone, None
+    )
     return prior_weight_diagnostics(log_weight, group[prior.client], group)

@@ -1,8 +1,9 @@
-"""What is to be compared: rows (a method with settings), settings (data and evaluation), seeds; read from a YAML plan.
+"""What is to be compared: rows (a method with settings), settings (data and evaluation), seeds;
+read from a YAML plan.
 
 ```yaml
 seeds: [0, 1, 2]
-tuned: tuned.yaml                 # optional: settings of each method (not of a preset), {method: {section: {name: value}}}
+tuned: tuned.yaml                 # optional: settings of each method (but for presets)
 rows:
   fedvpa-gp: {}                   # the method is the row's name unless `method` says otherwise
   no anchors: {method: fedvpl+mix}
@@ -70,7 +71,8 @@ class PlanFile(Section):
 
 @dataclass(frozen=True)
 class Comparison:
-    """One setting, ready to run: `rows` maps a label to all of its training settings but seed and directory."""
+    """One setting, ready to run: `rows` maps a label to all of its training settings but seed and
+    directory."""
 
     name: str
     about: str
@@ -80,10 +82,12 @@ class Comparison:
 
 
 def comparison(
-    rows: Mapping[str, Mapping[str, Any]], given: Mapping[str, Any], seeds: list[int], test: TestSettings, name: str = "",
+    rows: Mapping[str, Mapping[str, Any]], given: Mapping[str, Any], seeds: list[int],
+    test: TestSettings, name: str = "",
     about: str = "",
 ) -> Comparison:  # fmt: skip
-    """Rows over shared settings `given`; those of the latent go to methods that have one. A row's own settings win.
+    """Rows over shared settings `given`; those of the latent go to methods that have one. A row's
+    own settings win.
 
     Raises:
         BadInputError: an unknown method, or settings that do not make a configuration.
@@ -92,7 +96,9 @@ def comparison(
     for label, own in rows.items():
         method = str(own.get("method", label))
         if method not in METHODS:
-            raise BadInputError(f"row '{label}': unknown method '{method}' (known: {', '.join(METHODS)})")
+            raise BadInputError(
+                f"row '{label}': unknown method '{method}' (known: {', '.join(METHODS)})"
+            )
         complete[label] = merged(settings_for(method, given), {**own, "method": method})
         build_config(complete[label])
     return Comparison(name, about, complete, seeds, test)
@@ -102,32 +108,50 @@ def read_plan(path: Path, data_root: Path | None = None, quick: bool = False) ->
     """Read and check a plan; relative data sources are looked up in `data_root`.
 
     Raises:
-        BadInputError: unreadable, unknown names in it, or settings that do not make a configuration.
+        BadInputError: unreadable, unknown names in it, or settings that do not make a
+            configuration.
     """
     try:
         plan = PlanFile.model_validate(read_yaml(path))
     except ValidationError as error:
-        raise BadInputError(f"{path}: " + "; ".join(explain(e, PlanFile) for e in error.errors())) from error
+        raise BadInputError(
+            f"{path}: " + "; ".join(explain(e, PlanFile) for e in error.errors())
+        ) from error
     tuned = read_yaml(path.parent / plan.tuned) if plan.tuned else {}
-    chosen = plan.quick.settings if quick and plan.quick.settings is not None else list(plan.settings)
+    chosen = (
+        plan.quick.settings if quick and plan.quick.settings is not None else list(plan.settings)
+    )
     unknown = [name for name in chosen if name not in plan.settings]
     if unknown:
-        raise BadInputError(f"{path}: quick.settings names {', '.join(unknown)}, which settings does not hold")
+        raise BadInputError(
+            f"{path}: quick.settings names {', '.join(unknown)}, which settings does not hold"
+        )
     return [_planned(plan, name, tuned, path, data_root, quick) for name in chosen]
 
 
 def _planned(
-    plan: PlanFile, name: str, tuned: Mapping[str, Any], path: Path, data_root: Path | None, quick: bool
+    plan: PlanFile,
+    name: str,
+    tuned: Mapping[str, Any],
+    path: Path,
+    data_root: Path | None,
+    quick: bool,
 ) -> Comparison:
     setting = plan.settings[name]
-    labels = [r for r in setting.rows if not quick or plan.quick.rows is None or r in plan.quick.rows]
+    labels = [
+        r for r in setting.rows if not quick or plan.quick.rows is None or r in plan.quick.rows
+    ]
     unknown = [label for label in labels if label not in plan.rows]
     if unknown:
-        raise BadInputError(f"{path}: settings.{name} asks for row {', '.join(unknown)}, which rows does not hold")
+        raise BadInputError(
+            f"{path}: settings.{name} asks for row {', '.join(unknown)}, which rows does not hold"
+        )
     rows = {}
     for label in labels:
         own = plan.rows[label]
-        rows[label] = own if "preset" in own else merged(tuned.get(own.get("method", label), {}), own)
+        rows[label] = (
+            own if "preset" in own else merged(tuned.get(own.get("method", label), {}), own)
+        )
     given = merged(setting.train, plan.quick.train) if quick else setting.train
     source = given.get("data", {}).get("source", "personas")
     if data_root is not None and source != "personas":

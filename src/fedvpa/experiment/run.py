@@ -77,12 +77,18 @@ def load_config(paths: RunPaths) -> Config:
         BadInputError: the directory holds no run.
     """
     if not paths.config.is_file():
-        raise BadInputError(f"{paths.root}: no run there (no config.yaml); train one with `fedvpa train --out {paths.root}`")
+        raise BadInputError(
+            f"{paths.root}: no run there (no config.yaml); train one with `fedvpa train --out"
+            f" {paths.root}`"
+        )
     settings = read_yaml(paths.config)
     try:
-        return Config.model_validate(settings)  # already checked when it was built: nothing is layered again
+        # already checked when it was built: nothing is layered again
+        return Config.model_validate(settings)
     except ValueError as error:
-        raise BadInputError(f"{paths.config}: not a configuration of this version: {error}") from error
+        raise BadInputError(
+            f"{paths.config}: not a configuration of this version: {error}"
+        ) from error
 
 
 def whitener_bytes(whitener: Whitener) -> bytes:
@@ -118,7 +124,8 @@ def load_whitener(paths: RunPaths) -> Whitener:
 
 @dataclass(frozen=True)
 class Run:
-    """A trained run, opened for use. `store` holds the training clients when it was opened with them."""
+    """A trained run, opened for use. `store` holds the training clients when it was opened with
+    them."""
 
     config: Config
     paths: RunPaths
@@ -138,8 +145,11 @@ class Run:
         return build_reward(self.config).needs_common
 
 
-def open_run(directory: str | Path, *, with_clients: bool = False, progress: Progress | None = None) -> Run:
-    """Open a run; `with_clients` also reads its training data again (its features come from the cache).
+def open_run(
+    directory: str | Path, *, with_clients: bool = False, progress: Progress | None = None
+) -> Run:
+    """Open a run; `with_clients` also reads its training data again (its features come from the
+    cache).
 
     Raises:
         BadInputError: no run there, or its data are gone.
@@ -150,8 +160,9 @@ def open_run(directory: str | Path, *, with_clients: bool = False, progress: Pro
     checkpoint = load_checkpoint(paths.checkpoint)
     if not checkpoint.finished:
         raise CheckpointError(
-            f"{paths.root}: training stopped after round {checkpoint.state.round} of {config.federation.rounds}; "
-            f"finish it with `fedvpa train --resume --out {paths.root}`"
+            f"{paths.root}: training stopped after round {checkpoint.state.round} of"
+            f" {config.federation.rounds}; finish it with `fedvpa train --resume --out"
+            f" {paths.root}`"
         )
     whitener = load_whitener(paths)
     if with_clients:
@@ -160,8 +171,9 @@ def open_run(directory: str | Path, *, with_clients: bool = False, progress: Pro
         store = to_store(clients, features, whitener, build_reward(config).needs_common)
         if fingerprint(config, store, signature) != checkpoint.fingerprint:
             raise BadInputError(
-                f"{paths.root}: its training data, or the backbone that reads them, have changed since it was trained; "
-                "what it was trained on is no longer known, so nothing can be evaluated honestly"
+                f"{paths.root}: its training data, or the backbone that reads them, have changed"
+                " since it was trained; what it was trained on is no longer known, so nothing can"
+                " be evaluated honestly"
             )
     else:
         store = _named_only(json.loads((paths.root / "data.json").read_text()), config.model.inputs)
@@ -171,7 +183,9 @@ def open_run(directory: str | Path, *, with_clients: bool = False, progress: Pro
 def fingerprint(config: Config, store: ClientStore, signature: str) -> str:
     """Hash of settings, clients, whitened features and backbone: what a checkpoint belongs to."""
     settings = config.model_dump(mode="json", exclude=ELSEWHERE)
-    digest = hashlib.sha256(json.dumps([settings, signature, store.names, store.offset.tolist()]).encode())
+    digest = hashlib.sha256(
+        json.dumps([settings, signature, store.names, store.offset.tolist()]).encode()
+    )
     digest.update(store.difference.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
@@ -180,14 +194,18 @@ def _named_only(data: dict[str, Any], inputs: int) -> ClientStore:
     """A store that knows the clients' names and groups but holds no pairs."""
     names = [c["name"] for c in data["clients"]]
     empty = [torch.zeros(0, inputs)] * len(names)
-    return build_store(names, [c["group"] for c in data["clients"]], empty, empty, [torch.zeros(0)] * len(names))
+    return build_store(
+        names, [c["group"] for c in data["clients"]], empty, empty, [torch.zeros(0)] * len(names)
+    )
 
 
 def pairs_to_batch(run: Run, features: torch.Tensor, orders: torch.Tensor) -> PairBatch:
     """One user's features [n, 2, H] as a batch [1, n, p]."""
     common = run.whitener.common(features).unsqueeze(0) if run.needs_common else None
     mask = torch.ones(1, features.shape[0], dtype=torch.bool)
-    return PairBatch(run.whitener.difference(features).unsqueeze(0), common, orders.unsqueeze(0), mask)
+    return PairBatch(
+        run.whitener.difference(features).unsqueeze(0), common, orders.unsqueeze(0), mask
+    )
 
 
 def changed_settings(saved: Config, explicit: dict[str, Any]) -> list[str]:

@@ -56,9 +56,13 @@ def open_tracker(kind: str, root: Path, config: Config) -> Iterator[Tracker]:
         yield _Silent()
         return
     try:
-        module = importlib.import_module("torch.utils.tensorboard" if kind == "tensorboard" else kind)
+        module = importlib.import_module(
+            "torch.utils.tensorboard" if kind == "tensorboard" else kind
+        )
     except ImportError as error:
-        raise BadInputError(f"tracker: {kind} is not installed (pip install {kind}), or use --tracker none") from error
+        raise BadInputError(
+            f"tracker: {kind} is not installed (pip install {kind}), or use --tracker none"
+        ) from error
     if kind == "tensorboard":
         writer = module.SummaryWriter(str(root / "tensorboard"))
         try:

@@ -18,8 +18,22 @@ from fedvpa.errors import BadInputError
 from fedvpa.evaluation.protocol import Scores, given_trial
 from fedvpa.evaluation.statistics import interval
 from fedvpa.experiment.build import build_algorithm, build_privacy, build_reward
-from fedvpa.experiment.dataset import TrainingData, Whitener, features_of, public_whitener, to_store, training_data
-from fedvpa.experiment.run import ELSEWHERE, RunPaths, fingerprint, load_config, save_config, save_whitener
+from fedvpa.experiment.dataset import (
+    TrainingData,
+    Whitener,
+    features_of,
+    public_whitener,
+    to_store,
+    training_data,
+)
+from fedvpa.experiment.run import (
+    ELSEWHERE,
+    RunPaths,
+    fingerprint,
+    load_config,
+    save_config,
+    save_whitener,
+)
 from fedvpa.experiment.tracking import Tracker, open_tracker
 from fedvpa.federated.algorithm import Algorithm, poisson_cohort, sample_cohort
 from fedvpa.federated.draws import stream
@@ -54,13 +68,14 @@ def train(
 ) -> TrainResult:
     """Train the configured method and leave a run in `config.out`.
 
-    Nothing is written before the data have been read and checked. An interruption at any time leaves a run that
-    `resume=True` continues to the same bits as if it had not been interrupted.
+    Nothing is written before the data have been read and checked. An interruption at any time
+    leaves a run that `resume=True` continues to the same bits as if it had not been interrupted.
 
     Raises:
         BadInputError: unusable data or settings, or an output directory that is in use.
         NonFiniteUpdateError: a client's update holds NaN or Inf (the run stays resumable).
-        CheckpointError: the checkpoint to resume from is damaged or belongs to other settings or data.
+        CheckpointError: the checkpoint to resume from is damaged or belongs to other settings or
+            data.
     """
     start = time.perf_counter()
     paths = RunPaths(Path(config.out))
@@ -71,7 +86,9 @@ def train(
     cache = FeatureCache(config.features)
     features, backbone, signature = features_of([*data.train, *data.validation], cache, on_features)
     train_features, validation_features = features[: len(data.train)], features[len(data.train) :]
-    whitener = public_whitener(config, cache, on_features) or Whitener.fit(torch.cat(train_features), config.model.inputs)
+    whitener = public_whitener(config, cache, on_features) or Whitener.fit(
+        torch.cat(train_features), config.model.inputs
+    )
     needs_common = build_reward(config).needs_common
     store = to_store(data.train, train_features, whitener, needs_common)
     validation = to_store(data.validation, validation_features, whitener, needs_common)
@@ -98,7 +115,9 @@ def train(
 
     def cohort(round_number: int) -> list[int]:
         if privacy is not None:
-            return poisson_cohort(stream(config.seed, "cohort", round_number), everyone, privacy.rate)
+            return poisson_cohort(
+                stream(config.seed, "cohort", round_number), everyone, privacy.rate
+            )
         return sample_cohort(config.seed, round_number, everyone, config.federation.cohort)
 
     def validate(reached: ServerState) -> dict[str, Any]:
@@ -106,7 +125,9 @@ def train(
 
     with open_tracker(config.tracker, paths.root, config) as tracker:
         journal = Journal(paths, identity, tracker, on_round)
-        state, history = run_rounds(config.federation, algorithm, (state, history), cohort, validate, journal)
+        state, history = run_rounds(
+            config.federation, algorithm, (state, history), cohort, validate, journal
+        )
     paths.write_json("history.json", history)
     paths.write_json("manifest.json", manifest(algorithm, state, whitener))
     return TrainResult(paths.root, config, history, time.perf_counter() - start)
@@ -119,7 +140,8 @@ def manifest(algorithm: Algorithm, state: ServerState, whitener: Whitener) -> li
 
 @dataclass(frozen=True)
 class Journal:
-    """Where a run's progress goes: checkpoints of the run called `identity`, a tracker, and whoever watches."""
+    """Where a run's progress goes: checkpoints of the run called `identity`, a tracker, and whoever
+    watches."""
 
     paths: RunPaths
     identity: str
@@ -129,14 +151,17 @@ class Journal:
 
 def run_rounds(
     f: FederationConfig, algorithm: Algorithm, start: tuple[ServerState, list[dict[str, Any]]],
-    cohort: Callable[[int], list[int]], validate: Callable[[ServerState], dict[str, Any]], journal: Journal,
+    cohort: Callable[[int], list[int]], validate: Callable[[ServerState], dict[str, Any]],
+    journal: Journal,
 ) -> tuple[ServerState, list[dict[str, Any]]]:  # fmt: skip
-    """The rounds that are left, and what is to be done after the last; the same for clients in this process and elsewhere.
+    """The rounds that are left, and what is to be done after the last; the same for clients in this
+    process and elsewhere.
 
     Raises:
         FedvpaError: what a round or the checkpoint raises; what is known so far has been saved.
     """
-    now, saved = start, start[0].round if start[1] else -1  # state and history change together, in one assignment
+    # state and history change together, in one assignment
+    now, saved = start, start[0].round if start[1] else -1
     final: ServerState | None = None
 
     def save(finished: bool) -> None:
@@ -153,7 +178,8 @@ def run_rounds(
             row: dict[str, Any] = {"round": state.round, **diagnostics}
             if state.round % f.validate_every == 0 and state.round < f.rounds:
                 row |= validate(state)
-            elif state.round == f.rounds:  # what is served is validated: for some methods, after a last exchange
+            # what is served is validated: for some methods, after a last exchange
+            elif state.round == f.rounds:
                 final = algorithm.finalise(state)
                 row |= validate(final)
             now = (state, [*now[1], row])
@@ -164,7 +190,8 @@ def run_rounds(
                 saved = state.round
             if journal.on_round is not None:
                 journal.on_round(state.round, f.rounds, row | {"seconds": seconds})
-    except BaseException:  # Ctrl-C, a client's NaN, a full disk: what is known so far is kept, and the cause goes on
+    # Ctrl-C, a client's NaN, a full disk: what is known so far is kept, and the cause goes on
+    except BaseException:
         if saved != now[0].round:
             save(finished=False)
         raise
@@ -173,15 +200,20 @@ def run_rounds(
     return now
 
 
-def _validate(algorithm: Algorithm, state: ServerState, store: ClientStore, validation: ClientStore) -> dict[str, Any]:
-    """Accuracy and NLL on the clients' held-out pairs, z being inferred from their training pairs."""
+def _validate(
+    algorithm: Algorithm, state: ServerState, store: ClientStore, validation: ClientStore
+) -> dict[str, Any]:
+    """Accuracy and NLL on the clients' held-out pairs, z being inferred from their training
+    pairs."""
     if int(validation.sizes.sum()) == 0:
         return {}
     predictor = algorithm.predictor(state)
     trial = given_trial(store, validation)
     group = store.group_index()[1]
     scores = Scores.empty(len(store))
-    scores.add(predictor.margin(predictor.adapt(trial.context, group), trial.target), trial.target.mask)
+    scores.add(
+        predictor.margin(predictor.adapt(trial.context, group), trial.target), trial.target.mask
+    )
     return {
         "validation_accuracy": interval(scores.accuracy())["mean"],
         "validation_nll": interval(scores.mean_nll())["mean"],
@@ -193,9 +225,17 @@ def _check_directory(paths: RunPaths, config: Config, resume: bool) -> None:
         raise BadInputError(f"{paths.root}: is a file; --out must name a directory")
     if resume:
         if load_config(paths).model_dump(exclude=ELSEWHERE) != config.model_dump(exclude=ELSEWHERE):
-            raise BadInputError(f"{paths.root}: was trained with other settings; resume it with --resume --out alone")
-    elif paths.root.is_dir() and any(not p.name.startswith(".config.yaml-") for p in paths.root.iterdir()):
-        raise BadInputError(f"{paths.root}: not empty; continue an interrupted run with --resume, or choose another --out")
+            raise BadInputError(
+                f"{paths.root}: was trained with other settings; resume it with --resume --out"
+                " alone"
+            )
+    elif paths.root.is_dir() and any(
+        not p.name.startswith(".config.yaml-") for p in paths.root.iterdir()
+    ):
+        raise BadInputError(
+            f"{paths.root}: not empty; continue an interrupted run with --resume, or choose another"
+            " --out"
+        )
 
 
 def _describe(data: TrainingData, backbone: str, signature: str) -> dict[str, Any]:
@@ -203,7 +243,12 @@ def _describe(data: TrainingData, backbone: str, signature: str) -> dict[str, An
         "backbone": backbone,
         "signature": signature,
         "clients": [
-            {"name": t.name, "group": t.group, "pairs": len(t.pairs), "validation_pairs": len(v.pairs)}
+            {
+                "name": t.name,
+                "group": t.group,
+                "pairs": len(t.pairs),
+                "validation_pairs": len(v.pairs),
+            }
             for t, v in zip(data.train, data.validation)
         ],
         "skipped": dict(data.skipped),

@@ -1,4 +1,5 @@
-"""Use a trained run: a new user's preference from a few comparisons, and scores of responses under it. No training."""
+"""Use a trained run: a new user's preference from a few comparisons, and scores of responses
+under it. No training."""
 
 from __future__ import annotations
 
@@ -28,13 +29,15 @@ from fedvpa.types import PairBatch, PreferencePair
 
 @dataclass(frozen=True)
 class UserPreference:
-    """A user's posterior: mean and standard deviation of z [d]; and where it lies among the population's preferences.
+    """A user's posterior: mean and standard deviation of z [d]; and where it lies among the
+    population's preferences.
 
-    `probability` is the posterior over the fitted components (or, with orthogonal prototypes and no population, a softmax of
-    negative half squared distances); `nearest` its largest entry, `nearest_group` the true group of most training clients
-    there, where groups were known. `surprise` is the mean negative log-likelihood of each comparison under the z inferred from
-    the *others*, in nats: near 0.69 or above, they are few, noisy, or fit no preference that the model knows (NaN with fewer
-    than two).
+    `probability` is the posterior over the fitted components (or, with orthogonal prototypes and no
+    population, a softmax of negative half squared distances); `nearest` its largest entry,
+    `nearest_group` the true group of most training clients there, where groups were known.
+    `surprise` is the mean negative log-likelihood of each comparison under the z inferred from the
+    *others*, in nats: near 0.69 or above, they are few, noisy, or fit no preference that the model
+    knows (NaN with fewer than two).
     """
 
     mean: Float[Tensor, "d"]
@@ -48,8 +51,10 @@ class UserPreference:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return {
-            "z": self.mean.tolist(), "sigma": self.sigma.tolist(), "pairs": self.pairs, "nearest": self.nearest,
-            "nearest_group": self.nearest_group, "probability": self.probability, "surprise": self.surprise,
+            "z": self.mean.tolist(), "sigma": self.sigma.tolist(), "pairs": self.pairs,
+            "nearest": self.nearest,
+            "nearest_group": self.nearest_group, "probability": self.probability,
+            "surprise": self.surprise,
         }  # fmt: skip
 
 
@@ -68,8 +73,8 @@ class PreferenceModel:
         predictor = self.run.predictor
         if not isinstance(predictor, VariationalPredictor):
             raise BadInputError(
-                f"{directory}: trained with {self.run.config.method}, which has no latent preference; "
-                "train with --method fedvpa-gp"
+                f"{directory}: trained with {self.run.config.method}, which has no latent"
+                " preference; train with --method fedvpa-gp"
             )
         self._predictor = predictor
         self._cache = FeatureCache(self.run.config.features)
@@ -101,7 +106,8 @@ class PreferenceModel:
 
     @property
     def component_groups(self) -> list[str | None]:
-        """True group of most training clients near each prototype, for naming it; empty where no groups are known."""
+        """True group of most training clients near each prototype, for naming it; empty where no
+        groups are known."""
         return self._components
 
     def personalize(self, pairs: Sequence[PreferencePair]) -> UserPreference:
@@ -114,7 +120,9 @@ class PreferenceModel:
         inputs = self.run.config.model.inputs
         if own:
             features = self._cache.pairs(own).values
-            batch = pairs_to_batch(self.run, features, presentation_order(ClientPairs("user", None, tuple(own))))
+            batch = pairs_to_batch(
+                self.run, features, presentation_order(ClientPairs("user", None, tuple(own)))
+            )
         else:
             empty = torch.zeros(1, 0, inputs)
             batch = PairBatch(empty, empty, torch.zeros(1, 0), torch.zeros(1, 0, dtype=torch.bool))
@@ -124,16 +132,20 @@ class PreferenceModel:
         if self._predictor.population is not None:
             probability = self._predictor.responsibilities(batch)[0].tolist()
         elif self.prototypes is not None:
-            probability = torch.softmax(-0.5 * (self.prototypes - mean).square().sum(-1), 0).tolist()
+            probability = torch.softmax(
+                -0.5 * (self.prototypes - mean).square().sum(-1), 0
+            ).tolist()
         nearest = int(torch.tensor(probability).argmax()) if probability else None
         surprise = self._surprise(batch)
         return UserPreference(
             mean, (0.5 * posterior.log_var[0]).exp(), len(own), nearest,
-            self._components[nearest] if nearest is not None and self._components else None, probability, surprise,
+            self._components[nearest] if nearest is not None and self._components else None,
+            probability, surprise,
         )  # fmt: skip
 
     def _surprise(self, batch: PairBatch) -> float:
-        """Mean negative log-likelihood of each comparison under the z of the others, in nats; NaN with fewer than two."""
+        """Mean negative log-likelihood of each comparison under the z of the others, in nats;
+        NaN with fewer than two."""
         count = batch.mask.shape[-1]
         if count < 2:
             return float("nan")
@@ -143,24 +155,30 @@ class PreferenceModel:
             batch.order.expand(count, -1),
             ~torch.eye(count, dtype=torch.bool),
         )
-        margin = self._predictor.margin(self._predictor.adapt(others, torch.full((len(others.mask),), -1)), others).diagonal()
+        margin = self._predictor.margin(
+            self._predictor.adapt(others, torch.full((len(others.mask),), -1)), others
+        ).diagonal()
         return float(-torch.nn.functional.logsigmoid(margin).mean())
 
     def score(self, items: Sequence[Item], z: Float[Tensor, "*n d"]) -> Float[Tensor, "n"]:
-        """Reward of each response under z (one for all, or one each), relative to the average training response.
+        """Reward of each response under z (one for all, or one each), relative to the average
+        training response.
 
         Raises:
             BadInputError: z is of another dimension, or not finite.
         """
         if z.shape not in ((self.latent,), (len(items), self.latent)):
-            raise BadInputError(f"z has shape {tuple(z.shape)}, but this run's latent has {self.latent} dimensions")
+            raise BadInputError(
+                f"z has shape {tuple(z.shape)}, but this run's latent has {self.latent} dimensions"
+            )
         if not z.isfinite().all():
             raise BadInputError("z holds NaN or Inf")
         batch = _against_average(self.run, self._cache, items)
         return self._predictor.margin_under(z.expand(len(items), -1), batch)[:, 0]
 
     def read_z(self, source: str) -> Float[Tensor, "d"]:
-        """z from a JSON file that `personalize` wrote (or a list of numbers), or from ``prototype:K``, ``mean``.
+        """z from a JSON file that `personalize` wrote (or a list of numbers), or from
+        ``prototype:K``, ``mean``.
 
         Raises:
             BadInputError: unreadable, of another dimension, or no such prototype.
@@ -179,15 +197,21 @@ class PreferenceModel:
             values = content["z"] if isinstance(content, dict) else content
             z = torch.tensor(values, dtype=torch.float32)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BadInputError(f"--z {source}: not a file that `fedvpa personalize --json` writes: {error}") from error
+            raise BadInputError(
+                f"--z {source}: not a file that `fedvpa personalize --json` writes: {error}"
+            ) from error
         if z.shape != (self.latent,):
-            raise BadInputError(f"--z {source}: shape {tuple(z.shape)}, but this run's latent has {self.latent} dimensions")
+            raise BadInputError(
+                f"--z {source}: shape {tuple(z.shape)}, but this run's latent has {self.latent}"
+                " dimensions"
+            )
         return z
 
 
 class SharedRewardModel:
-    """A finished run of `fedavg-btl`: one reward for everybody, under a latent preference of one dimension that it does not
-    read. It stands where a `PreferenceModel` does, as the monolithic baseline."""
+    """A finished run of `fedavg-btl`: one reward for everybody, under a latent preference of one
+    dimension that it does not read. It stands where a `PreferenceModel` does, as the monolithic
+    baseline."""
 
     latent = 1
 
@@ -202,7 +226,9 @@ class SharedRewardModel:
     def score(self, items: Sequence[Item], z: Float[Tensor, "*n d"]) -> Float[Tensor, "n"]:
         """Reward of each response, relative to the average training response; z is not read."""
         predictor = self.run.predictor
-        return predictor.margin(predictor.neutral(len(items)), _against_average(self.run, self._cache, items))[:, 0]
+        return predictor.margin(
+            predictor.neutral(len(items)), _against_average(self.run, self._cache, items)
+        )[:, 0]
 
 
 Selector = PreferenceModel | SharedRewardModel
@@ -216,32 +242,45 @@ def open_selector(directory: str | Path) -> Selector:
         BadInputError: no run there, or one of another method.
     """
     run = open_run(directory)
-    return SharedRewardModel(run) if run.config.method in ("fedavg-btl", "fedavg-btl-mlp") else PreferenceModel(directory)
+    return (
+        SharedRewardModel(run)
+        if run.config.method in ("fedavg-btl", "fedavg-btl-mlp")
+        else PreferenceModel(directory)
+    )
 
 
 def _against_average(run: Run, cache: FeatureCache, items: Sequence[Item]) -> PairBatch:
-    """Pairs [n, 1] of each response and one at the centre of the training responses, whose whitened features are zero."""
+    """Pairs [n, 1] of each response and one at the centre of the training responses, whose whitened
+    features are zero."""
     features, _, _, _ = cache.items(items)
     centred = (features - run.whitener.centre) @ run.whitener.projection
     mask = torch.ones(len(items), 1, dtype=torch.bool)
-    return PairBatch(centred.unsqueeze(1), centred.unsqueeze(1) / 2, torch.zeros(len(items), 1), mask)
+    return PairBatch(
+        centred.unsqueeze(1), centred.unsqueeze(1) / 2, torch.zeros(len(items), 1), mask
+    )
 
 
-def untrained_pairs(directory: str | Path, source: str, split: str | None, backbone: str) -> tuple[list[PreferencePair], int]:
-    """Pairs of `source` for a judge of what a run has led to, without those that the run saw in training or validation; and
-    how many these were.
+def untrained_pairs(
+    directory: str | Path, source: str, split: str | None, backbone: str
+) -> tuple[list[PreferencePair], int]:
+    """Pairs of `source` for a judge of what a run has led to, without those that the run saw in
+    training or validation; and how many these were.
 
     Raises:
-        BadInputError: the run reads features of that very backbone, its training data are gone, or no pair is left.
+        BadInputError: the run reads features of that very backbone, its training data are gone, or
+            no pair is left.
     """
     config = load_config(RunPaths(Path(directory)))
     own, stamp = config.features.backbone, location_stamp(backbone)
     if own == backbone or (stamp is not None and stamp == location_stamp(own)):
         raise BadInputError(
-            f"{directory}: was trained on features of '{backbone}'; an independent judge needs another backbone"
+            f"{directory}: was trained on features of '{backbone}'; an independent judge needs"
+            " another backbone"
         )
     data = training_data(config)
-    seen = {pair.content_key() for client in (*data.train, *data.validation) for pair in client.pairs}
+    seen = {
+        pair.content_key() for client in (*data.train, *data.validation) for pair in client.pairs
+    }
     every = read_pairs(source, split).pairs  # opposed groups may have judged the same pairs
     found = list({(pair.group, pair.content_key()): pair for pair in every}.values())
     left = [pair for pair in found if pair.content_key() not in seen]
@@ -251,14 +290,21 @@ def untrained_pairs(directory: str | Path, source: str, split: str | None, backb
 
 
 def _component_groups(run: Run, prototypes: Tensor | None) -> list[str | None]:
-    """True group of most training clients nearest to each component (for naming it; nothing is inferred from it)."""
+    """True group of most training clients nearest to each component (for naming it; nothing is
+    inferred from it)."""
     if prototypes is None or all(g is None for g in run.store.groups):
         return []
     tables = run.checkpoint.state.clients
-    own = tables["label"] if run.config.prior.kind == "components" else torch.cdist(tables["mean"], prototypes).argmin(-1)
+    own = (
+        tables["label"]
+        if run.config.prior.kind == "components"
+        else torch.cdist(tables["mean"], prototypes).argmin(-1)
+    )
     nearest = own.tolist()
     out: list[str | None] = []
     for component in range(prototypes.shape[0]):
-        groups = Counter(g for g, n in zip(run.store.groups, nearest) if n == component and g is not None)
+        groups = Counter(
+            g for g, n in zip(run.store.groups, nearest) if n == component and g is not None
+        )
         out.append(groups.most_common(1)[0][0] if groups else None)
     return out

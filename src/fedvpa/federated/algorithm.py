@@ -1,7 +1,9 @@
-"""The shape of a federated algorithm: `init` and `apply(state, cohort) -> state, diagnostics` (after fedjax).
+"""The shape of a federated algorithm: `init` and `apply(state, cohort) -> state, diagnostics`
+(after fedjax).
 
-A predictor is what is left after training: it turns a user's context into a state (a latent, fine-tuned weights, or nothing)
-and a state into reward margins. Swapping users' states is how one asks whether a method uses them.
+A predictor is what is left after training: it turns a user's context into a state (a latent,
+fine-tuned weights, or nothing) and a state into reward margins. Swapping users' states is how one
+asks whether a method uses them.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from fedvpa.types import PairBatch, Params, Posterior, ServerState
 
 
 class Payload(NamedTuple):
-    """One tensor that travels: its name, shape, bytes, and which way (`down` to the client, `up` to the server)."""
+    """One tensor that travels: its name, shape, bytes, and which way (`down` to the client, `up` to
+    the server)."""
 
     name: str
     shape: tuple[int, ...]
@@ -32,7 +35,8 @@ class Predictor(Protocol):
     """Predicts users' choices."""
 
     def adapt(self, context: PairBatch, group: Int[Tensor, "u"]) -> Float[Tensor, "u s"]:
-        """State of every user given its context; only the `oracle-group` bound reads the true group."""
+        """State of every user given its context; only the `oracle-group` bound reads the true
+        group."""
         ...
 
     def margin(self, state: Float[Tensor, "u s"], target: PairBatch) -> Float[Tensor, "u n"]:
@@ -65,7 +69,9 @@ class Algorithm(Protocol):
         """State before the first round."""
         ...
 
-    def apply(self, state: ServerState, cohort: Sequence[int]) -> tuple[ServerState, dict[str, float]]:
+    def apply(
+        self, state: ServerState, cohort: Sequence[int]
+    ) -> tuple[ServerState, dict[str, float]]:
         """One round with these clients; the given state is left as it was."""
         ...
 
@@ -83,7 +89,8 @@ class Algorithm(Protocol):
 
 
 def sample_cohort(seed: int, round_number: int, clients: int, size: int) -> list[int]:
-    """Clients of a round, drawn without replacement (all of them if `size` is 0), in ascending order."""
+    """Clients of a round, drawn without replacement (all of them if `size` is 0), in ascending
+    order."""
     if size == 0 or size >= clients:
         return list(range(clients))
     generator = stream(seed, "cohort", round_number)
@@ -91,7 +98,8 @@ def sample_cohort(seed: int, round_number: int, clients: int, size: int) -> list
 
 
 def poisson_cohort(generator: torch.Generator, clients: int, rate: float) -> list[int]:
-    """Clients of a round, each of them with probability `rate`, independently: what privacy's accounting asks for."""
+    """Clients of a round, each of them with probability `rate`, independently: what privacy's
+    accounting asks for."""
     return (torch.rand(clients, generator=generator) < rate).nonzero().squeeze(-1).tolist()
 
 

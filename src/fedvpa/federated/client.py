@@ -1,6 +1,7 @@
 """A client's local round (M8), for one client or for many stacked along a leading axis.
 
-This function is all that a client does with its data; a simulator and a networked client call the same one.
+This function is all that a client does with its data; a simulator and a networked client call the
+same one.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class LocalSettings:
 
 
 class LocalResult(NamedTuple):
-    """Stacked parameters [c, ...] after the local steps, and the mean of every loss term over them, [c]."""
+    """Stacked parameters [c, ...] after the local steps, and the mean of every loss term over them,
+    [c]."""
 
     params: Params
     losses: dict[str, Float[Tensor, "c"]]
@@ -53,13 +55,15 @@ def train_locally(
     *,
     check_each_step: bool = False,
 ) -> LocalResult:
-    """Run the local steps of c clients side by side; `params` hold a leading client axis (see `stack`).
+    """Run the local steps of c clients side by side; `params` hold a leading client axis (see
+    `stack`).
 
-    The clients' losses are summed before the backward pass: they share no parameter, so each one's gradient is its own,
-    and an element-wise optimiser on the stack is c separate optimisers.
+    The clients' losses are summed before the backward pass: they share no parameter, so each one's
+    gradient is its own, and an element-wise optimiser on the stack is c separate optimisers.
 
     Raises:
-        NonFiniteUpdateError: with `check_each_step`, the first loss that is NaN or Inf, with client, round and step.
+        NonFiniteUpdateError: with `check_each_step`, the first loss that is NaN or Inf, with
+            client, round and step.
     """
     components = 0 if context.prior is None else context.prior.client.numel()
     draws = local_draws(
@@ -75,7 +79,8 @@ def train_locally(
     episodes = Episodes(pairs, draws.order, settings.batch_size, settings.context_share)
     leaves = {name: value.detach().clone().requires_grad_(True) for name, value in params.items()}
     optimiser = _optimiser(list(leaves.values()), settings)
-    pooled = len(names) > 1 and all(value.shape[0] == 1 for value in params.values())  # one model on everybody's pairs
+    # one model on everybody's pairs
+    pooled = len(names) > 1 and all(value.shape[0] == 1 for value in params.values())
     losses: dict[str, list[Tensor]] = {}
     for step in range(settings.steps):
         terms = objective(leaves, episodes[step], draws.latent[step], draws.gumbel[step], context)
@@ -87,11 +92,14 @@ def train_locally(
         if check_each_step:
             _check(terms, names, round_number, step)
     trained = {name: leaf.detach() for name, leaf in leaves.items()}
-    return LocalResult(trained, {name: torch.stack(values).mean(0) for name, values in losses.items()})
+    return LocalResult(
+        trained, {name: torch.stack(values).mean(0) for name, values in losses.items()}
+    )
 
 
 def stack(params: Params, clients: int) -> Params:
-    """Give every parameter a leading axis: the same values for each of `clients` clients (no copy)."""
+    """Give every parameter a leading axis: the same values for each of `clients` clients (no
+    copy)."""
     return {name: value.expand(clients, *value.shape) for name, value in params.items()}
 
 
@@ -109,16 +117,23 @@ def require_finite(params: Params, names: Sequence[str], round_number: int) -> N
         if not finite.all():
             client = names[int((~finite).nonzero()[0])]
             raise NonFiniteUpdateError(
-                f"client '{client}' sent NaN or Inf in '{name}' in round {round_number}; the round was not applied "
-                "(lower federation.learning_rate, or look with --federation.backend sequential)"
+                f"client '{client}' sent NaN or Inf in '{name}' in round {round_number}; the round"
+                " was not applied (lower federation.learning_rate, or look with"
+                " --federation.backend sequential)"
             )
 
 
 def _optimiser(leaves: list[Tensor], settings: LocalSettings) -> torch.optim.Optimizer:
     if settings.optimiser == "adam":
-        return torch.optim.Adam(leaves, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+        return torch.optim.Adam(
+            leaves, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+        )
     return torch.optim.SGD(
-        leaves, lr=settings.learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True
+        leaves,
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        fused=True,
     )
 
 
@@ -128,5 +143,6 @@ def _check(terms: dict[str, Tensor], names: Sequence[str], round_number: int, st
         if not finite.all():
             client = names[int((~finite).nonzero()[0])]
             raise NonFiniteUpdateError(
-                f"client '{client}', round {round_number}, local step {step}: the loss term '{name}' is not finite"
+                f"client '{client}', round {round_number}, local step {step}: the loss term"
+                f" '{name}' is not finite"
             )

@@ -1,7 +1,8 @@
 """All randomness of a client's local round, drawn from a stream of its own.
 
-The stream is named by (seed, purpose, round, client): it does not depend on which clients are trained side by side, on the
-backend, or on what happened before, so a run resumes bit for bit without any generator state.
+The stream is named by (seed, purpose, round, client): it does not depend on which clients are
+trained side by side, on the backend, or on what happened before, so a run resumes bit for bit
+without any generator state.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def stream(seed: int, *name: object) -> torch.Generator:
 
 
 class LocalDraws(NamedTuple):
-    """Noise for E local steps of c clients: order of the pairs, latent noise, uniform noise for the Gumbel weights."""
+    """Noise for E local steps of c clients: order of the pairs, latent noise, uniform noise for the
+    Gumbel weights."""
 
     order: Int[Tensor, "c e n"]
     latent: Float[Tensor, "e s c d"]
@@ -33,7 +35,8 @@ class LocalDraws(NamedTuple):
 
 
 def local_draws(
-    seed: int, round_number: int, names: Sequence[str], sizes: Int[Tensor, "c"], steps: int, samples: int, latent: int,
+    seed: int, round_number: int, names: Sequence[str], sizes: Int[Tensor, "c"], steps: int,
+    samples: int, latent: int,
     components: int,
 ) -> LocalDraws:  # fmt: skip
     """Draw for every client from its own stream; padding pairs come last in the order."""
@@ -49,11 +52,16 @@ def local_draws(
             torch.randn(steps, samples, latent, generator=generator, out=noise[c])
         if components:
             torch.rand(steps, components, generator=generator, out=uniform[c])
-    return LocalDraws(keys.argsort(-1), noise.permute(1, 2, 0, 3).contiguous(), uniform.transpose(0, 1).contiguous())
+    return LocalDraws(
+        keys.argsort(-1),
+        noise.permute(1, 2, 0, 3).contiguous(),
+        uniform.transpose(0, 1).contiguous(),
+    )
 
 
 class Episode(NamedTuple):
-    """Pairs [c, n] of one step; `context` and `target` mark disjoint subsets of them (method.md, *Honest protocol* 1).
+    """Pairs [c, n] of one step; `context` and `target` mark disjoint subsets of them (method.md,
+    *Honest protocol* 1).
 
     `rows` says which of the clients' pairs these are (None: all of them, in place).
     """
@@ -65,30 +73,47 @@ class Episode(NamedTuple):
 
     def of(self, table: Float[Tensor, "c _ m"]) -> Float[Tensor, "c n m"]:
         """The rows of a table of all the clients' pairs that belong to this step's pairs."""
-        return table if self.rows is None else table.gather(1, self.rows.unsqueeze(-1).expand(-1, -1, table.shape[-1]))
+        return (
+            table
+            if self.rows is None
+            else table.gather(1, self.rows.unsqueeze(-1).expand(-1, -1, table.shape[-1]))
+        )
 
 
 class Episodes:
-    """The steps' episodes: a fresh random batch of each client's pairs, split into context and target."""
+    """The steps' episodes: a fresh random batch of each client's pairs, split into context and
+    target."""
 
-    def __init__(self, pairs: PairBatch, order: Int[Tensor, "c e n"], batch_size: int, context_share: float) -> None:
+    def __init__(
+        self, pairs: PairBatch, order: Int[Tensor, "c e n"], batch_size: int, context_share: float
+    ) -> None:
         sizes = pairs.mask.sum(-1)
         clients, steps, width = order.shape
         self._gather = 0 < batch_size < width
         self._batch = min(batch_size, width) if batch_size else width
         count = sizes.clamp_max(self._batch)
         context = torch.round(count * context_share).long()
-        context = torch.where(count > 1, context.clamp_min(1).minimum(count - 1), torch.zeros_like(count))
+        context = torch.where(
+            count > 1, context.clamp_min(1).minimum(count - 1), torch.zeros_like(count)
+        )
         position = torch.arange(self._batch)
         is_context = position < context.unsqueeze(-1)
         is_target = (position >= context.unsqueeze(-1)) & (position < count.unsqueeze(-1))
-        if self._gather:  # the batches of all steps are picked at once, one after the other along the pairs
-            self._context, self._target, self._rows = is_context, is_target, order[:, :, : self._batch]
+        # the batches of all steps are picked at once, one after the other along the pairs
+        if self._gather:
+            self._context, self._target, self._rows = (
+                is_context,
+                is_target,
+                order[:, :, : self._batch],
+            )
             kept = (is_context | is_target).unsqueeze(1).expand(-1, steps, -1).reshape(clients, -1)
             self._pairs = select(pairs, self._rows.reshape(clients, -1), kept)
         else:  # all pairs: they are marked where they lie, and nothing is moved
             self._pairs = pairs
-            marks = (is_context.unsqueeze(1).expand_as(order), is_target.unsqueeze(1).expand_as(order))
+            marks = (
+                is_context.unsqueeze(1).expand_as(order),
+                is_target.unsqueeze(1).expand_as(order),
+            )
             empty = torch.zeros_like(order, dtype=torch.bool)
             self._context, self._target = (empty.scatter(-1, order, mark) for mark in marks)
 

@@ -30,8 +30,9 @@ PROTOTYPES = "prototypes"
 class RoundContext(NamedTuple):
     """What the server broadcasts besides the parameters, and each client's own place in it.
 
-    `evidence` is what a client adds to the anchors: the log-likelihood of each of its choices under each of them, by the
-    *broadcast* model (under its own, after a few local steps, every component would fit its pairs).
+    `evidence` is what a client adds to the anchors: the log-likelihood of each of its choices under
+    each of them, by the *broadcast* model (under its own, after a few local steps, every component
+    would fit its pairs).
     """
 
     prior: MixturePrior | None
@@ -87,7 +88,9 @@ class VariationalObjective:
         posterior = self.selector.posterior(params, episode.pairs, episode.context)
         if context.anchors is not None and context.evidence is not None:
             evidence = episode.of(context.evidence)
-            share = self.selector.combine(context.anchors, evidence, posterior.mean.detach(), episode.context)
+            share = self.selector.combine(
+                context.anchors, evidence, posterior.mean.detach(), episode.context
+            )
             z = share @ context.anchors.mean
             recon = mean_choice_loss(self.selector.margin(params, z, episode.pairs), target)
             pull = (posterior.mean - z).square().sum(-1)
@@ -100,7 +103,12 @@ class VariationalObjective:
         return self._total(params, recon, kl, self._pull(params, z, context.label), context)
 
     def _total(
-        self, params: Params, recon: Tensor, kl: Tensor | None, pull: Tensor | None, context: RoundContext
+        self,
+        params: Params,
+        recon: Tensor,
+        kl: Tensor | None,
+        pull: Tensor | None,
+        context: RoundContext,
     ) -> dict[str, Float[Tensor, "c"]]:
         """The weighted sum, and its terms; a term that is off is not computed."""
         terms = {"recon": recon}
@@ -117,9 +125,15 @@ class VariationalObjective:
         return terms | {"loss": loss}
 
     def _leaking(
-        self, params: Params, episode: Episode, noise: Tensor, uniform: Tensor, context: RoundContext
+        self,
+        params: Params,
+        episode: Episode,
+        noise: Tensor,
+        uniform: Tensor,
+        context: RoundContext,
     ) -> dict[str, Float[Tensor, "c"]]:
-        """The published protocol: every pair's z is inferred from that pair. It LEAKS the label that it then scores."""
+        """The published protocol: every pair's z is inferred from that pair. It LEAKS the label
+        that it then scores."""
         one = {k: v.unsqueeze(1) for k, v in params.items()}
         pairs = episode.pairs
         single = type(pairs)(
@@ -134,22 +148,28 @@ class VariationalObjective:
         margin = self.selector.margin(one, z, single).squeeze(-1)
         recon = mean_choice_loss(margin, weight).mean(0)
         per_pair = RoundContext(
-            context.prior, None, None, context.label.unsqueeze(-1).expand_as(pairs.mask), context.client.unsqueeze(-1),
+            context.prior, None, None, context.label.unsqueeze(-1).expand_as(pairs.mask),
+            context.client.unsqueeze(-1),
             context.kl_weight, context.pull_weight,
         )  # fmt: skip
-        kl = self._kl(posterior, one, noise.unsqueeze(-2).expand_as(z), uniform.unsqueeze(-2), per_pair)
+        kl = self._kl(
+            posterior, one, noise.unsqueeze(-2).expand_as(z), uniform.unsqueeze(-2), per_pair
+        )
         count = weight.sum(-1).clamp_min(1)
         pull = self._pull(one, z, per_pair.label)
         mean_pull = None if pull is None else (pull * weight).sum(-1) / count
         return self._total(params, recon, (kl * weight).sum(-1) / count, mean_pull, context)
 
     def _decay(self, params: Params, z: Float[Tensor, "*s c d"]) -> Float[Tensor, "*s c"]:
-        """Gaussian prior on the reward that z picks: decay x |w + W^T z|^2, in whitened units; 0 where it is off."""
+        """Gaussian prior on the reward that z picks: decay x |w + W^T z|^2, in whitened units; 0
+        where it is off."""
         if not self.reward_decay:
             return torch.zeros(z.shape[:-1])
         return self.reward_decay * self.selector.reward.direction(params, z).square().sum(-1)
 
-    def _pull(self, params: Params, z: Float[Tensor, "s *c d"], label: Int[Tensor, "*c"]) -> Float[Tensor, "*c"] | None:
+    def _pull(
+        self, params: Params, z: Float[Tensor, "s *c d"], label: Int[Tensor, "*c"]
+    ) -> Float[Tensor, "*c"] | None:
         if PROTOTYPES not in params:
             return None
         return pull_loss(z, params[PROTOTYPES], label.expand(z.shape[:-1])).mean(0)
@@ -180,8 +200,13 @@ class VariationalObjective:
         client: Int[Tensor, "*c"],
         uniform: Float[Tensor, "*c k"] | None,
     ) -> Float[Tensor, "*c k"]:
-        """Log-weights of the mixture (M4). Without `uniform` noise: the plain softmax of the learned logits."""
-        base = torch.zeros(prior.client.shape) if self.weights != "sample-size" else prior.size.clamp_min(1e-6).log()
+        """Log-weights of the mixture (M4). Without `uniform` noise: the plain softmax of the
+        learned logits."""
+        base = (
+            torch.zeros(prior.client.shape)
+            if self.weights != "sample-size"
+            else prior.size.clamp_min(1e-6).log()
+        )
         if self.exclude_self and prior.client.numel() > 1:
             base = base.masked_fill(prior.client == client.unsqueeze(-1), -torch.inf)
         if self.weights != "gumbel" or logit is None:

@@ -16,7 +16,8 @@ from fedvpa.types import PairBatch, Params, Population, Posterior
 
 @dataclass(frozen=True)
 class VariationalPredictor:
-    """A trained selector; a user's state is z, or its posterior over the population's components."""
+    """A trained selector; a user's state is z, or its posterior over the population's
+    components."""
 
     selector: Selector
     params: Params
@@ -48,12 +49,14 @@ class VariationalPredictor:
         return self.amortised(context)
 
     def adapt(self, context: PairBatch, group: Int[Tensor, "u"]) -> Float[Tensor, "u s"]:
-        """State of each user: shares of the components with population inference, else z; the true group is not read."""
+        """State of each user: shares of the components with population inference, else z; the true
+        group is not read."""
         return self.responsibilities(context) if self._mixes else self.amortised(context).mean
 
     @torch.no_grad()
     def margin(self, state: Float[Tensor, "u s"], target: PairBatch) -> Float[Tensor, "u n"]:
-        """Log-odds of the choices: the posterior predictive over the components, or the reward's margin under z."""
+        """Log-odds of the choices: the posterior predictive over the components, or the reward's
+        margin under z."""
         if self._mixes and self.population is not None:
             each = self.selector.component_margins(self.params, self.population, target)
             return predictive_margin(state, each)
@@ -71,7 +74,8 @@ class VariationalPredictor:
         return torch.zeros(users, self.selector.encoder.latent)
 
     def prior_mean(self) -> Float[Tensor, "d"]:
-        """z of somebody of whom nothing is known: the population's mean where it is used, else zero."""
+        """z of somebody of whom nothing is known: the population's mean where it is used, else
+        zero."""
         if self._mixes and self.population is not None:
             return self.population.weight @ self.population.mean
         return torch.zeros(self.selector.encoder.latent)

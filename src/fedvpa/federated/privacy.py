@@ -1,10 +1,12 @@
-"""Client-level differential privacy: what one client contributes is clipped, sums over clients are noised, and the privacy
-loss of everything that is released is accounted for together.
+"""Client-level differential privacy: what one client contributes is clipped, sums over clients are
+noised, and the privacy loss of everything that is released is accounted for together.
 
-The mechanism of a round is that of DP-FedAvg (McMahan et al., 2018, arXiv 1710.06963): every client takes part with the same
-probability q, independently; the sum of the clipped contributions gets Gaussian noise and is divided by the *expected* number
-of clients. With a prior of components the moments of the latent are part of the same contribution. Fitting the components asks
-everybody, several times; these releases are composed with the rounds. Neighbours differ in one client, added or removed.
+The mechanism of a round is that of DP-FedAvg (McMahan et al., 2018, arXiv 1710.06963): every client
+takes part with the same probability q, independently; the sum of the clipped contributions gets
+Gaussian noise and is divided by the *expected* number of clients. With a prior of components the
+moments of the latent are part of the same contribution. Fitting the components asks everybody,
+several times; these releases are composed with the rounds. Neighbours differ in one client, added
+or removed.
 """
 
 from __future__ import annotations
@@ -33,9 +35,11 @@ Normal = Callable[[torch.Size], Tensor]
 
 
 def secret_normal(shape: torch.Size) -> Tensor:
-    """Standard normal numbers that nobody can draw again: Box-Muller in float64 on 53 bits each of the system's entropy.
+    """Standard normal numbers that nobody can draw again: Box-Muller in float64 on 53 bits each of
+    the system's entropy.
 
-    (Torch's generator on the CPU keeps 32 bits of its seed, which can be tried out: the sum would tell.)
+    (Torch's generator on the CPU keeps 32 bits of its seed, which can be tried out: the sum would
+    tell.)
     """
     half = (math.prod(shape) + 1) // 2
     raw = np.frombuffer(os.urandom(16 * half), dtype="<u8").reshape(2, half) >> np.uint64(11)
@@ -58,8 +62,9 @@ class BudgetError(RunError):
 class Privacy:
     """Bounds and noise; `rate` is the probability with which a client takes part in a round.
 
-    Noise is in multiples of the bound of what it is added to: of a round's contributions, and (`fit_noise`) of those to a fit.
-    `lost_rounds` and `lost_fits` were begun before a crash and may have been released: they count as if they had been.
+    Noise is in multiples of the bound of what it is added to: of a round's contributions, and
+    (`fit_noise`) of those to a fit. `lost_rounds` and `lost_fits` were begun before a crash and may
+    have been released: they count as if they had been.
     """
 
     rate: float
@@ -85,12 +90,14 @@ class Privacy:
 
     @property
     def blocks(self) -> int:
-        """Parts of one client's contribution to a round, each within its bound: its norm is at most the root of this."""
+        """Parts of one client's contribution to a round, each within its bound: its norm is at most
+        the root of this."""
         return 1 + MOMENT_BLOCKS * self.moments_every_round + self.choices_every_round
 
     @property
     def fit_releases(self) -> int:
-        """Sums over all clients that a fit releases: the spread, every iteration, and the result."""
+        """Sums over all clients that a fit releases: the spread, every iteration, and the
+        result."""
         return self.fit_iterations + 2
 
     def clipped_latent(
@@ -105,7 +112,8 @@ class Privacy:
         return {n: v + std * draw(v.shape) for n, v in sums.items()}
 
     def noised_moments(self, found: Moments, draw: Normal, *, fit: bool) -> Moments:
-        """Moments of a round or of a fit, with noise; a sum of no clients is possible, a negative one is not."""
+        """Moments of a round or of a fit, with noise; a sum of no clients is possible, a
+        negative one is not."""
         noise = self.fit_noise if fit else self.noise
         bounds = (1.0, self.latent_clip, self.latent_clip**2, self.variance_clip)
         noised = [v + noise * b * draw(v.shape) for v, b in zip(found, bounds)]
@@ -124,7 +132,14 @@ class Privacy:
         if (self.noise == 0 and rounds) or (self.fit_noise == 0 and fits):
             return math.inf
         fit = self.fit_noise / math.sqrt(MOMENT_BLOCKS * self.fit_starts)
-        return epsilon_of(self.rate, self.noise / math.sqrt(self.blocks), rounds, fit, fits * self.fit_releases, self.delta)
+        return epsilon_of(
+            self.rate,
+            self.noise / math.sqrt(self.blocks),
+            rounds,
+            fit,
+            fits * self.fit_releases,
+            self.delta,
+        )
 
     def require(self, rounds: int, fits: int) -> None:
         """Stop before a release that the budget does not allow.
@@ -134,8 +149,8 @@ class Privacy:
         """
         if self.epsilon(rounds, fits) > self.budget:
             raise BudgetError(
-                f"the privacy budget of epsilon {self.budget:g} (delta {self.delta:g}) is spent: round {rounds} would take it "
-                f"to {self.epsilon(rounds, fits):.2f}"
+                f"the privacy budget of epsilon {self.budget:g} (delta {self.delta:g}) is spent:"
+                f" round {rounds} would take it to {self.epsilon(rounds, fits):.2f}"
             )
 
 
@@ -144,9 +159,11 @@ def _within(x: Float[Tensor, "c d"], bound: float) -> Float[Tensor, "c d"]:
 
 
 @lru_cache(maxsize=4096)
-def epsilon_of(rate: float, noise: float, rounds: int, fit_noise: float, fits: int, delta: float) -> float:
-    """Epsilon of `rounds` Poisson-sampled Gaussian mechanisms and `fits` Gaussian ones, by their privacy loss distribution
-    (Koskela et al., 2020; as in Google's dp-accounting).
+def epsilon_of(
+    rate: float, noise: float, rounds: int, fit_noise: float, fits: int, delta: float
+) -> float:
+    """Epsilon of `rounds` Poisson-sampled Gaussian mechanisms and `fits` Gaussian ones, by their
+    privacy loss distribution (Koskela et al., 2020; as in Google's dp-accounting).
 
     Raises:
         BadInputError: dp-accounting is not installed.
@@ -174,7 +191,8 @@ def noise_for(privacy: Privacy, rounds: int, fits: int, epsilon: float) -> float
     """
     if fits and privacy.epsilon(0, fits) >= epsilon:
         raise BadInputError(
-            f"the fits alone cost epsilon {privacy.epsilon(0, fits):.2f}; raise fit_noise ({privacy.fit_noise:g}) or epsilon"
+            f"the fits alone cost epsilon {privacy.epsilon(0, fits):.2f}; raise fit_noise"
+            f" ({privacy.fit_noise:g}) or epsilon"
         )
     low, high = 0.2, 0.4
     while replace(privacy, noise=high).epsilon(rounds, fits) > epsilon:

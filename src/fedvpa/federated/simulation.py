@@ -1,8 +1,10 @@
-"""Many clients on one machine: chunks of clients trained side by side, a chunk to a thread; and its sequential twin.
+"""Many clients on one machine: chunks of clients trained side by side, a chunk to a thread; and its
+sequential twin.
 
-After one step every client has weights of its own, so a large model is limited by memory traffic and not by arithmetic, and
-a small one by the cost of starting operations: chunks are bounded in bytes for the one and in clients for the other. Torch's
-own threads are set to one meanwhile: operations on a chunk are too small to divide further.
+After one step every client has weights of its own, so a large model is limited by memory traffic
+and not by arithmetic, and a small one by the cost of starting operations: chunks are bounded in
+bytes for the one and in clients for the other. Torch's own threads are set to one meanwhile:
+operations on a chunk are too small to divide further.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ T = TypeVar("T")
 CHUNK_BYTES = 100 << 20
 """Target size of a chunk's parameters, gradients and two moments (16 bytes a parameter)."""
 MOST = 250
-"""Clients in a chunk at the most: by then the cost of starting an operation is small beside that of running it."""
+"""Clients in a chunk at the most: by then the cost of starting an operation is small beside that of
+running it."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class Simulation:
         return self.backend == "sequential"
 
     def chunks(self, cohort: Sequence[int], parameters_per_client: int) -> list[list[int]]:
-        """Divide a cohort evenly; the division depends on settings alone, so that sums are repeatable."""
+        """Divide a cohort evenly; the division depends on settings alone, so that sums are
+        repeatable."""
         if self.backend == "sequential":
             return [[c] for c in cohort]
         size = self.chunk or max(1, min(MOST, CHUNK_BYTES // (16 * max(1, parameters_per_client))))
@@ -48,13 +52,20 @@ class Simulation:
         return [list(cohort[a:b]) for a, b in pairwise(edges)]
 
     def map(self, function: Callable[[list[int]], T], chunks: Sequence[list[int]]) -> Iterator[T]:
-        """Yield the results in the order of the chunks; at most `workers` + 1 of them exist at any time."""
-        workers = 1 if self.backend == "sequential" else min(self.workers or os.cpu_count() or 1, len(chunks))
+        """Yield the results in the order of the chunks; at most `workers` + 1 of them exist at any
+        time."""
+        workers = (
+            1
+            if self.backend == "sequential"
+            else min(self.workers or os.cpu_count() or 1, len(chunks))
+        )
         with one_thread_each():
             if workers <= 1:
                 yield from (function(chunk) for chunk in chunks)
                 return
-            with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            with ThreadPoolExecutor(
+                workers, initializer=torch.set_num_threads, initargs=(1,)
+            ) as pool:
                 ahead = [pool.submit(function, chunk) for chunk in chunks[:workers]]
                 try:
                     for following in [*chunks[workers:], *[None] * len(ahead)]:

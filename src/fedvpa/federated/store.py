@@ -1,4 +1,5 @@
-"""The clients' whitened pairs: one flat table with a range of rows per client, padded only when a chunk is formed."""
+"""The clients' whitened pairs: one flat table with a range of rows per client, padded only when a
+chunk is formed."""
 
 from __future__ import annotations
 
@@ -37,15 +38,22 @@ class ClientStore:
         sizes = self.sizes[clients]
         column = torch.arange(int(sizes.max()) if sizes.numel() else 0)
         mask = column < sizes.unsqueeze(-1)
-        row = (self.offset[clients].unsqueeze(-1) + column).clamp_max(max(0, self.difference.shape[0] - 1))
-        padding = ~mask.unsqueeze(-1)  # filled, not multiplied by zero: a neighbour's NaN must not come through
+        row = (self.offset[clients].unsqueeze(-1) + column).clamp_max(
+            max(0, self.difference.shape[0] - 1)
+        )
+        # filled, not multiplied by zero: a neighbour's NaN must not come through
+        padding = ~mask.unsqueeze(-1)
         common = None if self.common is None else self.common[row].masked_fill_(padding, 0.0)
-        return PairBatch(self.difference[row].masked_fill_(padding, 0.0), common, self.order[row] * mask, mask)
+        return PairBatch(
+            self.difference[row].masked_fill_(padding, 0.0), common, self.order[row] * mask, mask
+        )
 
     def group_index(self) -> tuple[list[str], Int[Tensor, "clients"]]:
         """Sorted group names, and each client's index into them (-1: it has none)."""
         names = sorted({g for g in self.groups if g is not None})
-        return names, torch.tensor([-1 if g is None else names.index(g) for g in self.groups], dtype=torch.long)
+        return names, torch.tensor(
+            [-1 if g is None else names.index(g) for g in self.groups], dtype=torch.long
+        )
 
 
 def build_store(
@@ -59,7 +67,14 @@ def build_store(
     sizes = torch.tensor([d.shape[0] for d in differences], dtype=torch.long)
     offset = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])
     common = None if commons is None else torch.cat(list(commons))
-    return ClientStore(tuple(names), tuple(groups), torch.cat(list(differences)), common, torch.cat(list(orders)), offset)
+    return ClientStore(
+        tuple(names),
+        tuple(groups),
+        torch.cat(list(differences)),
+        common,
+        torch.cat(list(orders)),
+        offset,
+    )
 
 
 def concatenate(first: PairBatch, second: PairBatch) -> PairBatch:
@@ -76,7 +91,8 @@ def concatenate(first: PairBatch, second: PairBatch) -> PairBatch:
 
 
 def select(batch: PairBatch, index: Int[Tensor, "*b m"], keep: Tensor) -> PairBatch:
-    """Pick pairs by index along the axis of pairs; `keep` is the new mask (padding is where it is False)."""
+    """Pick pairs by index along the axis of pairs; `keep` is the new mask (padding is where it is
+    False)."""
 
     def rows(x: Tensor) -> Tensor:
         return x.gather(-2, index.unsqueeze(-1).expand(*index.shape, x.shape[-1]))
@@ -92,4 +108,6 @@ def select(batch: PairBatch, index: Int[Tensor, "*b m"], keep: Tensor) -> PairBa
 def first_pairs(batch: PairBatch, size: int) -> PairBatch:
     """The first `size` pairs of every batch."""
     common = None if batch.common is None else batch.common[:, :size]
-    return PairBatch(batch.difference[:, :size], common, batch.order[:, :size], batch.mask[:, :size])
+    return PairBatch(
+        batch.difference[:, :size], common, batch.order[:, :size], batch.mask[:, :size]
+    )

@@ -1,4 +1,5 @@
-"""FedVPA-GP and its relatives: the federated variational preference selector (M1-M8), seen from the server."""
+"""FedVPA-GP and its relatives: the federated variational preference selector (M1-M8), seen from the
+server."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ from fedvpa.types import MixturePrior, Params, Population, Posterior, ServerStat
 class FederatedVariational:
     """Rounds over some participants: in this process, or across a network.
 
-    With the prior `components` the server asks for sums over clients alone; with the others it sees every client's posterior.
+    With the prior `components` the server asks for sums over clients alone; with the others it sees
+    every client's posterior.
     """
 
     participants: Participants
@@ -68,7 +70,8 @@ class FederatedVariational:
     together: bool = False
 
     def noise(self, *name: object) -> Normal:
-        """Draws a release's noise: repeatable in a simulation, of the system's entropy in a federation (`secret`)."""
+        """Draws a release's noise: repeatable in a simulation, of the system's entropy in a
+        federation (`secret`)."""
         return secret_normal if self.secret else seeded_normal(stream(self.seed, "noise", *name))
 
     def init(self) -> ServerState:
@@ -113,7 +116,8 @@ class FederatedVariational:
 
     @property
     def peers(self) -> Int[Tensor, "j"]:
-        """Clients that may be components of the prior: all, or a fixed random subset of `max_components`."""
+        """Clients that may be components of the prior: all, or a fixed random subset of
+        `max_components`."""
         count = len(self.participants)
         if count <= self.max_components:
             return torch.arange(count)
@@ -137,8 +141,12 @@ class FederatedVariational:
         if slot.numel() < (2 if self.objective.exclude_self else 1):
             return None
         client = peers[slot]
-        size = state.clients["size"][client] if "size" in state.clients else torch.ones(client.numel())
-        return MixturePrior(state.clients["mean"][client], state.clients["log_var"][client], size, client, slot)
+        size = (
+            state.clients["size"][client] if "size" in state.clients else torch.ones(client.numel())
+        )
+        return MixturePrior(
+            state.clients["mean"][client], state.clients["log_var"][client], size, client, slot
+        )
 
     def broadcast(self, state: ServerState) -> Broadcast:
         """What every client of the coming round is sent."""
@@ -155,7 +163,9 @@ class FederatedVariational:
             self.by_sums and not self.schedule.anchored,
         )
 
-    def apply(self, state: ServerState, cohort: Sequence[int]) -> tuple[ServerState, dict[str, float]]:
+    def apply(
+        self, state: ServerState, cohort: Sequence[int]
+    ) -> tuple[ServerState, dict[str, float]]:
         """One round (M8).
 
         Raises:
@@ -168,12 +178,18 @@ class FederatedVariational:
         clients = {name: table.clone() for name, table in state.clients.items()}
         found: Moments | None = None
         labelled: Tensor | None = None
-        for index, update in self.participants.train(self.broadcast(state), cohort, state.clients) if cohort else ():
+        for index, update in (
+            self.participants.train(self.broadcast(state), cohort, state.clients) if cohort else ()
+        ):
             many = update.together or 1
             answered += index.numel()
             if update.size is not None and self.counted:
                 clients["size"][index] = update.size
-            weight = torch.ones(index.numel()) if self.aggregation == "uniform" else clients["size"][index]
+            weight = (
+                torch.ones(index.numel())
+                if self.aggregation == "uniform"
+                else clients["size"][index]
+            )
             if update.together or self.centralised:
                 weight = torch.full((1,), float(many))
             mean.add(shared, update.params, weight)
@@ -181,7 +197,8 @@ class FederatedVariational:
                 clients[name][index] = rows
             if update.posterior is not None:
                 clients["mean"][index], clients["log_var"][index] = update.posterior
-            clients["seen"][index if self.privacy is None else slice(None)] = state.round  # who took part is private, too
+            # who took part is private, too
+            clients["seen"][index if self.privacy is None else slice(None)] = state.round
             if update.moments is not None:
                 part = Moments(*(value.sum(0) for value in update.moments))
                 found = part if found is None else found.plus(part)
@@ -195,7 +212,9 @@ class FederatedVariational:
         if self.centralised:
             require_finite(stack(params, 1), ["all clients pooled"], state.round)
         components = state.components if found is None else self._refitted(state, found, labelled)
-        new = ServerState(state.round + 1, state.params | params, slots, clients, state.population, components)
+        new = ServerState(
+            state.round + 1, state.params | params, slots, clients, state.population, components
+        )
         row = {name: value / answered for name, value in sums.items() if answered}
         if self.privacy is not None:
             row["epsilon"] = self.privacy.epsilon(new.round, self.planned_fits)
@@ -203,25 +222,43 @@ class FederatedVariational:
 
     def _aggregator(self) -> WeightedMean | RobustMean:
         if self.aggregator == "mean":
-            bounds = [b for b in (self.max_norm, self.privacy.clip if self.privacy and not self.together else 0.0) if b]
+            bounds = [
+                b
+                for b in (
+                    self.max_norm,
+                    self.privacy.clip if self.privacy and not self.together else 0.0,
+                )
+                if b
+            ]
             return WeightedMean(max_norm=min(bounds, default=0.0))
         return RobustMean(self.aggregator, self.trim, self.max_norm)
 
     def _released(
-        self, state: ServerState, mean: WeightedMean | RobustMean, found: Moments | None, labelled: Tensor | None
+        self,
+        state: ServerState,
+        mean: WeightedMean | RobustMean,
+        found: Moments | None,
+        labelled: Tensor | None,
     ) -> tuple[Params, Moments | None, Tensor | None]:
-        """What is made of the round's contributions: their mean, or with privacy their noised sums (also of nobody)."""
+        """What is made of the round's contributions: their mean, or with privacy their noised sums
+        (also of nobody)."""
         if self.privacy is None:
             return mean.mean(), found, labelled
         assert isinstance(mean, WeightedMean)
         draw = self.noise("round", state.round)
-        sums = mean.sums or {name: torch.zeros_like(value) for name, value in self.shared(state.params).items()}
+        sums = mean.sums or {
+            name: torch.zeros_like(value) for name, value in self.shared(state.params).items()
+        }
         noised = self.privacy.noised_params(sums, draw)
         if found is not None:
             found = self.privacy.noised_moments(found, draw, fit=False)
         if labelled is not None:
             labelled = self.privacy.noised_choices(labelled, draw)
-        return {name: value / self.privacy.expected for name, value in noised.items()}, found, labelled
+        return (
+            {name: value / self.privacy.expected for name, value in noised.items()},
+            found,
+            labelled,
+        )
 
     @property
     def planned_fits(self) -> int:
@@ -238,43 +275,55 @@ class FederatedVariational:
             # one exchange of fresh posteriors: those of earlier rounds come from other encoders
             return replace(state, population=self._anchors(state, seen)._asdict())
         if self.by_sums:
-            due = not state.components and state.round >= max(1, self.schedule.prior_start) and seen.numel()
+            due = (
+                not state.components
+                and state.round >= max(1, self.schedule.prior_start)
+                and seen.numel()
+            )
             return replace(state, components=self._components(state)) if due else state
         if self.schedule.orthogonal and started:
             label = torch.full_like(state.clients["label"], -1)
-            label[seen] = balanced_labels(state.clients["mean"][seen], state.params[PROTOTYPES], self.seed)
+            label[seen] = balanced_labels(
+                state.clients["mean"][seen], state.params[PROTOTYPES], self.seed
+            )
             return replace(state, clients=state.clients | {"label": label})
         return state
 
     def _anchors(self, state: ServerState, seen: Int[Tensor, "k"]) -> Population:
-        """Components fitted to the clients' posteriors under the present model, as many as the clients' choices ask for."""
+        """Components fitted to the clients' posteriors under the present model, as many as the
+        clients' choices ask for."""
         if self.by_sums:
             return population(self._fitted(state))
         if self.modes is not None:
             return fit_population(self._means(state, seen), self.modes, self.seed)
         mean = self._means(state, seen, withhold=True)
-        candidates = {count: fit_population(mean, count, self.seed) for count in candidate_modes(mean)}
+        candidates = {
+            count: fit_population(mean, count, self.seed) for count in candidate_modes(mean)
+        }
         count = self._predicted(state, candidates)
         if count is None:
             return fit_population(mean, choose_modes(mean.double().numpy(), self.seed), self.seed)
         return fit_population(self._means(state, seen), count, self.seed)
 
-    def _means(self, state: ServerState, seen: Int[Tensor, "k"], *, withhold: bool = False) -> Float[Tensor, "k d"]:
+    def _means(
+        self, state: ServerState, seen: Int[Tensor, "k"], *, withhold: bool = False
+    ) -> Float[Tensor, "k d"]:
         """Fresh posterior means of those who have been seen."""
         index, posterior = self.participants.posteriors(state.params, withhold=withhold)
         return posterior.mean[torch.isin(index, seen)]
 
     def _predicted(self, state: ServerState, candidates: dict[int, Population]) -> int | None:
-        """Number of components whose posterior predictive gives the clients' withheld choices the most probability: the
-        fewest within two standard errors of it, from sums over clients. None where nobody withheld any."""
+        """Number of components whose posterior predictive gives the clients' withheld choices
+        the most probability: the fewest within two standard errors of it, from sums over
+        clients. None where nobody withheld any."""
         scores = self.participants.scores(state.params, list(candidates.values()))
         if float(scores.clients) == 0:
             return None
         return list(candidates)[fewest_within_error(scores)]
 
     def _fitted(self, state: ServerState) -> Moments:
-        """Moments of components fitted from sums: as many as were asked for, as the withheld choices want (anchored), or as
-        are best separated."""
+        """Moments of components fitted from sums: as many as were asked for, as the withheld
+        choices want (anchored), or as are best separated."""
         latent = self.selector.encoder.latent
 
         releases = count()
@@ -283,7 +332,9 @@ class FederatedVariational:
             found = self.participants.moments(state.params, centre, withhold=withhold)
             if self.privacy is None:
                 return found
-            return self.privacy.noised_moments(found, self.noise("fit", state.round, next(releases)), fit=True)
+            return self.privacy.noised_moments(
+                found, self.noise("fit", state.round, next(releases)), fit=True
+            )
 
         if self.privacy is not None:
             assert self.modes is not None
@@ -303,39 +354,49 @@ class FederatedVariational:
         fits = fit(lambda centre: ask(centre, withhold=True), latent, numbers, self.seed)
         chosen = None
         if self.schedule.anchored and not state.population:
-            chosen = self._predicted(state, {number: population(found) for number, found in fits.items()})
+            chosen = self._predicted(
+                state, {number: population(found) for number, found in fits.items()}
+            )
         if chosen is None:
             chosen = best_separated(fits)
         start = fits[chosen].total / fits[chosen].weight.clamp_min(1e-9).unsqueeze(-1)
         return fit(ask, latent, [chosen], self.seed, start)[chosen]
 
     def _components(self, state: ServerState) -> Params:
-        """The prior's components, and prices of nothing; with orthogonal prototypes in the order of those they stand for."""
+        """The prior's components, and prices of nothing; with orthogonal prototypes in the order of
+        those they stand for."""
         found = self._fitted(state)
         if PROTOTYPES in state.params:
             centre = found.total / found.weight.clamp_min(1e-9).unsqueeze(-1)
             unit = torch.nn.functional.normalize
-            rows, columns = linear_sum_assignment(-(unit(centre, dim=-1) @ unit(state.params[PROTOTYPES], dim=-1).T).numpy())
+            rows, columns = linear_sum_assignment(
+                -(unit(centre, dim=-1) @ unit(state.params[PROTOTYPES], dim=-1).T).numpy()
+            )
             order = torch.empty(len(rows), dtype=torch.long)
             order[torch.as_tensor(columns)] = torch.as_tensor(rows)
             found = Moments(*(value[order] for value in found))
         return dict(found._asdict()) | {"price": torch.zeros_like(found.weight)}
 
     def _refitted(self, state: ServerState, found: Moments, labelled: Tensor | None) -> Params:
-        """One step of EM on the cohort's moments; a component that nobody of the cohort fell to stays. Prices follow."""
+        """One step of EM on the cohort's moments; a component that nobody of the cohort fell to
+        stays. Prices follow."""
         before = _moments(state)
         kept = found.weight > (3 * self.privacy.noise if self.privacy is not None else 0)
-        merged = Moments(*(torch.where(kept.view(-1, *[1] * (b.dim() - 1)), f, b) for f, b in zip(found, before)))
+        merged = Moments(
+            *(torch.where(kept.view(-1, *[1] * (b.dim() - 1)), f, b) for f, b in zip(found, before))
+        )
         price = state.components["price"]
-        return dict(merged._asdict()) | {"price": price if labelled is None else adjusted_price(price, labelled, merged)}
+        return dict(merged._asdict()) | {
+            "price": price if labelled is None else adjusted_price(price, labelled, merged)
+        }
 
     def posteriors(self, state: ServerState) -> Posterior:
         """Every client's posterior from all of its pairs, under the state's model [K, d]."""
         return self.participants.posteriors(state.params)[1]
 
     def finalise(self, state: ServerState) -> ServerState:
-        """The population is fitted to the clients under the final model, unless it is anchored. Where the server sees
-        posteriors, clients send them once more."""
+        """The population is fitted to the clients under the final model, unless it is anchored.
+        Where the server sees posteriors, clients send them once more."""
         if self.by_sums:
             if self.privacy is not None and not state.population:
                 self.privacy.require(state.round, self.planned_fits)
@@ -350,7 +411,11 @@ class FederatedVariational:
         state = replace(state, clients=clients)
         if self.schedule.anchored and state.population:
             return state
-        modes = choose_modes(posterior.mean.double().numpy(), self.seed) if self.modes is None else self.modes
+        modes = (
+            choose_modes(posterior.mean.double().numpy(), self.seed)
+            if self.modes is None
+            else self.modes
+        )
         return replace(state, population=fit_population(posterior.mean, modes, self.seed)._asdict())
 
     def predictor(self, state: ServerState) -> VariationalPredictor:
@@ -370,7 +435,9 @@ class FederatedVariational:
     @property
     def counted(self) -> bool:
         """Whether clients tell how many pairs they have."""
-        return self.aggregation == "samples" or (self.schedule.prior == "peers" and self.objective.weights == "sample-size")
+        return self.aggregation == "samples" or (
+            self.schedule.prior == "peers" and self.objective.weights == "sample-size"
+        )
 
 
 def _moments(state: ServerState) -> Moments:

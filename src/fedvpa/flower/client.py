@@ -1,7 +1,9 @@
-"""A networked client: it owns its pairs, their features and its private state, and answers the server's requests.
+"""A networked client: it owns its pairs, their features and its private state, and answers the
+server's requests.
 
-It outlives the processes that Flower starts for each message (see `relay`), so that neither torch nor the features are loaded
-anew every round, and so that the code which the server's operator ships never touches the data: it only passes blobs on.
+It outlives the processes that Flower starts for each message (see `relay`), so that neither torch
+nor the features are loaded anew every round, and so that the code which the server's operator ships
+never touches the data: it only passes blobs on.
 """
 
 from __future__ import annotations
@@ -38,7 +40,17 @@ from fedvpa.federated.predictor import VariationalPredictor
 from fedvpa.federated.store import build_store
 from fedvpa.flower.serve import describe
 from fedvpa.flower.settings import ClientSettings
-from fedvpa.flower.wire import NOT_READY, UNGREETED, Packet, WireError, flatten, pack, section, under, unpack
+from fedvpa.flower.wire import (
+    NOT_READY,
+    UNGREETED,
+    Packet,
+    WireError,
+    flatten,
+    pack,
+    section,
+    under,
+    unpack,
+)
 from fedvpa.types import MixturePrior, Params, Population
 
 logger = logging.getLogger("fedvpa")
@@ -65,7 +77,8 @@ IN_THE_CLEAR = frozenset({"hello", "prepare", "settle"})
 
 
 class Client:
-    """Answers requests (bytes in, bytes out). Its state is one file, replaced atomically before an answer leaves."""
+    """Answers requests (bytes in, bytes out). Its state is one file, replaced atomically before an
+    answer leaves."""
 
     def __init__(self, settings: ClientSettings, folder: Path) -> None:
         self.settings = settings
@@ -81,7 +94,8 @@ class Client:
         self._told = ""
 
     def answer(self, blob: bytes) -> bytes:
-        """Reply to one request; what went wrong is a reply too, with the reason and without any data."""
+        """Reply to one request; what went wrong is a reply too, with the reason and without any
+        data."""
         with self._one_at_a_time:
             return self._answer(blob)
 
@@ -94,11 +108,18 @@ class Client:
             if kind not in REPLIES or handler is None:
                 raise WireError(f"unknown request '{kind}'")
             if self.settings.secure_only and not secure and kind not in IN_THE_CLEAR:
-                raise WireError(f"client '{self.settings.name}' answers '{kind}' in secure sums alone (secure_only)")
+                raise WireError(
+                    f"client '{self.settings.name}' answers '{kind}' in secure sums alone"
+                    " (secure_only)"
+                )
             reply = handler(packet)
-            strange = [name for name in reply.tensors if name.partition("/")[0] not in REPLIES[kind]]
+            strange = [
+                name for name in reply.tensors if name.partition("/")[0] not in REPLIES[kind]
+            ]
             if strange:
-                raise WireError(f"refused to send '{strange[0]}', which the reply to '{kind}' does not hold")
+                raise WireError(
+                    f"refused to send '{strange[0]}', which the reply to '{kind}' does not hold"
+                )
             if secure:  # a flat vector that is masked before it leaves this machine
                 return b"\x01" + flatten(reply.tensors)
             return pack(Packet({"ok": True, **reply.header}, reply.tensors))
@@ -106,21 +127,34 @@ class Client:
             reason = f"{type(error).__name__}: {error}"
         except OSError as error:  # a full disk: the state is the old one, and nothing was sent
             reason = f"the client could not save its state: {error}"
-        except Exception as error:  # a message of another version, say: it must not end the client, nor tell what it holds
+        # a message of another version, say: it must not end the client, nor tell what it holds
+        except Exception as error:
             logger.exception("%s: a request could not be answered", self.settings.name)
             reason = f"the request could not be answered ({type(error).__name__})"
-        logger.log(logging.INFO if NOT_READY in reason else logging.ERROR, "%s: %s", self.settings.name, reason)
-        return b"\x00" + reason.encode() if secure else pack(Packet({"ok": False, "error": reason}, {}))
+        logger.log(
+            logging.INFO if NOT_READY in reason else logging.ERROR,
+            "%s: %s",
+            self.settings.name,
+            reason,
+        )
+        return (
+            b"\x00" + reason.encode()
+            if secure
+            else pack(Packet({"ok": False, "error": reason}, {}))
+        )
 
     def _on_hello(self, packet: Packet) -> Packet:
-        """Learn the settings; say who this is, which backbone its features come from and which whitening it holds."""
+        """Learn the settings; say who this is, which backbone its features come from and which
+        whitening it holds."""
         h = packet.header
         config = Config.model_validate(h["config"])
         if (self._identity, self._config) != (h["run"], config):
             self._identity, self._config, self._side = h["run"], config, None
             self._features = self._reading = None
         if self.settings.name not in h["clients"]:
-            raise BadInputError(f"the server does not know a client '{self.settings.name}'; add it to server.yaml")
+            raise BadInputError(
+                f"the server does not know a client '{self.settings.name}'; add it to server.yaml"
+            )
         self._index, self._columns = int(h["clients"].index(self.settings.name)), int(h["columns"])
         self._clients = len(h["clients"])
         if self._reading is None:  # computing features may take long; the server asks again
@@ -128,7 +162,9 @@ class Client:
         try:
             _, _, _, signature = self._reading.result(READING_SECONDS)
         except TimeoutError:
-            raise WireError(f"{NOT_READY}: client '{self.settings.name}' is still computing its features") from None
+            raise WireError(
+                f"{NOT_READY}: client '{self.settings.name}' is still computing its features"
+            ) from None
         except BaseException:
             self._reading = None  # a file that was missing may be there the next time
             raise
@@ -149,19 +185,23 @@ class Client:
         return describe(manifest(algorithm, algorithm.init(), whitener), self.settings.secure_only)
 
     def _on_scale(self, packet: Packet) -> Packet:
-        """Logarithms of the size of every dimension of dh and of h, so that secure sums of them can be scaled."""
+        """Logarithms of the size of every dimension of dh and of h, so that secure sums of them
+        can be scaled."""
         _, _, (own, _), _ = self._own_features()
         wide = own.double()
         each = torch.stack([(wide[:, 0] - wide[:, 1]).square().mean(0), wide.square().mean((0, 1))])
         return Packet({}, {"scale": 0.5 * (each + 1e-12).log()})
 
     def _on_whitening(self, packet: Packet) -> Packet:
-        """Sums over the training pairs, which no label changes; divided by a scale, if one is given."""
+        """Sums over the training pairs, which no label changes; divided by a scale, if one is
+        given."""
         _, _, (own, _), _ = self._own_features()
         sums = WhiteningSums.of(own)
         if "scale" in packet.tensors:
             scale = packet.tensors["scale"]
-            sums = WhiteningSums(sums.moment / torch.outer(scale[0], scale[0]), sums.total / scale[1], sums.pairs)
+            sums = WhiteningSums(
+                sums.moment / torch.outer(scale[0], scale[0]), sums.total / scale[1], sums.pairs
+            )
         return Packet({}, dict(sums._asdict()))
 
     def _on_prepare(self, packet: Packet) -> Packet:
@@ -172,7 +212,8 @@ class Client:
         return Packet({"whitening": self._whitening_digest()}, {})
 
     def _on_train(self, packet: Packet) -> Packet:
-        """One local round. Asked for the same round again, it starts from the same private state and answers the same."""
+        """One local round. Asked for the same round again, it starts from the same private state
+        and answers the same."""
         side = self._sides()[0]
         params, t = section(packet.tensors, "params"), packet.tensors
         number = int(packet.header["round"])
@@ -205,7 +246,9 @@ class Client:
         return Packet({"round": number}, sent)
 
     def _on_posterior(self, packet: Packet) -> Packet:
-        _, found = self._sides()[0].posteriors(section(packet.tensors, "params"), withhold=packet.header["withhold"])
+        _, found = self._sides()[0].posteriors(
+            section(packet.tensors, "params"), withhold=packet.header["withhold"]
+        )
         return Packet({}, {k: v[0] for k, v in found._asdict().items()})
 
     def _on_moments(self, packet: Packet) -> Packet:
@@ -224,7 +267,8 @@ class Client:
         return Packet({}, {})
 
     def _on_validate(self, packet: Packet) -> Packet:
-        """Accuracy and negative log-likelihood on the pairs that this client holds out of training; zeros if it has none."""
+        """Accuracy and negative log-likelihood on the pairs that this client holds out of training;
+        zeros if it has none."""
         train, held = self._sides()
         populations = _populations(packet)
         assert self._config is not None
@@ -241,7 +285,14 @@ class Client:
         scores = Choices.empty(1)
         state = predictor.adapt(trial.context, torch.full((1,), -1))
         scores.add(predictor.margin(state, trial.target), trial.target.mask)
-        return Packet({}, {"clients": zero + 1, "accuracy": zero + scores.accuracy()[0], "nll": zero + scores.mean_nll()[0]})
+        return Packet(
+            {},
+            {
+                "clients": zero + 1,
+                "accuracy": zero + scores.accuracy()[0],
+                "nll": zero + scores.mean_nll()[0],
+            },
+        )
 
     def _known(self) -> Config:
         if self._config is None:
@@ -249,14 +300,19 @@ class Client:
         return self._config
 
     def _own_features(self) -> tuple[ClientPairs, ClientPairs, list[Tensor], str]:
-        """Training and validation pairs, their features, and the backbone's signature; computed once, then from the cache."""
+        """Training and validation pairs, their features, and the backbone's signature; computed
+        once, then from the cache."""
         config = self._known()
         if self._features is None:
             pairs = without_duplicates(read_pairs(self._data, self.settings.split).pairs)
             if len(pairs) < 2:
-                raise BadInputError(f"{self._data}: holds {len(pairs)} pair, but a client needs at least 2")
+                raise BadInputError(
+                    f"{self._data}: holds {len(pairs)} pair, but a client needs at least 2"
+                )
             train, held = split_off(
-                ClientPairs(self.settings.name, None, tuple(pairs)), config.data.validation_share, config.seed
+                ClientPairs(self.settings.name, None, tuple(pairs)),
+                config.data.validation_share,
+                config.seed,
             )
             table = FeatureCache(config.features).pairs([*train.pairs, *held.pairs])
             parts = list(table.values.split([len(train.pairs), len(held.pairs)]))
@@ -264,7 +320,8 @@ class Client:
         return self._features
 
     def _sides(self) -> tuple[ClientSide, ClientSide]:
-        """The client's side of the algorithm over its training pairs, and over those it holds out."""
+        """The client's side of the algorithm over its training pairs, and over those it holds
+        out."""
         config, digest = self._known(), self._whitening_digest()
         if not digest:
             raise WireError(f"{UNGREETED}: the client has not been sent the whitening")
@@ -274,7 +331,10 @@ class Client:
             common = build_reward(config).needs_common
             stores = [to_store([c], [f], whitener, common) for c, f in ((train, own), (held, rest))]
             me = torch.tensor([self._index])
-            sides = [replace(build_clients(config, store, self._clients), identity=me) for store in stores]
+            sides = [
+                replace(build_clients(config, store, self._clients), identity=me)
+                for store in stores
+            ]
             self._side = (digest, sides[0], sides[1])
         return self._side[1], self._side[2]
 
@@ -290,24 +350,34 @@ class Client:
         """The private tables as they were at the start of a round.
 
         Raises:
-            WireError: the round is older than the last one that was trained: its start is no longer known.
+            WireError: the round is older than the last one that was trained: its start is no longer
+                known.
         """
         path = self._file("private")
-        fresh = {"label": torch.full((1,), -1)} | ({"prior_logit": torch.zeros(1, self._columns)} if self._columns else {})
+        fresh = {"label": torch.full((1,), -1)} | (
+            {"prior_logit": torch.zeros(1, self._columns)} if self._columns else {}
+        )
         if not path.is_file():
             return fresh
         try:
             saved = load_file(path)
         except (SafetensorError, OSError) as error:
-            raise WireError(f"{path}: damaged: {error}; remove it to start this client afresh") from error
+            raise WireError(
+                f"{path}: damaged: {error}; remove it to start this client afresh"
+            ) from error
         last = int(saved["round"])
         if number < last:
-            raise WireError(f"round {number} was asked for, but round {last} has been trained already: a replayed request")
+            raise WireError(
+                f"round {number} was asked for, but round {last} has been trained already: a"
+                " replayed request"
+            )
         return section(saved, "before" if number == last else "after")
 
     def _save_tables(self, number: int, before: Params, after: Params) -> None:
         tensors = {"round": torch.tensor(number)} | under("before", before) | under("after", after)
-        write_atomically(self._file("private"), save({k: v.contiguous().clone() for k, v in tensors.items()}))
+        write_atomically(
+            self._file("private"), save({k: v.contiguous().clone() for k, v in tensors.items()})
+        )
 
 
 def _populations(packet: Packet) -> list[Population]:

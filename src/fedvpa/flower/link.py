@@ -1,4 +1,5 @@
-"""`fedvpa server`: a Flower SuperLink, the registered clients, and one run, from its last checkpoint to its end."""
+"""`fedvpa server`: a Flower SuperLink, the registered clients, and one run, from its last
+checkpoint to its end."""
 
 from __future__ import annotations
 
@@ -15,7 +16,16 @@ from typing import Any
 
 from fedvpa.checkpoint import write_atomically
 from fedvpa.errors import BadInputError, RunError
-from fedvpa.flower.processes import port_is_free, program, run, settings_line, start, stop, tail, wait_for_port
+from fedvpa.flower.processes import (
+    port_is_free,
+    program,
+    run,
+    settings_line,
+    start,
+    stop,
+    tail,
+    wait_for_port,
+)
 from fedvpa.flower.serve import BOUND, LOG
 from fedvpa.flower.settings import ServerSettings, read_settings, training_config
 
@@ -29,19 +39,30 @@ def run_server(settings_path: Path) -> dict[str, Any]:
 
     Raises:
         BadInputError: unusable settings, missing certificates or keys, or a port in use.
-        RunError: the run failed; it goes on from its last checkpoint when the server is started again.
+        RunError: the run failed; it goes on from its last checkpoint when the server is started
+            again.
     """
     settings_path = settings_path.resolve()
     settings = read_settings(settings_path, ServerSettings)
     training_config(settings)
     folder = settings_path.parent
-    needed = ["certificates/ca.crt", "certificates/server.crt", "certificates/server.key", "app/pyproject.toml"]
+    needed = [
+        "certificates/ca.crt",
+        "certificates/server.crt",
+        "certificates/server.key",
+        "app/pyproject.toml",
+    ]
     for name in [*needed, *(f"keys/{client}.pub" for client in settings.clients)]:
         if not (folder / name).is_file():
-            raise BadInputError(f"{folder / name}: no such file; `fedvpa federation init` makes a project with all of them")
+            raise BadInputError(
+                f"{folder / name}: no such file; `fedvpa federation init` makes a project with all"
+                " of them"
+            )
     local = "127.0.0.1" if settings.host == "0.0.0.0" else settings.host
     if not port_is_free(local, settings.port):
-        raise BadInputError(f"port {settings.port} on {settings.host} is in use; choose another in {settings_path}")
+        raise BadInputError(
+            f"port {settings.port} on {settings.host} is in use; choose another in {settings_path}"
+        )
     home, log = folder / ".flwr", folder / "server.log"
     write_atomically(home / "config.toml", _connection(settings, folder, local).encode())
     status = folder / settings.run / "status.json"
@@ -51,9 +72,14 @@ def run_server(settings_path: Path) -> dict[str, Any]:
         wait_for_port(local, settings.port, link, log)
         keys = {client: str(folder / "keys" / f"{client}.pub") for client in settings.clients}
         flags = ["--format", "json"]
-        commands = [["supernode", "register", key, "fedvpa", "--name", client, *flags] for client, key in keys.items()]
+        commands = [
+            ["supernode", "register", key, "fedvpa", "--name", client, *flags]
+            for client, key in keys.items()
+        ]
         said_nodes = run([sys.executable, "-m", "fedvpa.flower.submit"], home, json.dumps(commands))
-        write_atomically(folder / BOUND, json.dumps(dict(zip(keys, _node_ids(said_nodes)))).encode())
+        write_atomically(
+            folder / BOUND, json.dumps(dict(zip(keys, _node_ids(said_nodes)))).encode()
+        )
         said = folder / settings.run / LOG
         begin = said.stat().st_size if said.is_file() else 0
         attempt = uuid.uuid4().hex
@@ -81,19 +107,27 @@ def command(settings: ServerSettings, folder: Path) -> list[str]:
     """The SuperLink's command line."""
     certificates = folder / "certificates"
     return [
-        program("flower-superlink"), "--host", settings.host, "--port", str(settings.port), "--enable-supernode-auth",
-        "--ssl-certfile", str(certificates / "server.crt"), "--ssl-keyfile", str(certificates / "server.key"),
-        "--ssl-ca-certfile", str(certificates / "ca.crt"), "--disable-runtime-dependency-installation",
+        program("flower-superlink"), "--host", settings.host, "--port", str(settings.port),
+        "--enable-supernode-auth",
+        "--ssl-certfile", str(certificates / "server.crt"), "--ssl-keyfile",
+        str(certificates / "server.key"),
+        "--ssl-ca-certfile", str(certificates / "ca.crt"),
+        "--disable-runtime-dependency-installation",
     ]  # fmt: skip
 
 
 def _connection(settings: ServerSettings, folder: Path, host: str) -> str:
     address = json.dumps(f"{host}:{settings.port}")
     root = json.dumps(str(folder / "certificates" / "ca.crt"))
-    return f'[superlink]\ndefault = "fedvpa"\n\n[superlink.fedvpa]\naddress = {address}\nroot-certificates = {root}\n'
+    return (
+        '[superlink]\ndefault = "fedvpa"\n\n[superlink.fedvpa]\naddress ='
+        f" {address}\nroot-certificates = {root}\n"
+    )
 
 
-def _follow(link: subprocess.Popen[bytes], log: Path, begin: int, root: Path, attempt: str) -> dict[str, Any]:
+def _follow(
+    link: subprocess.Popen[bytes], log: Path, begin: int, root: Path, attempt: str
+) -> dict[str, Any]:
     """Repeat what the run says, until this attempt at it is over."""
     started, status, said = time.monotonic(), root / "status.json", root / LOG
     while True:
@@ -111,13 +145,20 @@ def _follow(link: subprocess.Popen[bytes], log: Path, begin: int, root: Path, at
             found: dict[str, Any] = json.loads((root / "federation.json").read_text())
             return found
         if now.get("state") == "failed":
-            raise RunError(f"{now.get('message')}; start the server again to go on from the last checkpoint")
+            raise RunError(
+                f"{now.get('message')}; start the server again to go on from the last checkpoint"
+            )
         if link.poll() is not None:
-            raise RunError(f"the SuperLink ended with code {link.returncode}: {tail(log)}; start the server again to go on")
+            raise RunError(
+                f"the SuperLink ended with code {link.returncode}: {tail(log)}; start the server"
+                " again to go on"
+            )
         if not now and time.monotonic() - started > START_SECONDS:
             raise RunError(f"the ServerApp did not start within {START_SECONDS:.0f} s: {tail(log)}")
         if now and not _alive(now.get("pid")):
-            raise RunError(f"the ServerApp's process is gone: {tail(log)}; start the server again to go on")
+            raise RunError(
+                f"the ServerApp's process is gone: {tail(log)}; start the server again to go on"
+            )
         time.sleep(0.2)
 
 

@@ -1,8 +1,8 @@
 """The masks of secure aggregation, from a stream cipher.
 
-Flower 1.42 draws SecAgg+'s masks from a Mersenne twister that is seeded with 32 bits (the 256-bit secret, folded by XOR), which
-can be tried out. Its key agreement, secret sharing and message flow are used as they are; its generator is replaced on both
-sides by ChaCha20 under the whole secret.
+Flower 1.42 draws SecAgg+'s masks from a Mersenne twister that is seeded with 32 bits (the 256-bit
+secret, folded by XOR), which can be tried out. Its key agreement, secret sharing and message flow
+are used as they are; its generator is replaced on both sides by ChaCha20 under the whole secret.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def keystream(seed: bytes, num_range: int, dimensions_list: list[tuple[int, ...]]) -> list[NDArray[np.int64]]:
-    """Uniform integers below `num_range` (a power of two, at most 2^32) of given shapes; the same for the same secret.
+def keystream(
+    seed: bytes, num_range: int, dimensions_list: list[tuple[int, ...]]
+) -> list[NDArray[np.int64]]:
+    """Uniform integers below `num_range` (a power of two, at most 2^32) of given shapes; the same
+    for the same secret.
 
     Raises:
         ValueError: another range.
@@ -27,7 +30,9 @@ def keystream(seed: bytes, num_range: int, dimensions_list: list[tuple[int, ...]
     sizes = [int(np.prod(shape, dtype=np.int64)) for shape in dimensions_list]
     key = hashlib.sha256(b"fedvpa secure aggregation mask" + seed).digest()
     cipher = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
-    raw = np.frombuffer(cipher.update(bytes(4 * sum(sizes))), dtype="<u4").astype(np.int64) & (num_range - 1)
+    raw = np.frombuffer(cipher.update(bytes(4 * sum(sizes))), dtype="<u4").astype(np.int64) & (
+        num_range - 1
+    )
     parts = np.split(raw, np.cumsum(sizes)[:-1]) if sizes else []
     return [part.reshape(shape) for part, shape in zip(parts, dimensions_list)]
 
@@ -36,9 +41,13 @@ def replace_generator(*modules: Any) -> None:
     """Let these modules of Flower draw their masks from `keystream`.
 
     Raises:
-        AttributeError: this version of Flower has no such generator to replace: nothing would be protected.
+        AttributeError: this version of Flower has no such generator to replace: nothing would be
+            protected.
     """
     for module in modules:
         if not hasattr(module, "pseudo_rand_gen"):
-            raise AttributeError(f"{module.__name__} draws its masks in another way than the Flower that fedvpa knows")
+            raise AttributeError(
+                f"{module.__name__} draws its masks in another way than the Flower that fedvpa"
+                " knows"
+            )
         module.pseudo_rand_gen = keystream

@@ -28,9 +28,12 @@ STEADY_SECONDS = 20.0
 """A node that ran for so long had a server."""
 
 
-def run_client(settings_path: Path, min_cohort: int = 3, patience: float = math.inf, cold: bool = False) -> None:
-    """Serve until interrupted. `min_cohort`: secure sums over fewer clients are refused; `patience`: seconds without a server
-    after which it gives up; `cold`: Flower starts its processes by itself, for each message.
+def run_client(
+    settings_path: Path, min_cohort: int = 3, patience: float = math.inf, cold: bool = False
+) -> None:
+    """Serve until interrupted. `min_cohort`: secure sums over fewer clients are refused;
+    `patience`: seconds without a server after which it gives up; `cold`: Flower starts its
+    processes by itself, for each message.
 
     Raises:
         BadInputError: unusable settings, missing keys or certificates.
@@ -45,12 +48,18 @@ def run_client(settings_path: Path, min_cohort: int = 3, patience: float = math.
         if not (folder / value).is_file():
             raise BadInputError(f"{settings_path}: {name}: {folder / value}: no such file")
     if not (folder / settings.data).exists():
-        raise BadInputError(f"{settings_path}: data: {folder / settings.data}: no such file or folder")
+        raise BadInputError(
+            f"{settings_path}: data: {folder / settings.data}: no such file or folder"
+        )
     if not port_is_free("127.0.0.1", settings.runtime_port):
-        raise BadInputError(f"{settings_path}: runtime_port: {settings.runtime_port} is in use; choose another for each client")
+        raise BadInputError(
+            f"{settings_path}: runtime_port: {settings.runtime_port} is in use; choose another for"
+            " each client"
+        )
     client = Client(settings, folder)
     client.state_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    relay = Path(tempfile.mkdtemp(prefix="fedvpa-"))  # readable for this user alone; socket paths are short
+    # readable for this user alone; socket paths are short
+    relay = Path(tempfile.mkdtemp(prefix="fedvpa-"))
     try:
         with Listener(str(relay / "relay"), family="AF_UNIX") as listener:
             Thread(target=_answer_all, args=(client, listener), daemon=True).start()
@@ -63,7 +72,11 @@ def run_client(settings_path: Path, min_cohort: int = 3, patience: float = math.
 @contextmanager
 def _forks(relay: Path, folder: Path) -> Iterator[None]:
     """While this lasts, Flower's ClientApps are forks of a process that has loaded Flower."""
-    warm = start([sys.executable, "-m", "fedvpa.flower.warm", str(install(relay))], folder / LOG, folder / ".flwr")
+    warm = start(
+        [sys.executable, "-m", "fedvpa.flower.warm", str(install(relay))],
+        folder / LOG,
+        folder / ".flwr",
+    )
     try:
         yield
     finally:
@@ -95,15 +108,23 @@ def command(settings: ClientSettings, folder: Path, relay: Path, min_cohort: int
     ]  # fmt: skip
 
 
-def _keep_node(settings: ClientSettings, folder: Path, relay: Path, min_cohort: int, patience: float) -> None:
-    """Run the node; start it again when it ends, as it does while the server is away or does not know its key."""
+def _keep_node(
+    settings: ClientSettings, folder: Path, relay: Path, min_cohort: int, patience: float
+) -> None:
+    """Run the node; start it again when it ends, as it does while the server is away or does not
+    know its key."""
     log = folder / LOG
     logger.info("client '%s' serves %s; log: %s", settings.name, settings.server, log)
     since = time.monotonic()
     said = ""
     while True:
         began, size = time.monotonic(), log.stat().st_size if log.is_file() else 0
-        node = start(command(settings, folder, relay / "relay", min_cohort), log, folder / ".flwr", first=relay)
+        node = start(
+            command(settings, folder, relay / "relay", min_cohort),
+            log,
+            folder / ".flwr",
+            first=relay,
+        )
         try:
             while node.poll() is None:  # while a server cannot be reached, a node tries for ever
                 if time.monotonic() - since > patience and not _connected(log, size):
@@ -116,7 +137,10 @@ def _keep_node(settings: ClientSettings, folder: Path, relay: Path, min_cohort: 
             since = time.monotonic()
         why = _reason(log, size) or ("no answer" if code is None else f"it ended with code {code}")
         if time.monotonic() - since > patience:
-            raise RunError(f"{settings.server} has not taken '{settings.name}' for {patience:.0f} s: {why}; see {log}")
+            raise RunError(
+                f"{settings.server} has not taken '{settings.name}' for {patience:.0f} s: {why};"
+                f" see {log}"
+            )
         if why != said:
             logger.warning("client '%s' is not connected: %s; trying again", settings.name, why)
             said = why

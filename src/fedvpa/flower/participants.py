@@ -1,4 +1,5 @@
-"""The clients as the server sees them across a network: what is asked of them, and what of their answers is believed."""
+"""The clients as the server sees them across a network: what is asked of them, and what of their
+answers is believed."""
 
 from __future__ import annotations
 
@@ -29,10 +30,12 @@ logger = logging.getLogger("fedvpa")
 
 
 MOST_TIMES_MEDIAN = 5.0
-"""A client counts for at most so many times the median of its cohort, where clients are weighted by their pairs."""
+"""A client counts for at most so many times the median of its cohort, where clients are weighted by
+their pairs."""
 MOST_WIDTH = 1 << 16
 REFUSED_SECONDS = 30.0
-"""A node that was refused may try again after so long: what was wrong with it may have been put right."""
+"""A node that was refused may try again after so long: what was wrong with it may have been put
+right."""
 
 
 class CohortError(RunError):
@@ -48,18 +51,22 @@ class Transport(Protocol):
         ...
 
     def ask(self, blobs: Mapping[int, bytes], enough: int) -> dict[int, bytes | str]:
-        """Replies by node: a blob, or why there is none. Waits for all; once `enough` are there, for a grace period more."""
+        """Replies by node: a blob, or why there is none. Waits for all; once `enough` are there,
+        for a grace period more."""
         ...
 
-    def ask_sum(self, blobs: Mapping[int, bytes], size: int, least: int) -> tuple[list[int], Float[Tensor, "n"]]:
-        """Who took part, and the secure sum of the flat vectors that they answered with; none is opened over fewer than
-        `least` clients."""
+    def ask_sum(
+        self, blobs: Mapping[int, bytes], size: int, least: int
+    ) -> tuple[list[int], Float[Tensor, "n"]]:
+        """Who took part, and the secure sum of the flat vectors that they answered with; none is
+        opened over fewer than `least` clients."""
         ...
 
 
 @dataclass
 class NetworkedClients:
-    """The clients of a roster, reached over a transport. A client is known by its place in the roster."""
+    """The clients of a roster, reached over a transport. A client is known by its place in the
+    roster."""
 
     settings: ServerSettings
     config: Config
@@ -100,18 +107,21 @@ class NetworkedClients:
         while len(found := self.online()) < wanted:
             if len(found) != said:
                 said = len(found)
-                logger.info("%d of %d clients are connected; waiting for %d", said, len(self), wanted)
+                logger.info(
+                    "%d of %d clients are connected; waiting for %d", said, len(self), wanted
+                )
             if time.monotonic() > end:
                 missing = [name for i, name in enumerate(self.settings.clients) if i not in found]
                 raise CohortError(
-                    f"{len(found)} clients are connected after {patience:.0f} s, {wanted} are needed; missing: "
-                    + ", ".join(missing[:5])
+                    f"{len(found)} clients are connected after {patience:.0f} s, {wanted} are"
+                    " needed; missing: " + ", ".join(missing[:5])
                 )
             time.sleep(0.5)
         return found
 
     def _greet(self, nodes: Sequence[int]) -> None:
-        """Tell new nodes the settings; learn who they are; hand out the whitening to those that lack it."""
+        """Tell new nodes the settings; learn who they are; hand out the whitening to those that
+        lack it."""
         header = {
             "kind": "hello", "run": self.run, "config": self.config.model_dump(mode="json"),
             "clients": list(self.settings.clients), "columns": self.columns,
@@ -125,7 +135,9 @@ class NetworkedClients:
             except WireError as error:
                 waits = NOT_READY in str(error)
                 self._again[node] = time.monotonic() + (1.0 if waits else REFUSED_SECONDS)
-                logger.warning("node %d %s: %s", node, "is waited for" if waits else "is refused", error)
+                logger.warning(
+                    "node %d %s: %s", node, "is waited for" if waits else "is refused", error
+                )
                 continue
             self._place[node] = place
             logger.info("client '%s' is connected", self.settings.clients[place])
@@ -136,28 +148,49 @@ class NetworkedClients:
     def _admitted(self, node: int, header: dict[str, Any]) -> int:
         name = str(header.get("name"))
         if name not in self.settings.clients:
-            raise WireError(f"calls itself '{name}', which is not one of the clients in server.yaml")
+            raise WireError(
+                f"calls itself '{name}', which is not one of the clients in server.yaml"
+            )
         place = self.settings.clients.index(name)
         if self.bound and self.bound.get(name) != node:
-            raise WireError(f"calls itself '{name}', but its key is not the one that '{name}' was registered with")
+            raise WireError(
+                f"calls itself '{name}', but its key is not the one that '{name}' was registered"
+                " with"
+            )
         holders = [n for n, p in self._place.items() if p == place and n != node]
         if any(n in self.transport.nodes() for n in holders):
-            raise WireError(f"calls itself '{name}', but a client of that name is connected already")
+            raise WireError(
+                f"calls itself '{name}', but a client of that name is connected already"
+            )
         for n in holders:
             del self._place[n]
         signature = str(header.get("signature"))
         if self.signature and signature != self.signature:
-            raise WireError(f"client '{name}' reads its features from another backbone, or from other weights of it")
+            raise WireError(
+                f"client '{name}' reads its features from another backbone, or from other weights"
+                " of it"
+            )
         width = header.get("width")
-        if not isinstance(width, int) or not 0 < width <= MOST_WIDTH or (self.width and width != self.width):
-            raise WireError(f"client '{name}' has features of width {width!r}" + (f", not {self.width}" if self.width else ""))
+        if (
+            not isinstance(width, int)
+            or not 0 < width <= MOST_WIDTH
+            or (self.width and width != self.width)
+        ):
+            raise WireError(
+                f"client '{name}' has features of width {width!r}"
+                + (f", not {self.width}" if self.width else "")
+            )
         self.signature, self.width = signature, width
         return place
 
     def fit_whitening(self) -> Whitener:
         """From the sums of everybody who is connected; handed out to them."""
         h, wide = self.width, torch.float64
-        shapes: dict[str, Any] = {"moment": ((h, h), wide), "total": ((h,), wide), "pairs": ((), wide)}
+        shapes: dict[str, Any] = {
+            "moment": ((h, h), wide),
+            "total": ((h,), wide),
+            "pairs": ((), wide),
+        }
         if self.settings.secure:  # a secure sum carries numbers of a known size
             count, logs = self._secure_sum("scale", {}, {}, {"scale": ((2, h), wide)})
             scale = (logs["scale"] / count).exp()
@@ -171,7 +204,8 @@ class NetworkedClients:
         return self.hand_out(Whitener.from_sums(WhiteningSums(**found), self.config.model.inputs))
 
     def hand_out(self, whitener: Whitener) -> Whitener:
-        """Send a whitening to everybody who is connected, and from now on to everybody who connects."""
+        """Send a whitening to everybody who is connected, and from now on to everybody who
+        connects."""
         self.whitener = whitener
         self._hand_out([n for n in self.transport.nodes() if n in self._place])
         return whitener
@@ -184,9 +218,15 @@ class NetworkedClients:
             try:
                 opened(reply)
             except WireError as error:
-                logger.warning("client '%s' could not be prepared: %s", self.settings.clients[self._place.pop(node)], error)
+                logger.warning(
+                    "client '%s' could not be prepared: %s",
+                    self.settings.clients[self._place.pop(node)],
+                    error,
+                )
 
-    def train(self, broadcast: Broadcast, cohort: Sequence[int], tables: Params) -> Iterator[tuple[Int[Tensor, "c"], Update]]:
+    def train(
+        self, broadcast: Broadcast, cohort: Sequence[int], tables: Params
+    ) -> Iterator[tuple[Int[Tensor, "c"], Update]]:
         """One round with those of the cohort who answer; each reply is checked before it counts.
 
         Raises:
@@ -203,21 +243,34 @@ class NetworkedClients:
         if self.settings.secure:
             yield self._train_secretly(broadcast, header, cohort, tensors)
             return
-        latent, private = self.config.model.latent if self.posterior else 0, self.config.privacy.enabled
-        own = {place: {"label": tables["label"][place]} for place in cohort} if broadcast.price is None else {}
-        found = self._answers("train", header, cohort, tensors, own, check=lambda place, p: checked_update(
-            p, broadcast, self.settings.clients[place], self.counted, latent, private
-        ))  # fmt: skip
+        latent, private = (
+            self.config.model.latent if self.posterior else 0,
+            self.config.privacy.enabled,
+        )
+        own = (
+            {place: {"label": tables["label"][place]} for place in cohort}
+            if broadcast.price is None
+            else {}
+        )
+        found = self._answers(
+            "train", header, cohort, tensors, own,
+            check=lambda place, p: checked_update(
+                p, broadcast, self.settings.clients[place], self.counted, latent, private
+            ),
+        )  # fmt: skip
         most = self._most_pairs([packet for _, packet in found])
         for place, packet in found:
             if self.counted and float(packet.tensors["size"]) > most:
                 name, size = self.settings.clients[place], float(packet.tensors["size"])
-                logger.warning("client '%s' says it holds %g pairs; it counts as %g", name, size, most)
+                logger.warning(
+                    "client '%s' says it holds %g pairs; it counts as %g", name, size, most
+                )
                 packet = Packet(packet.header, packet.tensors | {"size": torch.tensor(most)})
             yield torch.tensor([place]), update(packet, broadcast.params)
 
     def _most_pairs(self, packets: Sequence[Packet]) -> float:
-        """The largest number of pairs that counts: a few times the cohort's median, so that nobody outweighs it by a lie."""
+        """The largest number of pairs that counts: a few times the cohort's median, so that nobody
+        outweighs it by a lie."""
         if not self.counted:
             return math.inf
         return MOST_TIMES_MEDIAN * float(torch.stack([p.tensors["size"] for p in packets]).median())
@@ -229,21 +282,35 @@ class NetworkedClients:
         shapes = update_shapes(broadcast, self.counted, self.config.privacy.enabled)
         taken: list[int] = []
         count, found = self._secure_sum("train", header, tensors, shapes, cohort, taken)
-        means = {n: v / count if n.partition("/")[0] in ("delta", "loss") else v for n, v in found.items()}
+        means = {
+            n: v / count if n.partition("/")[0] in ("delta", "loss") else v
+            for n, v in found.items()
+        }
         summed = update(Packet({}, means), broadcast.params)
         return torch.tensor(taken), summed._replace(together=count)
 
-    def posteriors(self, params: Params, *, withhold: bool = False) -> tuple[Int[Tensor, "c"], Posterior]:
+    def posteriors(
+        self, params: Params, *, withhold: bool = False
+    ) -> tuple[Int[Tensor, "c"], Posterior]:
         """Those of everybody who is connected and answers."""
-        shape = {"mean": ((self.config.model.latent,), torch.float32), "log_var": ((self.config.model.latent,), torch.float32)}
+        shape = {
+            "mean": ((self.config.model.latent,), torch.float32),
+            "log_var": ((self.config.model.latent,), torch.float32),
+        }
         found = self._everybody("posterior", {"withhold": withhold}, under("params", params), shape)
         index = torch.tensor([place for place, _ in found])
-        return index, Posterior(*(torch.stack([t[name] for _, t in found]) for name in ("mean", "log_var")))
+        return index, Posterior(
+            *(torch.stack([t[name] for _, t in found]) for name in ("mean", "log_var"))
+        )
 
-    def moments(self, params: Params, centre: Float[Tensor, "t m d"], *, withhold: bool = False) -> Moments:
+    def moments(
+        self, params: Params, centre: Float[Tensor, "t m d"], *, withhold: bool = False
+    ) -> Moments:
         """Sum over everybody who is connected and answers."""
         t, m, d = centre.shape
-        shapes: dict[str, Any] = dict.fromkeys(("total", "squared", "variance"), ((t, m, d), torch.float32))
+        shapes: dict[str, Any] = dict.fromkeys(
+            ("total", "squared", "variance"), ((t, m, d), torch.float32)
+        )
         shapes = {"weight": ((t, m), torch.float32)} | shapes
         tensors = under("params", params) | {"centre": centre}
         return Moments(**self._sum("moments", {"withhold": withhold}, tensors, shapes))
@@ -253,7 +320,9 @@ class NetworkedClients:
         t = len(populations)
         shapes = {"clients": (), "total": (t,), "outer": (t, t)}
         tensors = under("params", params) | numbered(populations)
-        return Scores(**self._sum("scores", {}, tensors, {k: (v, torch.float64) for k, v in shapes.items()}))
+        return Scores(
+            **self._sum("scores", {}, tensors, {k: (v, torch.float64) for k, v in shapes.items()})
+        )
 
     def settle(self, params: Params, population: Population) -> Params:
         """Every client notes its component for itself: nothing comes back."""
@@ -268,16 +337,22 @@ class NetworkedClients:
         count = float(total["clients"])
         if count == 0:
             return {}
-        return {"validation_accuracy": float(total["accuracy"]) / count, "validation_nll": float(total["nll"]) / count}
+        return {
+            "validation_accuracy": float(total["accuracy"]) / count,
+            "validation_nll": float(total["nll"]) / count,
+        }
 
-    def _sum(self, kind: str, header: dict[str, Any], tensors: Params, shapes: dict[str, Any]) -> Params:
+    def _sum(
+        self, kind: str, header: dict[str, Any], tensors: Params, shapes: dict[str, Any]
+    ) -> Params:
         if self.settings.secure:
             return self._secure_sum(kind, header, tensors, shapes)[1]
         found = self._everybody(kind, header, tensors, shapes)
         return {name: torch.stack([t[name] for _, t in found]).sum(0) for name in shapes}
 
     def _secure_sum(
-        self, kind: str, header: dict[str, Any], tensors: Params, shapes: dict[str, Any], places: Sequence[int] | None = None,
+        self, kind: str, header: dict[str, Any], tensors: Params, shapes: dict[str, Any],
+        places: Sequence[int] | None = None,
         taken: list[int] | None = None,
     ) -> tuple[int, Params]:  # fmt: skip
         """How many took part, and the sum of what they answered; nobody's own answer is seen.
@@ -293,7 +368,9 @@ class NetworkedClients:
             chosen = [p for p in (self.online() if places is None else places) if p in online]
             blob = pack(Packet({"kind": kind, "secure": True, **header}, tensors))
             try:
-                nodes, vector = self.transport.ask_sum({node_of[p]: blob for p in chosen}, size, self.settings.min_replies)
+                nodes, vector = self.transport.ask_sum(
+                    {node_of[p]: blob for p in chosen}, size, self.settings.min_replies
+                )
             except RunError as error:  # nothing was opened
                 logger.warning("%s: %s; asking again", kind, error)
                 self._forget([node_of[p] for p in chosen])
@@ -305,7 +382,10 @@ class NetworkedClients:
                 taken[:] = sorted(p for p in chosen if node_of[p] in nodes)
             found = unflatten(vector, {name: shape for name, (shape, _) in shapes.items()}, dtype)
             return len(nodes), expected(found, shapes, "the sum over all")
-        raise CohortError(f"'{kind}': no secure sum in {self.settings.attempts} attempts; nothing of this round was used")
+        raise CohortError(
+            f"'{kind}': no secure sum in {self.settings.attempts} attempts; nothing of this round"
+            " was used"
+        )
 
     def _everybody(
         self, kind: str, header: dict[str, Any], tensors: Params, shapes: dict[str, Any]
@@ -322,10 +402,12 @@ class NetworkedClients:
         return [(place, packet.tensors) for place, packet in found]
 
     def _answers(
-        self, kind: str, header: dict[str, Any], places: Sequence[int], tensors: Params | None = None,
+        self, kind: str, header: dict[str, Any], places: Sequence[int],
+        tensors: Params | None = None,
         own: Mapping[int, Params] | None = None, check: Any = None,
     ) -> list[tuple[int, Packet]]:  # fmt: skip
-        """Usable answers by place, in ascending order; asks again those who failed while there are too few.
+        """Usable answers by place, in ascending order; asks again those who failed while there are
+        too few.
 
         Raises:
             CohortError: too few after all attempts; nobody's answer has been used.
@@ -335,7 +417,9 @@ class NetworkedClients:
         wanted = min(self.settings.min_replies or len(places), len(places))
         for attempt in range(self.settings.attempts):
             if attempt:
-                logger.warning("%s: %d of %d replies that are needed; asking again", kind, len(usable), wanted)
+                logger.warning(
+                    "%s: %d of %d replies that are needed; asking again", kind, len(usable), wanted
+                )
                 self.wait(self.settings.timeout)
             self.online()
             node_of = {place: node for node, place in self._place.items()}
@@ -350,15 +434,21 @@ class NetworkedClients:
                     packet = opened(reply)
                     usable[place] = packet if check is None else check(place, packet)
                 except WireError as error:
-                    logger.warning("%s: the reply of '%s' does not count: %s", kind, self.settings.clients[place], error)
+                    logger.warning(
+                        "%s: the reply of '%s' does not count: %s",
+                        kind,
+                        self.settings.clients[place],
+                        error,
+                    )
                     if UNGREETED in str(error):
                         self._place.pop(node, None)
             if len(usable) >= wanted and usable:
                 return sorted(usable.items())
         missing = [self.settings.clients[p] for p in places if p not in usable]
         raise CohortError(
-            f"'{kind}': {len(usable)} usable replies after {self.settings.attempts} attempts, {wanted} are needed; missing: "
-            f"{', '.join(missing[:5])}; nothing of this round was used, and the run can be resumed"
+            f"'{kind}': {len(usable)} usable replies after {self.settings.attempts} attempts,"
+            f" {wanted} are needed; missing: {', '.join(missing[:5])}; nothing of this round was"
+            " used, and the run can be resumed"
         )
 
     def _forget(self, nodes: Sequence[int]) -> None:
@@ -371,7 +461,9 @@ class NetworkedClients:
             return {}
         found = self.transport.ask(blobs, len(blobs) if enough is None else enough)
         self.traffic["down"] += sum(len(blob) for blob in blobs.values())
-        self.traffic["up"] += sum(len(reply) for reply in found.values() if isinstance(reply, bytes))
+        self.traffic["up"] += sum(
+            len(reply) for reply in found.values() if isinstance(reply, bytes)
+        )
         return found
 
     def check_backbone(self, signature: str) -> None:
@@ -381,4 +473,6 @@ class NetworkedClients:
             BadInputError: they are.
         """
         if signature and self.signature and signature != self.signature:
-            raise BadInputError("the clients' features come from another backbone than when this run was begun")
+            raise BadInputError(
+                "the clients' features come from another backbone than when this run was begun"
+            )

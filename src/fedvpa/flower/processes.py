@@ -1,4 +1,5 @@
-"""Flower's programs as child processes: found beside this Python, logged to a file, ended with their parent."""
+"""Flower's programs as child processes: found beside this Python, logged to a file, ended with
+their parent."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ ENVIRONMENT = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
 }
-"""No calls home, nothing installed at run time, tasks looked for ten times a second (Flower's default: once)."""
+"""No calls home, nothing installed at run time, tasks looked for ten times a second (Flower's
+default: once)."""
 
 
 def program(name: str) -> str:
@@ -32,24 +34,33 @@ def program(name: str) -> str:
     """
     path = Path(sys.executable).parent / name
     if not path.is_file():
-        raise BadInputError(f"{name} is not installed beside {sys.executable}; pip install 'fedvpa[federation]'")
+        raise BadInputError(
+            f"{name} is not installed beside {sys.executable}; pip install 'fedvpa[federation]'"
+        )
     return str(path)
 
 
 def environment(home: Path, first: Path | None = None) -> dict[str, str]:
     """Environment of Flower's programs, whose own files go to `home`."""
-    places = [*([str(first)] if first else []), str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+    places = [
+        *([str(first)] if first else []),
+        str(Path(sys.executable).parent),
+        os.environ.get("PATH", ""),
+    ]
     path = os.pathsep.join(places)
     return {**os.environ, **ENVIRONMENT, "FLWR_HOME": str(home), "PATH": path}
 
 
-def start(command: Sequence[str], log: Path, home: Path, first: Path | None = None) -> subprocess.Popen[bytes]:
-    """Start a program that ends when this process does, even if this one is killed (on Linux); it looks for others in `first`
-    before anywhere else."""
+def start(
+    command: Sequence[str], log: Path, home: Path, first: Path | None = None
+) -> subprocess.Popen[bytes]:
+    """Start a program that ends when this process does, even if this one is killed (on Linux); it
+    looks for others in `first` before anywhere else."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         return subprocess.Popen(
-            list(command), stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment(home, first),
+            list(command), stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            env=environment(home, first),
             preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )  # fmt: skip
 
@@ -64,7 +75,9 @@ def run(command: Sequence[str], home: Path, given: str = "") -> str:
     Raises:
         RunError: it failed; the message holds the last of what it said.
     """
-    done = subprocess.run(list(command), env=environment(home), capture_output=True, text=True, input=given)
+    done = subprocess.run(
+        list(command), env=environment(home), capture_output=True, text=True, input=given
+    )
     if done.returncode:
         said = " ".join((done.stdout + done.stderr).split())[-400:]
         raise RunError(f"{' '.join(command[1:3])}: {said}")
@@ -82,7 +95,9 @@ def stop(process: subprocess.Popen[bytes], patience: float = 10.0) -> None:
             process.wait()
 
 
-def wait_for_port(host: str, port: int, process: subprocess.Popen[bytes], log: Path, patience: float = 60.0) -> None:
+def wait_for_port(
+    host: str, port: int, process: subprocess.Popen[bytes], log: Path, patience: float = 60.0
+) -> None:
     """Wait until a program listens.
 
     Raises:
@@ -115,4 +130,7 @@ def tail(log: Path, characters: int = 400) -> str:
 
 def settings_line(values: Mapping[str, Any]) -> str:
     """Settings as Flower's command line wants them: ``key="value" key2=3``."""
-    return " ".join(f'{key}="{value}"' if isinstance(value, str) else f"{key}={value}" for key, value in values.items())
+    return " ".join(
+        f'{key}="{value}"' if isinstance(value, str) else f"{key}={value}"
+        for key, value in values.items()
+    )

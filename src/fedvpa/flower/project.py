@@ -1,4 +1,5 @@
-"""`fedvpa federation init`: a folder with everything a federation needs, and one folder for each client to take away."""
+"""`fedvpa federation init`: a folder with everything a federation needs, and one folder for each
+client to take away."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import yaml
 from fedvpa.checkpoint import write_atomically
 from fedvpa.errors import BadInputError
 
-_APP = """# The Flower app of this federation. Its parts are in fedvpa, which has to be installed on every machine.
+_APP = """# The Flower app of this federation. Install fedvpa on every machine: its parts are there.
 [build-system]
 requires = ["hatchling"]
 build-backend = "hatchling.build"
@@ -43,13 +44,14 @@ _PART = '"""{about}."""\n\nfrom fedvpa.flower import {module}\n\napp = {module}.
 
 
 def init_project(
-    folder: Path, clients: Sequence[str], *, host: str = "127.0.0.1", port: int = 9092, data: Sequence[str] = (),
+    folder: Path, clients: Sequence[str], *, host: str = "127.0.0.1", port: int = 9092,
+    data: Sequence[str] = (),
     training: dict[str, Any] | None = None, secure: bool = False,
 ) -> list[Path]:  # fmt: skip
     """Write the project; the folders of the clients, in their order.
 
-    Certificates and keys are new, made here, good for a year, and meant for a trial: in production every client makes its own
-    key and hands over the public half alone.
+    Certificates and keys are new, made here, good for a year, and meant for a trial: in production
+    every client makes its own key and hands over the public half alone.
 
     Raises:
         BadInputError: the folder is in use, or names that cannot be file names.
@@ -58,19 +60,27 @@ def init_project(
         raise BadInputError(f"{folder}: exists and is not empty; choose another folder")
     for name in clients:
         if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
-            raise BadInputError(f"'{name}': a client's name has letters, digits, '-', '_' and '.' only")
+            raise BadInputError(
+                f"'{name}': a client's name has letters, digits, '-', '_' and '.' only"
+            )
     if len(set(clients)) < len(clients):
         raise BadInputError("clients: a name is given twice")
     if data and len(data) != len(clients):
         raise BadInputError(f"{len(data)} data files for {len(clients)} clients")
     authority = _Authority()
-    server: dict[str, Any] = {"clients": list(clients), "host": host, "port": port, "secure": secure}
+    server: dict[str, Any] = {
+        "clients": list(clients),
+        "host": host,
+        "port": port,
+        "secure": secure,
+    }
     server |= {"training": training or {}}
     _write(folder / "server.yaml", yaml.safe_dump(server, sort_keys=False))
     _write(folder / "app" / "pyproject.toml", _APP)
     _write(folder / "app" / "federation_app" / "__init__.py", '"""A federation of fedvpa."""\n')
     _write(
-        folder / "app" / "federation_app" / "server.py", _PART.format(about="Rounds, checkpoints, resume", module="server_app")
+        folder / "app" / "federation_app" / "server.py",
+        _PART.format(about="Rounds, checkpoints, resume", module="server_app"),
     )
     _write(
         folder / "app" / "federation_app" / "client.py",
@@ -86,8 +96,10 @@ def init_project(
         private, public = _node_key()
         key, certificate = authority.issue(f"fedvpa client {name}", ["127.0.0.1", "localhost"])
         own = {
-            "name": name, "data": data[i] if data else "pairs.jsonl", "server": f"{host}:{port}", "root_certificate": "ca.crt",
-            "key": "node.key", "certificate": "node.crt", "certificate_key": "node-tls.key", "runtime_port": port + 1 + i,
+            "name": name, "data": data[i] if data else "pairs.jsonl", "server": f"{host}:{port}",
+            "root_certificate": "ca.crt",
+            "key": "node.key", "certificate": "node.crt", "certificate_key": "node-tls.key",
+            "runtime_port": port + 1 + i,
         }  # fmt: skip
         _write(home / "client.yaml", yaml.safe_dump(own, sort_keys=False))
         _write(home / "ca.crt", authority.certificate)
@@ -111,8 +123,14 @@ def _node_key() -> tuple[str, str]:
     from cryptography.hazmat.primitives.asymmetric import ec
 
     key = ec.generate_private_key(ec.SECP384R1())
-    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
-    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    private = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.OpenSSH,
+        serialization.NoEncryption(),
+    )
+    public = key.public_key().public_bytes(
+        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    )
     return private.decode(), public.decode() + "\n"
 
 
@@ -124,7 +142,9 @@ class _Authority:
         from cryptography.hazmat.primitives.asymmetric import ec
 
         self._key = ec.generate_private_key(ec.SECP384R1())
-        self._name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "fedvpa trial authority")])
+        self._name = x509.Name(
+            [x509.NameAttribute(x509.NameOID.COMMON_NAME, "fedvpa trial authority")]
+        )
         self._certificate = self._signed(self._name, self._key.public_key(), [], authority=True)
 
     @property
@@ -142,8 +162,14 @@ class _Authority:
 
         key = ec.generate_private_key(ec.SECP384R1())
         subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-        certificate = self._signed(subject, key.public_key(), list(dict.fromkeys(hosts)), authority=False)
-        private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        certificate = self._signed(
+            subject, key.public_key(), list(dict.fromkeys(hosts)), authority=False
+        )
+        private = key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
         return private.decode(), certificate.public_bytes(serialization.Encoding.PEM).decode()
 
     def _signed(self, subject: Any, public_key: Any, hosts: Sequence[str], authority: bool) -> Any:
@@ -161,14 +187,21 @@ class _Authority:
             .not_valid_after(now + datetime.timedelta(days=365))
             .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()),
+                critical=False,
+            )
         )
         if hosts:
-            builder = builder.add_extension(x509.SubjectAlternativeName([_host(h) for h in hosts]), critical=False)
+            builder = builder.add_extension(
+                x509.SubjectAlternativeName([_host(h) for h in hosts]), critical=False
+            )
         if authority:
             usage = x509.KeyUsage(
-                digital_signature=True, key_cert_sign=True, crl_sign=True, content_commitment=False, key_encipherment=False,
-                data_encipherment=False, key_agreement=False, encipher_only=False, decipher_only=False,
+                digital_signature=True, key_cert_sign=True, crl_sign=True, content_commitment=False,
+                key_encipherment=False,
+                data_encipherment=False, key_agreement=False, encipher_only=False,
+                decipher_only=False,
             )  # fmt: skip
             builder = builder.add_extension(usage, critical=True)
         return builder.sign(self._key, hashes.SHA384())

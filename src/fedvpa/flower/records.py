@@ -44,4 +44,8 @@ def update(packet: Packet, params: Params) -> Update:
 
 def numbered(populations: Sequence[Population]) -> Params:
     """Populations as tensors of one packet."""
-    return {f"population{i}/{name}": value for i, p in enumerate(populations) for name, value in p._asdict().items()}
+    return {
+        f"population{i}/{name}": value
+        for i, p in enumerate(populations)
+        for name, value in p._asdict().items()
+    }

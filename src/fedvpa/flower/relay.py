@@ -1,4 +1,5 @@
-"""The ClientApp: it passes blobs between Flower and the client on this machine (`fedvpa client`), and knows nothing else.
+"""The ClientApp: it passes blobs between Flower and the client on this machine (`fedvpa client`),
+and knows nothing else.
 
 A process of it is started for every message, so it imports neither torch nor the rest of fedvpa.
 """
@@ -36,37 +37,51 @@ def through(message: Message, context: Context) -> bytes:
                 raise RuntimeError(f"the client did not answer within {WAIT_SECONDS:.0f} s")
             return connection.recv_bytes()
     except (OSError, EOFError) as error:
-        raise RuntimeError(f"no fedvpa client runs on this node ({error}); start it with `fedvpa client`") from error
+        raise RuntimeError(
+            f"no fedvpa client runs on this node ({error}); start it with `fedvpa client`"
+        ) from error
 
 
 @app.query()
 def plain(message: Message, context: Context) -> Message:
     """A request whose answer the server reads."""
-    return Message(RecordDict({RECORD: ConfigRecord({"blob": through(message, context)})}), reply_to=message)
+    return Message(
+        RecordDict({RECORD: ConfigRecord({"blob": through(message, context)})}), reply_to=message
+    )
 
 
 def _secure(message: Message, context: Context, call_next: Any) -> Message:
-    """Flower's SecAgg+ with masks from a stream cipher; a server that asks for too much is refused."""
+    """Flower's SecAgg+ with masks from a stream cipher; a server that asks for too much is
+    refused."""
     from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key, Stage
 
     from fedvpa.flower.masks import replace_generator
 
-    module = importlib.import_module("flwr.client.mod.secure_aggregation.secaggplus_mod")  # its package hides it by a function
+    # its package hides it by a function
+    module = importlib.import_module("flwr.client.mod.secure_aggregation.secaggplus_mod")
     replace_generator(module)
     least = int(context.node_config.get("min-cohort", 3))
     stage = message.content.config_records[RECORD_KEY_CONFIGS]
     if stage.get(Key.STAGE) == Stage.SETUP:
         count, threshold = int(stage[Key.SAMPLE_NUMBER]), int(stage[Key.THRESHOLD])
         if count < least or 2 * threshold <= count or int(stage[Key.SHARE_NUMBER]) != count:
-            raise RuntimeError(f"refused: a sum over {count} clients with threshold {threshold} (at least {least}, over half)")
+            raise RuntimeError(
+                f"refused: a sum over {count} clients with threshold {threshold} (at least {least},"
+                " over half)"
+            )
         if int(stage[Key.MOD_RANGE]) != 1 << 32 or int(stage[Key.TARGET_RANGE]) != 1 << 22:
             raise RuntimeError("refused: masks of another range, which would hide less")
     if stage.get(Key.STAGE) == Stage.UNMASK:
         active, dead = stage[Key.ACTIVE_NODE_ID_LIST], stage[Key.DEAD_NODE_ID_LIST]
         if len(set(active)) < least:
-            raise RuntimeError(f"refused: the sum would be opened over {len(set(active))} clients (at least {least})")
+            raise RuntimeError(
+                f"refused: the sum would be opened over {len(set(active))} clients (at least"
+                f" {least})"
+            )
         if set(active) & set(dead):
-            raise RuntimeError("refused: the server asked for both secrets of a client, which would unmask it")
+            raise RuntimeError(
+                "refused: the server asked for both secrets of a client, which would unmask it"
+            )
     return module.secaggplus_mod(message, context, call_next)
 
 

@@ -1,4 +1,5 @@
-"""The server's run of a federation: greet, whiten, rounds, checkpoints; resumable after anything."""
+"""The server's run of a federation: greet, whiten, rounds, checkpoints; resumable after
+anything."""
 
 from __future__ import annotations
 
@@ -19,7 +20,14 @@ from fedvpa.data.features import FeatureCache
 from fedvpa.errors import BadInputError, FedvpaError
 from fedvpa.experiment.build import build_variational
 from fedvpa.experiment.dataset import public_whitener
-from fedvpa.experiment.run import ELSEWHERE, RunPaths, load_config, load_whitener, save_config, save_whitener
+from fedvpa.experiment.run import (
+    ELSEWHERE,
+    RunPaths,
+    load_config,
+    load_whitener,
+    save_config,
+    save_whitener,
+)
 from fedvpa.experiment.tracking import open_tracker
 from fedvpa.experiment.train import Journal, manifest, run_rounds
 from fedvpa.federated.algorithm import sample_cohort
@@ -38,8 +46,9 @@ PATIENCE = 600.0
 
 
 def serve(settings_path: Path, transport: Transport, attempt: str = "") -> dict[str, Any]:
-    """Run the federation of a `server.yaml` to its end, from its last checkpoint if there is one. `attempt` marks what this
-    process says of itself: one that dies with its SuperLink may still say something when the next has begun.
+    """Run the federation of a `server.yaml` to its end, from its last checkpoint if there is one.
+    `attempt` marks what this process says of itself: one that dies with its SuperLink may still say
+    something when the next has begun.
 
     Raises:
         BadInputError: unusable settings, or a run directory of other settings.
@@ -52,7 +61,10 @@ def serve(settings_path: Path, transport: Transport, attempt: str = "") -> dict[
     try:
         return _serve(settings, config, paths, transport, status)
     except BaseException as error:
-        status.say("failed", message=f"{error}" if isinstance(error, FedvpaError | OSError) else repr(error))
+        status.say(
+            "failed",
+            message=f"{error}" if isinstance(error, FedvpaError | OSError) else repr(error),
+        )
         raise
 
 
@@ -64,12 +76,19 @@ class Status:
 
     def say(self, state: str, **more: Any) -> None:
         """Replace the file."""
-        line = {"state": state, "rounds": self._rounds, "pid": os.getpid(), "attempt": self._attempt, **more}
+        line = {
+            "state": state,
+            "rounds": self._rounds,
+            "pid": os.getpid(),
+            "attempt": self._attempt,
+            **more,
+        }
         write_atomically(self._path, (json.dumps(line) + "\n").encode())
 
 
 class Ledger:
-    """How many rounds were begun, written down before anything of them can be released: a round that a crash undid counts."""
+    """How many rounds were begun, written down before anything of them can be released: a round
+    that a crash undid counts."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -87,7 +106,9 @@ class Ledger:
         return max(0, self.begun() - done)
 
 
-def _serve(settings: ServerSettings, config: Config, paths: RunPaths, transport: Transport, status: Status) -> dict[str, Any]:
+def _serve(
+    settings: ServerSettings, config: Config, paths: RunPaths, transport: Transport, status: Status
+) -> dict[str, Any]:
     started = time.perf_counter()
     identity = _identity(paths, settings, config)
     bound = paths.root.parent / BOUND
@@ -120,8 +141,11 @@ def _serve(settings: ServerSettings, config: Config, paths: RunPaths, transport:
         state, history = algorithm.init(), []
     if algorithm.privacy is not None:
         lost = ledger.lost(state.round)
-        lost_fits = 0 if state.population or not lost else lost  # a fit may have been part of any of them
-        algorithm = replace(algorithm, privacy=replace(algorithm.privacy, lost_rounds=lost, lost_fits=lost_fits))
+        # a fit may have been part of any of them
+        lost_fits = 0 if state.population or not lost else lost
+        algorithm = replace(
+            algorithm, privacy=replace(algorithm.privacy, lost_rounds=lost, lost_fits=lost_fits)
+        )
     paths.write_json("manifest.json", manifest(algorithm, state, clients.whitener))
     paths.write_json("data.json", _described(settings, clients.signature))
     for line in describe(manifest(algorithm, state, clients.whitener), settings.secure):
@@ -129,37 +153,56 @@ def _serve(settings: ServerSettings, config: Config, paths: RunPaths, transport:
 
     def cohort(round_number: int) -> list[int]:
         online = clients.wait(PATIENCE)
-        if algorithm.privacy is not None:  # whoever is not connected does not take part: the chance of everybody stays within q
+        # whoever is not connected does not take part: the chance of everybody stays within q
+        if algorithm.privacy is not None:
             chance = SystemRandom()
             ledger.begin()
             return [place for place in online if chance.random() < algorithm.privacy.rate]
-        return [online[i] for i in sample_cohort(config.seed, round_number, len(online), config.federation.cohort)]
+        return [
+            online[i]
+            for i in sample_cohort(config.seed, round_number, len(online), config.federation.cohort)
+        ]
 
     def validate(reached: ServerState) -> dict[str, Any]:
         if config.privacy.enabled:
             return {}  # it would be a release that nobody accounts for
-        return clients.validate(reached.params, Population(**reached.population) if reached.population else None)
+        return clients.validate(
+            reached.params, Population(**reached.population) if reached.population else None
+        )
 
     seconds: list[float] = []
 
     def on_round(done: int, total: int, row: dict[str, Any]) -> None:
         seconds.append(row["seconds"])
         status.say("running", round=done, seconds=row["seconds"], loss=row.get("loss"))
-        accuracy = f", validation {row['validation_accuracy']:.3f}" if "validation_accuracy" in row else ""
+        accuracy = (
+            f", validation {row['validation_accuracy']:.3f}" if "validation_accuracy" in row else ""
+        )
         loss = f", loss {row['loss']:.4f}" if "loss" in row else ""
-        spent = f", epsilon {row['epsilon']:.2f} (delta {config.privacy.delta:g})" if "epsilon" in row else ""
-        logger.info("round %d of %d: %.1f s%s%s%s", done, total, row["seconds"], loss, accuracy, spent)
+        spent = (
+            f", epsilon {row['epsilon']:.2f} (delta {config.privacy.delta:g})"
+            if "epsilon" in row
+            else ""
+        )
+        logger.info(
+            "round %d of %d: %.1f s%s%s%s", done, total, row["seconds"], loss, accuracy, spent
+        )
 
     with open_tracker(config.tracker, paths.root, config) as tracker:
         journal = Journal(paths, fingerprint, tracker, on_round)
-        every_round = config.federation.model_copy(update={"checkpoint_every": 1})  # clients remember one round back
-        state, history = run_rounds(every_round, algorithm, (state, history), cohort, validate, journal)
+        # clients remember one round back
+        every_round = config.federation.model_copy(update={"checkpoint_every": 1})
+        state, history = run_rounds(
+            every_round, algorithm, (state, history), cohort, validate, journal
+        )
     paths.write_json("history.json", history)
     paths.write_json("manifest.json", manifest(algorithm, state, clients.whitener))
     result = {
         "run": str(paths.root), "rounds": state.round, "clients": len(clients),
-        "seconds": time.perf_counter() - started, "seconds_per_round": sorted(seconds)[len(seconds) // 2] if seconds else None,
-        "bytes": None if algorithm.privacy is not None else clients.traffic,  # they tell how many took part
+        "seconds": time.perf_counter() - started,
+        "seconds_per_round": sorted(seconds)[len(seconds) // 2] if seconds else None,
+        # they tell how many took part
+        "bytes": None if algorithm.privacy is not None else clients.traffic,
     }  # fmt: skip
     paths.write_json("federation.json", result | {"history_rounds": len(history)})
     status.say("finished", round=state.round)
@@ -168,15 +211,22 @@ def _serve(settings: ServerSettings, config: Config, paths: RunPaths, transport:
 
 
 def describe(rows: list[dict[str, Any]], secure: bool = False) -> list[str]:
-    """The payload manifest in words: what travels between a client and the server, and how large it is."""
+    """The payload manifest in words: what travels between a client and the server, and how large it
+    is."""
     out = ["what travels between a client and the server, and nothing else:"]
     for direction, word in (("down", "to the client"), ("up", "to the server")):
         mine = [row for row in rows if row["direction"] == direction]
         each = sum(row["bytes"] for row in mine if row["when"] == "every round")
         out.append(f"  {word}: {each:,} bytes every round")
-        out += [f"    {row['name']} {list(row['shape'])}: {row['bytes']:,} bytes, {row['when']}" for row in mine]
+        out += [
+            f"    {row['name']} {list(row['shape'])}: {row['bytes']:,} bytes, {row['when']}"
+            for row in mine
+        ]
     if secure:
-        out.append("  to the server all of it is masked, eight bytes a number, and only its sum over clients can be opened")
+        out.append(
+            "  to the server all of it is masked, eight bytes a number, and only its sum over"
+            " clients can be opened"
+        )
     return out
 
 
@@ -184,10 +234,14 @@ def _identity(paths: RunPaths, settings: ServerSettings, config: Config) -> dict
     """The run's own name, made once; the same settings have to be given when it goes on."""
     if paths.config.is_file():
         if load_config(paths).model_dump(exclude=ELSEWHERE) != config.model_dump(exclude=ELSEWHERE):
-            raise BadInputError(f"{paths.root}: was begun with other settings; name another run in server.yaml")
+            raise BadInputError(
+                f"{paths.root}: was begun with other settings; name another run in server.yaml"
+            )
         found: dict[str, Any] = json.loads((paths.root / "identity.json").read_text())
         if found["clients"] != list(settings.clients):
-            raise BadInputError(f"{paths.root}: was begun with other clients; name another run in server.yaml")
+            raise BadInputError(
+                f"{paths.root}: was begun with other clients; name another run in server.yaml"
+            )
         return found
     identity = {"run": uuid.uuid4().hex, "clients": list(settings.clients)}
     _save_identity(paths, identity)
@@ -206,5 +260,14 @@ def _fingerprint(config: Config, settings: ServerSettings, run: str) -> str:
 
 def _described(settings: ServerSettings, signature: str) -> dict[str, Any]:
     """What the server knows of the data: who takes part."""
-    rows = [{"name": name, "group": None, "pairs": None, "validation_pairs": None} for name in settings.clients]
-    return {"backbone": None, "signature": signature, "clients": rows, "skipped": {}, "first_skipped": []}
+    rows = [
+        {"name": name, "group": None, "pairs": None, "validation_pairs": None}
+        for name in settings.clients
+    ]
+    return {
+        "backbone": None,
+        "signature": signature,
+        "clients": rows,
+        "skipped": {},
+        "first_skipped": [],
+    }

@@ -1,4 +1,5 @@
-"""Settings of a federation's server and of each of its clients; read from `server.yaml` and `client.yaml`."""
+"""Settings of a federation's server and of each of its clients; read from `server.yaml` and
+`client.yaml`."""
 
 from __future__ import annotations
 
@@ -7,46 +8,84 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, ValidationError
 
-from fedvpa.config import FEDERATION, VARIATIONAL, Config, Section, build_config, explain, merged, read_yaml
+from fedvpa.config import (
+    FEDERATION,
+    VARIATIONAL,
+    Config,
+    Section,
+    build_config,
+    explain,
+    merged,
+    read_yaml,
+)
 from fedvpa.errors import BadInputError
 
 T = TypeVar("T", bound=Section)
 
 LEAST_EXPECTED = 20
-"""Clients that a random cohort has on average, with secure sums: fewer than three are then as good as never drawn."""
+"""Clients that a random cohort has on average, with secure sums: fewer than three are then as
+good as never drawn."""
 
 Port = Annotated[int, Field(gt=0, lt=65536)]
 
 
 class ServerSettings(Section):
-    """Who takes part, and how long the server waits for them. Paths are relative to the folder of `server.yaml`."""
+    """Who takes part, and how long the server waits for them. Paths are relative to the folder of
+    `server.yaml`."""
 
-    clients: Annotated[tuple[str, ...], Field(min_length=1)] = Field(description="names of all clients, in a fixed order")
+    clients: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        description="names of all clients, in a fixed order"
+    )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: Port = Field(9092, description="port to listen on")
     run: str = Field("run", description="directory of the run: checkpoint, history, manifest")
-    min_clients: Annotated[int, Field(ge=0)] = Field(0, description="connected clients that a round needs (0: all)")
-    min_replies: Annotated[int, Field(ge=0)] = Field(0, description="replies that a round needs (0: all of the cohort)")
-    grace: Annotated[float, Field(ge=0)] = Field(10.0, description="seconds to wait for the others after that many")
-    timeout: Annotated[float, Field(gt=0)] = Field(120.0, description="seconds to wait for replies at the most")
-    attempts: Annotated[int, Field(ge=1)] = Field(5, description="how often a round is asked for before the run stops")
-    secure: bool = Field(False, description="secure aggregation: the server sees sums over clients alone")
-    training: dict[str, Any] = Field(default_factory=dict, description="settings as of `fedvpa train`; data stay out of it")
+    min_clients: Annotated[int, Field(ge=0)] = Field(
+        0, description="connected clients that a round needs (0: all)"
+    )
+    min_replies: Annotated[int, Field(ge=0)] = Field(
+        0, description="replies that a round needs (0: all of the cohort)"
+    )
+    grace: Annotated[float, Field(ge=0)] = Field(
+        10.0, description="seconds to wait for the others after that many"
+    )
+    timeout: Annotated[float, Field(gt=0)] = Field(
+        120.0, description="seconds to wait for replies at the most"
+    )
+    attempts: Annotated[int, Field(ge=1)] = Field(
+        5, description="how often a round is asked for before the run stops"
+    )
+    secure: bool = Field(
+        False, description="secure aggregation: the server sees sums over clients alone"
+    )
+    training: dict[str, Any] = Field(
+        default_factory=dict, description="settings as of `fedvpa train`; data stay out of it"
+    )
 
 
 class ClientSettings(Section):
-    """One client: what it is called, where its pairs are and where it keeps its state. Paths are relative to its file."""
+    """One client: what it is called, where its pairs are and where it keeps its state. Paths are
+    relative to its file."""
 
     name: str = Field(description="the name the server knows it by")
-    data: str = Field(description="file or folder of its preference pairs; they do not leave this machine")
+    data: str = Field(
+        description="file or folder of its preference pairs; they do not leave this machine"
+    )
     split: str | None = Field(None, description="only files called SPLIT.*")
     server: str = Field("127.0.0.1:9092", description="host:port of the server")
-    root_certificate: str | None = Field(None, description="certificate authority that the server's certificate is signed by")
-    key: str | None = Field(None, description="private key (OpenSSH) that this node proves itself with")
+    root_certificate: str | None = Field(
+        None, description="certificate authority that the server's certificate is signed by"
+    )
+    key: str | None = Field(
+        None, description="private key (OpenSSH) that this node proves itself with"
+    )
     state: str = Field("state", description="folder for its private state and its socket")
     runtime_port: Port = Field(9094, description="port on loopback between node and its processes")
-    certificate: str | None = Field(None, description="certificate of this node's own runtime address")
-    secure_only: bool = Field(False, description="refuse every request that would show this client's own numbers")
+    certificate: str | None = Field(
+        None, description="certificate of this node's own runtime address"
+    )
+    secure_only: bool = Field(
+        False, description="refuse every request that would show this client's own numbers"
+    )
     certificate_key: str | None = Field(None, description="key of that certificate")
 
 
@@ -59,7 +98,9 @@ def read_settings(path: Path, model: type[T]) -> T:
     try:
         return model.model_validate(read_yaml(path))
     except ValidationError as error:
-        raise BadInputError(f"{path}: " + "; ".join(explain(e, model) for e in error.errors())) from error
+        raise BadInputError(
+            f"{path}: " + "; ".join(explain(e, model) for e in error.errors())
+        ) from error
 
 
 def training_config(settings: ServerSettings) -> Config:
@@ -71,30 +112,49 @@ def training_config(settings: ServerSettings) -> Config:
     data = settings.training.get("data", {})
     extra = sorted(set(data) - {"validation_share", "public"})
     if extra:
-        raise BadInputError(f"training.data.{extra[0]}: the data are the clients' (client.yaml says where they are); remove it")
-    given = settings.training | {"data": {"source": FEDERATION, "clients": len(settings.clients), **data}}
-    if settings.training.get("method", "fedvpa-gp") in VARIATIONAL:  # nobody's latent is shown to anybody, unless asked for
+        raise BadInputError(
+            f"training.data.{extra[0]}: the data are the clients' (client.yaml says where they"
+            " are); remove it"
+        )
+    given = settings.training | {
+        "data": {"source": FEDERATION, "clients": len(settings.clients), **data}
+    }
+    # nobody's latent is shown to anybody, unless asked for
+    if settings.training.get("method", "fedvpa-gp") in VARIATIONAL:
         given = merged({"prior": {"kind": "components"}}, given)
     config = build_config(given)
     if not config.variational or config.method == "centralised-vpl":
-        raise BadInputError(f"training.method: {config.method} does not run as a federation of variational selectors")
+        raise BadInputError(
+            f"training.method: {config.method} does not run as a federation of variational"
+            " selectors"
+        )
     if len(set(settings.clients)) < len(settings.clients):
         twice = next(name for name in settings.clients if settings.clients.count(name) > 1)
         raise BadInputError(f"clients: '{twice}' is named twice")
     for name in ("min_clients", "min_replies"):
         if getattr(settings, name) > len(settings.clients):
-            raise BadInputError(f"{name}: {getattr(settings, name)}, but there are {len(settings.clients)} clients")
+            raise BadInputError(
+                f"{name}: {getattr(settings, name)}, but there are {len(settings.clients)} clients"
+            )
     f = config.federation
-    summed = config.prior.kind == "components" and f.aggregation == "uniform" and f.aggregator == "mean" and not f.max_norm
+    summed = (
+        config.prior.kind == "components"
+        and f.aggregation == "uniform"
+        and f.aggregator == "mean"
+        and not f.max_norm
+    )
     if settings.secure and not summed:
         raise BadInputError(
-            "secure: only sums over clients are known; it goes with prior.kind components, uniform aggregation, and the mean"
+            "secure: only sums over clients are known; it goes with prior.kind components, uniform"
+            " aggregation, and the mean"
         )
     if settings.secure and config.privacy.enabled:
-        expected = min(1.0, (f.cohort or len(settings.clients)) / len(settings.clients)) * len(settings.clients)
+        expected = min(1.0, (f.cohort or len(settings.clients)) / len(settings.clients)) * len(
+            settings.clients
+        )
         if expected < LEAST_EXPECTED:
             raise BadInputError(
-                f"secure with privacy: a random cohort of {expected:g} clients on average is at times too small for a secure "
-                f"sum; federation.cohort: at least {LEAST_EXPECTED}"
+                f"secure with privacy: a random cohort of {expected:g} clients on average is at"
+                f" times too small for a secure sum; federation.cohort: at least {LEAST_EXPECTED}"
             )
     return config

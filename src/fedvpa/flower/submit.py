@@ -1,4 +1,5 @@
-"""Several commands of Flower's command line in one process, which takes two seconds to start; they are read as JSON."""
+"""Several commands of Flower's command line in one process, which takes two seconds to start;
+they are read as JSON."""
 
 from __future__ import annotations
 

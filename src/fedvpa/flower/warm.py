@@ -1,8 +1,9 @@
 """Starts Flower's ClientApp processes by forking one that has loaded Flower already.
 
-Flower starts a process for every message, of which importing Flower alone costs two seconds of a core. A SuperNode finds the
-program `flwr-clientapp` by the search path; `install` puts a small one first that asks this process for a fork. Each message
-still has a process of its own, with Flower's own code in it.
+Flower starts a process for every message, of which importing Flower alone costs two seconds of a
+core. A SuperNode finds the program `flwr-clientapp` by the search path; `install` puts a small one
+first that asks this process for a fork. Each message still has a process of its own, with Flower's
+own code in it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ sys.exit(int(s.makefile().readline() or 1))
 
 
 def install(folder: Path) -> Path:
-    """Write the launcher to `folder`, which goes first on the SuperNode's search path; the address it asks."""
+    """Write the launcher to `folder`, which goes first on the SuperNode's search path; the
+    address it asks."""
     address = folder / "warm"
     program = folder / "flwr-clientapp"
     program.write_text(_LAUNCHER.format(python=sys.executable, address=str(address)))
@@ -57,7 +59,8 @@ def serve(address: str) -> None:
 
 
 def _become(connection: socket.socket, program: object) -> None:
-    """In the child: run Flower's program with the launcher's arguments, and tell the launcher how it ended."""
+    """In the child: run Flower's program with the launcher's arguments, and tell the launcher
+    how it ended."""
     code = 1
     try:
         sys.argv = json.loads(connection.makefile().readline())

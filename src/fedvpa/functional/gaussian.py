@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 LOG_VAR_BOUND = 8.0
-"""Log-variances are kept within this bound: exp(8) and its inverse are far from the limits of float32."""
+"""Log-variances are kept within this bound: exp(8) and its inverse are far from the limits of
+float32."""
 
 
 def bounded_log_var(raw: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
@@ -25,8 +26,11 @@ def gaussian_log_prob(
     return -0.5 * (squared + log_var + math.log(2 * math.pi)).sum(-1)
 
 
-def standard_kl_per_dimension(mean: Float[Tensor, "*b d"], log_var: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-    """KL(N(mean, exp(log_var)) || N(0, 1)) of each dimension (Kingma & Welling, 2014, appendix B)."""
+def standard_kl_per_dimension(
+    mean: Float[Tensor, "*b d"], log_var: Float[Tensor, "*b d"]
+) -> Float[Tensor, "*b d"]:
+    """KL(N(mean, exp(log_var)) || N(0, 1)) of each dimension (Kingma & Welling, 2014, appendix
+    B)."""
     return 0.5 * (mean.square() + log_var.exp() - 1 - log_var)
 
 
@@ -44,7 +48,8 @@ def gaussian_kl(
 def product_of_experts(
     mean: Float[Tensor, "*b n d"], log_var: Float[Tensor, "*b n d"], weight: Float[Tensor, "*b n"]
 ) -> tuple[Float[Tensor, "*b d"], Float[Tensor, "*b d"]]:
-    """Product of Gaussian experts and N(0, I): precisions add, so that the variance shrinks with every pair (M1, `poe`).
+    """Product of Gaussian experts and N(0, I): precisions add, so that the variance shrinks with
+    every pair (M1, `poe`).
 
     `weight` switches experts off (0) or on (1); with none on the result is N(0, I).
     """

@@ -1,4 +1,5 @@
-"""Mixtures of Gaussians as priors: learned weights, and the divergence of a posterior from them (nats)."""
+"""Mixtures of Gaussians as priors: learned weights, and the divergence of a posterior from them
+(nats)."""
 
 from __future__ import annotations
 
@@ -10,14 +11,16 @@ from fedvpa.functional.gaussian import gaussian_kl, gaussian_log_prob
 
 
 def gumbel_noise(uniform: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
-    """Gumbel(0, 1) noise from uniform noise in [0, 1); 0 and 1 are kept apart from the poles of the logarithms."""
+    """Gumbel(0, 1) noise from uniform noise in [0, 1); 0 and 1 are kept apart from the poles of the
+    logarithms."""
     return -(-uniform.clamp(1e-9, 1 - 1e-7).log()).log()
 
 
 def gumbel_softmax_log_weight(
     logit: Float[Tensor, "*#b k"], gumbel: Float[Tensor, "*#b k"], temperature: float
 ) -> Float[Tensor, "*b k"]:
-    """log w = log softmax((log pi + g) / tau) (M4; Jang et al., 2017, eq. 1). A logit of -inf leaves its component out."""
+    """log w = log softmax((log pi + g) / tau) (M4; Jang et al., 2017, eq. 1). A logit of -inf
+    leaves its component out."""
     return torch.log_softmax((logit + gumbel) / temperature, dim=-1)
 
 
@@ -46,7 +49,8 @@ def mixture_kl_bound(
     peer_log_var: Float[Tensor, "k d"],
     log_weight: Float[Tensor, "*#b k"],
 ) -> Float[Tensor, "*b"]:
-    r"""Variational upper bound of that KL, in nats, without samples (Hershey & Olsen, 2007, eq. 20, one component in q).
+    r"""Variational upper bound of that KL, in nats, without samples (Hershey & Olsen, 2007, eq. 20,
+    one component in q).
 
     KL(q || sum_k w_k p_k) <= -log sum_k w_k exp(-KL(q || p_k)).
     """

@@ -1,4 +1,5 @@
-"""The Bradley-Terry-Luce likelihood of choices, and how well predicted choices are calibrated (M2)."""
+"""The Bradley-Terry-Luce likelihood of choices, and how well predicted choices are calibrated
+(M2)."""
 
 from __future__ import annotations
 
@@ -8,33 +9,47 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 
-def choice_log_likelihood(margin: Float[Tensor, "*b n"], weight: Float[Tensor, "*#b n"]) -> Float[Tensor, "*b"]:
-    """Sum over pairs of weight x log sigmoid(r(chosen) - r(rejected)), in nats (M2; Bradley & Terry, 1952)."""
+def choice_log_likelihood(
+    margin: Float[Tensor, "*b n"], weight: Float[Tensor, "*#b n"]
+) -> Float[Tensor, "*b"]:
+    """Sum over pairs of weight x log sigmoid(r(chosen) - r(rejected)), in nats (M2; Bradley &
+    Terry, 1952)."""
     return (logsigmoid(margin) * weight).sum(-1)
 
 
-def mean_choice_loss(margin: Float[Tensor, "*b n"], weight: Float[Tensor, "*#b n"]) -> Float[Tensor, "*b"]:
+def mean_choice_loss(
+    margin: Float[Tensor, "*b n"], weight: Float[Tensor, "*#b n"]
+) -> Float[Tensor, "*b"]:
     """Negative log-likelihood a pair; 0 where no pair has weight."""
     return -choice_log_likelihood(margin, weight) / weight.sum(-1).clamp_min(1)
 
 
-def predictive_margin(share: Float[Tensor, "*b m"], margin: Float[Tensor, "*b n m"]) -> Float[Tensor, "*b n"]:
-    """Log-odds of the choice under a mixture: logit of sum_m share_m sigmoid(margin_m), the posterior predictive.
+def predictive_margin(
+    share: Float[Tensor, "*b m"], margin: Float[Tensor, "*b n m"]
+) -> Float[Tensor, "*b n"]:
+    """Log-odds of the choice under a mixture: logit of sum_m share_m sigmoid(margin_m), the
+    posterior predictive.
 
-    Averaging probabilities instead of rewards keeps predictions as uncertain as the posterior over the components is.
+    Averaging probabilities instead of rewards keeps predictions as uncertain as the posterior over
+    the components is.
     """
     weight = share.log().unsqueeze(-2)
-    return torch.logsumexp(weight + logsigmoid(margin), -1) - torch.logsumexp(weight + logsigmoid(-margin), -1)
+    return torch.logsumexp(weight + logsigmoid(margin), -1) - torch.logsumexp(
+        weight + logsigmoid(-margin), -1
+    )
 
 
 def expected_calibration_error(probability: Float[Tensor, "n"], bins: int = 10) -> float:
-    """Gap between confidence and accuracy, averaged over equally wide bins of confidence (Guo et al., 2017, eq. 3).
+    """Gap between confidence and accuracy, averaged over equally wide bins of confidence (Guo et
+    al., 2017, eq. 3).
 
-    `probability` is that of the choice which was made; the predicted choice is right where it exceeds 1/2, and a tie is
-    half right.
+    `probability` is that of the choice which was made; the predicted choice is right where it
+    exceeds 1/2, and a tie is half right.
     """
     confidence = torch.maximum(probability, 1 - probability)
-    correct = (probability > 0.5).to(probability.dtype) + 0.5 * (probability == 0.5).to(probability.dtype)
+    correct = (probability > 0.5).to(probability.dtype) + 0.5 * (probability == 0.5).to(
+        probability.dtype
+    )
     index = ((confidence - 0.5) * 2 * bins).long().clamp_(0, bins - 1)
     gap = torch.zeros(bins, dtype=probability.dtype).index_add_(0, index, correct - confidence)
     return float(gap.abs().sum() / max(1, probability.numel()))

@@ -7,8 +7,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def orthogonal_prototypes(modes: int, latent: int, radius: float, generator: torch.Generator) -> Float[Tensor, "m d"]:
-    """Rows of length `radius`, orthogonal to one another, from the QR factors of a Gaussian matrix (M6).
+def orthogonal_prototypes(
+    modes: int, latent: int, radius: float, generator: torch.Generator
+) -> Float[Tensor, "m d"]:
+    """Rows of length `radius`, orthogonal to one another, from the QR factors of a Gaussian matrix
+    (M6).
 
     Raises:
         ValueError: more modes than latent dimensions.

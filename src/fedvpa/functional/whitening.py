@@ -1,7 +1,8 @@
-"""Whitening in difference space from per-client sums: no label leaves a client, and features only as sums.
+"""Whitening in difference space from per-client sums: no label leaves a client, and features only
+as sums.
 
-(The sum of a client with few pairs still tells their span; only the sum over clients is needed, so it can be aggregated
-securely.)
+(The sum of a client with few pairs still tells their span; only the sum over clients is needed, so
+it can be aggregated securely.)
 """
 
 from __future__ import annotations
@@ -12,16 +13,20 @@ from torch import Tensor
 
 
 def second_moment(difference: Float[Tensor, "n h"]) -> Float[Tensor, "h h"]:
-    """Sum over pairs of dh dh^T, in float64: the same for a pair and its reversal, so that it says nothing of the choice."""
+    """Sum over pairs of dh dh^T, in float64: the same for a pair and its reversal, so that it says
+    nothing of the choice."""
     wide = difference.double()
     return wide.T @ wide
 
 
-def whitening_matrix(moment: Float[Tensor, "h h"], pairs: int, dimensions: int) -> Float[Tensor, "h p"]:
+def whitening_matrix(
+    moment: Float[Tensor, "h h"], pairs: int, dimensions: int
+) -> Float[Tensor, "h p"]:
     """Projection onto the leading directions of the differences, each scaled to unit mean square.
 
-    Signs are fixed (largest entry positive), so that the result does not depend on the eigensolver's whim. Where the
-    differences span fewer than `dimensions` directions the remaining columns are zero.
+    Signs are fixed (largest entry positive), so that the result does not depend on the
+    eigensolver's whim. Where the differences span fewer than `dimensions` directions the remaining
+    columns are zero.
 
     Raises:
         ValueError: no pairs.

@@ -1,9 +1,10 @@
 r"""Frozen backbone: texts to features h(x, y) in R^H (method.md, *Notation*).
 
-A causal model reads each prompt once for all its responses: one row holds the prompt and, behind it, every response, and an
-attention mask lets a response see the prompt and itself alone, at the positions it would have had in a row of its own. That
-is a shared key-value cache without the cache. Only the layers that are asked for are run. Models that cannot take such a
-mask (checked on load, by comparing with plain rows), and bidirectional encoders, read prompt + response rows.
+A causal model reads each prompt once for all its responses: one row holds the prompt and, behind
+it, every response, and an attention mask lets a response see the prompt and itself alone, at the
+positions it would have had in a row of its own. That is a shared key-value cache without the cache.
+Only the layers that are asked for are run. Models that cannot take such a mask (checked on load, by
+comparing with plain rows), and bidirectional encoders, read prompt + response rows.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ Progress = Callable[[int, int, float], None]
 
 
 class Tap(NamedTuple):
-    """Where a feature is read: the residual stream after block `layer` (1 is the first), pooled over the response."""
+    """Where a feature is read: the residual stream after block `layer` (1 is the first), pooled
+    over the response."""
 
     layer: int
     pooling: Pooling
@@ -86,7 +88,9 @@ class Backbone:
     @property
     def template_hash(self) -> str:
         """Hash of the chat template and of the limits that decide which tokens are read."""
-        text = f"{self._tokenizer.chat_template}|{self.max_prompt_tokens}|{self.max_response_tokens}"
+        text = (
+            f"{self._tokenizer.chat_template}|{self.max_prompt_tokens}|{self.max_response_tokens}"
+        )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def signature(self, tap: Tap) -> str:
@@ -103,7 +107,8 @@ class Backbone:
         for tap in taps:
             if not 1 <= tap.layer <= self.num_layers:
                 raise BadInputError(
-                    f"features.layer: {tap.layer} is not a layer of {self.name}, which has 1 to {self.num_layers}"
+                    f"features.layer: {tap.layer} is not a layer of {self.name}, which has 1 to"
+                    f" {self.num_layers}"
                 )
 
     @torch.inference_mode()
@@ -118,8 +123,9 @@ class Backbone:
     ) -> Float[Tensor, "n t h"]:
         """Features of every item at every tap, in float32.
 
-        Batches hold rows of like length, at most `token_budget` tokens with padding. `on_batch` receives the items'
-        indices and features [b, t, h] as soon as they are known, so that a cache loses little to an interruption.
+        Batches hold rows of like length, at most `token_budget` tokens with padding. `on_batch`
+        receives the items' indices and features [b, t, h] as soon as they are known, so that a
+        cache loses little to an interruption.
 
         Raises:
             BadInputError: a tap that the model does not have.
@@ -137,14 +143,19 @@ class Backbone:
                 begin = len(row.prompt)
                 for item, response in zip(row.index, row.responses):
                     end = begin + len(response)
-                    features.append(torch.stack([_pool(hidden[t.layer][r, begin:end], t.pooling) for t in taps]))
+                    features.append(
+                        torch.stack([_pool(hidden[t.layer][r, begin:end], t.pooling) for t in taps])
+                    )
                     index.append(item)
                     begin = end
             block = torch.stack(features)
             finite = block.isfinite().flatten(1).all(1)
             if not finite.all():
                 bad = index[int((~finite).nonzero()[0])]
-                raise RunError(f"{self.name} gave NaN or Inf for response {items[bad].response[:60]!r}; try another dtype")
+                raise RunError(
+                    f"{self.name} gave NaN or Inf for response {items[bad].response[:60]!r}; try"
+                    " another dtype"
+                )
             result[index] = block
             if on_batch is not None:
                 on_batch(index, block)
@@ -166,9 +177,13 @@ class Backbone:
                     [m._asdict() for m in prompt], tokenize=False, add_generation_prompt=True
                 )
             except Exception as error:  # templates raise jinja2 errors of their own choosing
-                raise BadInputError(f"the chat template of {self.name} refuses a prompt: {error}") from error
+                raise BadInputError(
+                    f"the chat template of {self.name} refuses a prompt: {error}"
+                ) from error
         else:
-            text = "".join(f"{m.role.capitalize()}: {m.content}\n\n" for m in prompt) + "Assistant: "
+            text = (
+                "".join(f"{m.role.capitalize()}: {m.content}\n\n" for m in prompt) + "Assistant: "
+            )
         return self._ids(text)[-self.max_prompt_tokens :]
 
     def _ids(self, text: str) -> list[int]:
@@ -186,14 +201,16 @@ class Backbone:
         rows = []
         for prompt, index in by_prompt.items():
             ids = self.prompt_ids(prompt)
-            step = 4 if self.packed else 1  # more responses in a row would spend more on masked-out attention than they save
+            # more responses in a row would spend more on masked-out attention than they save
+            step = 4 if self.packed else 1
             for at in range(0, len(index), step):
                 part = index[at : at + step]
                 rows.append(_Row(ids, [self.response_ids(items[i].response) for i in part], part))
         return sorted(rows, key=lambda row: row.length)
 
     def _forward(self, rows: Sequence[_Row], layers: list[int]) -> dict[int, Tensor]:
-        """Hidden states [rows, length, H] after each of `layers`; blocks above the highest are not run."""
+        """Hidden states [rows, length, H] after each of `layers`; blocks above the highest are not
+        run."""
         width = max(row.length for row in rows)
         ids = torch.zeros(len(rows), width, dtype=torch.long)
         position = torch.zeros(len(rows), width, dtype=torch.long)
@@ -206,7 +223,9 @@ class Backbone:
             for s, response in enumerate(row.responses, start=1):
                 end = begin + len(response)
                 ids[r, begin:end] = torch.tensor(response)
-                position[r, begin:end] = torch.arange(len(row.prompt), len(row.prompt) + len(response))
+                position[r, begin:end] = torch.arange(
+                    len(row.prompt), len(row.prompt) + len(response)
+                )
                 segment[r, begin:end] = s
                 begin = end
         inputs: dict[str, Any] = {"input_ids": ids.to(self.device)}
@@ -244,7 +263,9 @@ class Backbone:
         for module in self._module.modules():
             if isinstance(module, torch.nn.ModuleList) and len(module) == self.num_layers:
                 return module
-        raise BadInputError(f"backbone '{self.name}' has no stack of {self.num_layers} blocks to read features from")
+        raise BadInputError(
+            f"backbone '{self.name}' has no stack of {self.num_layers} blocks to read features from"
+        )
 
     def _find_end_of_turn(self) -> list[int]:
         token = self._tokenizer.eos_token_id
@@ -262,12 +283,23 @@ class Backbone:
         try:
             packed = self._forward([row], [layer])[layer][0, begin:]
         except (ValueError, TypeError, RuntimeError, IndexError) as error:
-            logger.info("%s takes no segment mask (%s): prompts are read once per response", self.name, error)
+            logger.info(
+                "%s takes no segment mask (%s): prompts are read once per response",
+                self.name,
+                error,
+            )
             return False
-        plain = [self._forward([_Row(row.prompt, [response], [0])], [layer])[layer][0, begin:] for response in row.responses]
-        exact = torch.allclose(packed, torch.cat(plain), rtol=0.05, atol=0.05 * float(packed.abs().mean()) + 1e-6)
+        plain = [
+            self._forward([_Row(row.prompt, [response], [0])], [layer])[layer][0, begin:]
+            for response in row.responses
+        ]
+        exact = torch.allclose(
+            packed, torch.cat(plain), rtol=0.05, atol=0.05 * float(packed.abs().mean()) + 1e-6
+        )
         if not exact:
-            logger.info("%s ignores the segment mask: prompts are read once per response", self.name)
+            logger.info(
+                "%s ignores the segment mask: prompts are read once per response", self.name
+            )
         return exact
 
 
@@ -276,10 +308,13 @@ class _AllCapturedError(Exception):
 
 
 def _segment_mask(segment: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive mask [b, 1, q, k]: causal; a token sees the prompt (segment 0) and its own segment; padding sees itself."""
+    """Additive mask [b, 1, q, k]: causal; a token sees the prompt (segment 0) and its own segment;
+    padding sees itself."""
     same = segment.unsqueeze(-1) == segment.unsqueeze(-2)
     prompt = (segment == 0).unsqueeze(-2)
-    allowed = torch.ones(segment.shape[-1], segment.shape[-1], dtype=torch.bool).tril() & (same | prompt)
+    allowed = torch.ones(segment.shape[-1], segment.shape[-1], dtype=torch.bool).tril() & (
+        same | prompt
+    )
     mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)
     return mask.unsqueeze(1)
 
@@ -290,7 +325,8 @@ def _pool(hidden: Float[Tensor, "l h"], pooling: Pooling) -> Float[Tensor, "h"]:
 
 
 def _batches(rows: Sequence[_Row], token_budget: int) -> Iterator[list[_Row]]:
-    """Consecutive rows, sorted by length, whose padded size fits the budget (a longer row goes alone)."""
+    """Consecutive rows, sorted by length, whose padded size fits the budget (a longer row goes
+    alone)."""
     batch: list[_Row] = []
     for row in rows:
         if batch and (len(batch) + 1) * row.length > token_budget:

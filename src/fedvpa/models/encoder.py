@@ -1,15 +1,19 @@
-r"""Amortised posterior q(z | context) from a set of annotated pairs (M1; VPL, Poddar et al., 2024, sec. 3).
+r"""Amortised posterior q(z | context) from a set of annotated pairs (M1; VPL, Poddar et al., 2024,
+sec. 3).
 
 Each pair's preference direction passes a tanh network; the pairs of the context are pooled:
 
-* `mean` - heads for the mean and log-variance on the average of the pairs' hidden features, as if `shrinkage` more pairs
-  of zeros had been seen: with few pairs the mean stays near that of N(0, I), as a conjugate posterior's would;
+* `mean` - heads for the mean and log-variance on the average of the pairs' hidden features, as if
+  `shrinkage` more pairs of zeros had been seen: with few pairs the mean stays near that of N(0, I),
+  as a conjugate posterior's would;
 * `attention` - the same on a weighted average, with one learned query;
-* `poe` - every pair gives a Gaussian expert; precisions add to those of N(0, I), so sigma shrinks with every pair.
+* `poe` - every pair gives a Gaussian expert; precisions add to those of N(0, I), so sigma shrinks
+  with every pair.
 
-An *odd* encoder has no biases on the way to the mean, so that tanh networks give f(-x) = -f(x): a context with all its
-labels reversed has exactly the reversed mean and, its variance being read from the absolute values, the same sigma. That is
-the swap guidance of SPL (cf. P-IAF: swap-odd signals drive shift, swap-even ones scale) by construction.
+An *odd* encoder has no biases on the way to the mean, so that tanh networks give f(-x) = -f(x): a
+context with all its labels reversed has exactly the reversed mean and, its variance being read from
+the absolute values, the same sigma. That is the swap guidance of SPL (cf. P-IAF: swap-odd signals
+drive shift, swap-even ones scale) by construction.
 """
 
 from __future__ import annotations
@@ -46,11 +50,18 @@ class Encoder:
         if self.pooling == "attention":
             params["encoder.query"] = torch.zeros(width)
         if self.odd:
-            params = {k: v for k, v in params.items() if not k.endswith(".bias") or k == "encoder.log_var.bias"}
+            params = {
+                k: v
+                for k, v in params.items()
+                if not k.endswith(".bias") or k == "encoder.log_var.bias"
+            }
         return params
 
-    def __call__(self, params: Params, difference: Float[Tensor, "*b n p"], context: Bool[Tensor, "*b n"]) -> Posterior:
-        """Posterior [*b, d] given the pairs that `context` marks; with none it is the encoder's own prior guess.
+    def __call__(
+        self, params: Params, difference: Float[Tensor, "*b n p"], context: Bool[Tensor, "*b n"]
+    ) -> Posterior:
+        """Posterior [*b, d] given the pairs that `context` marks; with none it is the encoder's own
+        prior guess.
 
         The parameters' leading axes are those of the data, or absent.
         """
@@ -59,9 +70,15 @@ class Encoder:
         weight = context.to(hidden.dtype)
         if self.pooling == "poe":
             raw = self._log_var(params, even)
-            return Posterior(*product_of_experts(linear(params, "encoder.mean", hidden), raw, weight))
+            return Posterior(
+                *product_of_experts(linear(params, "encoder.mean", hidden), raw, weight)
+            )
         if self.pooling == "attention":
-            score = (even @ params["encoder.query"].unsqueeze(-1)).squeeze(-1).masked_fill(~context, -1e30)
+            score = (
+                (even @ params["encoder.query"].unsqueeze(-1))
+                .squeeze(-1)
+                .masked_fill(~context, -1e30)
+            )
             weight = torch.softmax(score, -1) * weight  # an empty context leaves no weight
         else:
             weight = weight / (weight.sum(-1, keepdim=True) + self.shrinkage).clamp_min(1)

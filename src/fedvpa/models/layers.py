@@ -13,7 +13,9 @@ from torch import Tensor
 from fedvpa.types import Params
 
 
-def linear_params(name: str, fan_in: int, fan_out: int, generator: torch.Generator, scale: float = 1.0) -> Params:
+def linear_params(
+    name: str, fan_in: int, fan_out: int, generator: torch.Generator, scale: float = 1.0
+) -> Params:
     """Weight [in, out] ~ N(0, scale^2 / fan_in), bias [out] at zero."""
     weight = torch.randn(fan_in, fan_out, generator=generator) * (scale / math.sqrt(fan_in))
     return {f"{name}.weight": weight, f"{name}.bias": torch.zeros(fan_out)}
@@ -34,7 +36,9 @@ def linear(params: Params, name: str, x: Float[Tensor, "*b n i"]) -> Float[Tenso
     return out if bias is None else out + bias.unsqueeze(-2)
 
 
-def mlp(params: Params, name: str, x: Float[Tensor, "*b n i"], layers: int) -> Float[Tensor, "*b n o"]:
+def mlp(
+    params: Params, name: str, x: Float[Tensor, "*b n i"], layers: int
+) -> Float[Tensor, "*b n o"]:
     """tanh after every layer."""
     for i in range(layers):
         x = torch.tanh(linear(params, f"{name}.{i}", x))

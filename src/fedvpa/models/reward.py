@@ -1,4 +1,5 @@
-r"""Rewards: how a latent preference steers the choice between two responses (M2), and rewards without a latent.
+r"""Rewards: how a latent preference steers the choice between two responses (M2), and rewards
+without a latent.
 
 Margins are r(chosen) - r(rejected), [*b, n].
 
@@ -7,7 +8,7 @@ Margins are r(chosen) - r(rejected), [*b, n].
 | `bilinear` | (w + W^T z) . dh, W full or of low rank | a direction of reward picked by z |
 | `concat` | MLP([h_c; z]) - MLP([h_r; z]) | VPL |
 | `film` | MLP whose hidden units z scales and shifts | FiLM (Perez et al., 2018) |
-| `additive` | w . dh + o (u . z), o = +1 if the chosen response was shown as A, else -1 | the FedVPA-GP paper |
+| `additive` | w . dh + o (u . z), o = +1 if the chosen response was option A, else -1 | the paper |
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class ConditionedReward:
         return self.conditioning in ("concat", "film")
 
     def init(self, generator: torch.Generator) -> Params:
-        """Fresh parameters. The reward itself starts at zero, z's effect on it does not (else everything collapses)."""
+        """Fresh parameters. The reward itself starts at zero, z's effect on it does not (else
+        everything collapses)."""
 
         def normal(*shape: int, std: float) -> Tensor:
             return torch.randn(*shape, generator=generator) * std
@@ -61,10 +63,14 @@ class ConditionedReward:
             params = linear_params("reward.0", p + d, h, generator)
         else:
             params = linear_params("reward.0", p, h, generator)
-            params |= linear_params("reward.film", d, 2 * h, generator, scale=self.scale * math.sqrt(d))
+            params |= linear_params(
+                "reward.film", d, 2 * h, generator, scale=self.scale * math.sqrt(d)
+            )
         return params | {"reward.out": normal(h, std=1 / math.sqrt(h))}
 
-    def margin(self, params: Params, z: Float[Tensor, "*#b d"], batch: PairBatch) -> Float[Tensor, "... n"]:
+    def margin(
+        self, params: Params, z: Float[Tensor, "*#b d"], batch: PairBatch
+    ) -> Float[Tensor, "... n"]:
         """Reward margin of every pair under z."""
         if self.conditioning == "bilinear":
             return (batch.difference @ self.direction(params, z).unsqueeze(-1)).squeeze(-1)
@@ -77,14 +83,27 @@ class ConditionedReward:
     def direction(self, params: Params, z: Float[Tensor, "*b d"]) -> Float[Tensor, "*b p"]:
         """Direction of the bilinear reward, w + W^T z."""
         row = z.unsqueeze(-2)
-        steered = row @ params["reward.left"] @ params["reward.right"] if self.rank else row @ params["reward.bilinear"]
+        steered = (
+            row @ params["reward.left"] @ params["reward.right"]
+            if self.rank
+            else row @ params["reward.bilinear"]
+        )
         return params["reward.weight"] + steered.squeeze(-2)
 
-    def _score(self, params: Params, z: Float[Tensor, "*#b d"], x: Float[Tensor, "*#b n p"]) -> Float[Tensor, "... n"]:
+    def _score(
+        self, params: Params, z: Float[Tensor, "*#b d"], x: Float[Tensor, "*#b n p"]
+    ) -> Float[Tensor, "... n"]:
         if self.conditioning == "concat":
             first = params["reward.0.weight"]
-            split = {"x.weight": first[..., : self.inputs, :], "z.weight": first[..., self.inputs :, :]}
-            hidden = linear(split, "x", x) + linear(split, "z", z.unsqueeze(-2)) + params["reward.0.bias"].unsqueeze(-2)
+            split = {
+                "x.weight": first[..., : self.inputs, :],
+                "z.weight": first[..., self.inputs :, :],
+            }
+            hidden = (
+                linear(split, "x", x)
+                + linear(split, "z", z.unsqueeze(-2))
+                + params["reward.0.bias"].unsqueeze(-2)
+            )
             hidden = torch.tanh(hidden)
         else:
             scale, shift = linear(params, "reward.film", z.unsqueeze(-2)).chunk(2, -1)
@@ -122,12 +141,15 @@ class SharedReward:
 
 
 def both_responses(batch: PairBatch) -> Float[Tensor, "*b two_n p"]:
-    """Features of the chosen responses and, behind them, of the rejected ones: one product reads the weights once.
+    """Features of the chosen responses and, behind them, of the rejected ones: one product reads
+    the weights once.
 
     Raises:
         ValueError: the batch was built without them.
     """
     if batch.common is None:
-        raise ValueError("this reward reads the features themselves, but the batch holds only their difference")
+        raise ValueError(
+            "this reward reads the features themselves, but the batch holds only their difference"
+        )
     half = batch.difference / 2
     return torch.cat([batch.common + half, batch.common - half], -2)
