@@ -29,13 +29,13 @@ from transformers import PrinterCallback, TrainerCallback
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from fedvpa.alignment.conditioning import PREFERENCE, PreferenceConditioner, attach
-from fedvpa.alignment.dpo import ConditionalDPOTrainer, PreferenceCollator
-from fedvpa.alignment.policy import Policy, Sampling
 from fedvpa.config import PersonasConfig
 from fedvpa.data.personas import personas, prompts
-from fedvpa.models.loading import load_causal_model
-from fedvpa.types import Message
+from fedvpa.features.loading import load_causal_model
+from fedvpa.policy.conditioning import PREFERENCE, PreferenceConditioner, attach
+from fedvpa.policy.dpo import ConditionalDPOTrainer, PreferenceCollator
+from fedvpa.policy.policy import Policy, Sampling
+from fedvpa.records import Message
 
 RANK, BATCH = 16, 2
 

@@ -28,16 +28,16 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from benchmarks.population import Data, accuracy, configuration, prepare
-from fedvpa.checkpoint import plain_json
 from fedvpa.config import merged
 from fedvpa.evaluation.statistics import interval
 from fedvpa.experiment.build import build_algorithm, build_privacy
 from fedvpa.federated.algorithm import poisson_cohort, sample_cohort
+from fedvpa.federated.clients import Broadcast, Participants, Update
 from fedvpa.federated.components import Moments
 from fedvpa.federated.draws import stream
-from fedvpa.federated.participants import Broadcast, Participants, Update
 from fedvpa.federated.privacy import Privacy
 from fedvpa.federated.variational import FederatedVariational
+from fedvpa.files import plain_json
 from fedvpa.types import Params
 
 COMPONENTS: dict[str, Any] = {"prior": {"kind": "components"}}

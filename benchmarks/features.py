@@ -20,7 +20,8 @@ import torch
 
 from fedvpa.config import FeaturesConfig
 from fedvpa.data.reading import read_pairs
-from fedvpa.models.backbone import Backbone, Item, Tap
+from fedvpa.features.backbone import Backbone, Tap
+from fedvpa.records import Item
 
 
 def main(argv: list[str] | None = None) -> int:

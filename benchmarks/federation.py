@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fedvpa.checkpoint import plain_json
-from fedvpa.flower.processes import environment, program
+from fedvpa.files import plain_json
+from fedvpa.network.processes import environment, program
 
 
 def fedvpa(*arguments: str) -> list[str]:

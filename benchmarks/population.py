@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from fedvpa.config import Config, build_config, merged
-from fedvpa.data.features import FeatureCache
 from fedvpa.evaluation.protocol import Scores, given_trial
 from fedvpa.experiment.dataset import Whitener, features_of, to_store, training_data
-from fedvpa.federated.store import ClientStore
+from fedvpa.features.cache import FeatureCache
+from fedvpa.federated.batch import ClientStore
 from fedvpa.federated.variational import FederatedVariational
 from fedvpa.types import ServerState
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.population import accuracy, configuration, prepare
-from fedvpa.checkpoint import plain_json
 from fedvpa.config import merged
 from fedvpa.evaluation.statistics import interval
 from fedvpa.experiment.build import build_algorithm, build_privacy
@@ -23,6 +22,7 @@ from fedvpa.federated.algorithm import poisson_cohort
 from fedvpa.federated.draws import stream
 from fedvpa.federated.privacy import noise_for
 from fedvpa.federated.variational import FederatedVariational
+from fedvpa.files import plain_json
 
 ROUNDS = 50
 

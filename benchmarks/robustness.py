@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.population import Data, accuracy, configuration, prepare
-from fedvpa.checkpoint import plain_json
 from fedvpa.evaluation.statistics import interval
 from fedvpa.experiment.build import build_algorithm
 from fedvpa.federated.algorithm import sample_cohort
+from fedvpa.federated.clients import Broadcast, Participants, Update
 from fedvpa.federated.draws import stream
-from fedvpa.federated.participants import Broadcast, Participants, Update
 from fedvpa.federated.variational import FederatedVariational
+from fedvpa.files import plain_json
 from fedvpa.types import Params
 
 AGGREGATORS: dict[str, dict[str, Any]] = {

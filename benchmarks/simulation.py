@@ -11,7 +11,7 @@ pairs; then FedAvg.
 * `paper-size`: encoder 576-512-256-128 to 2 x 32, reward MLP 608-256-1, Bradley-Terry loss and
   Gaussian KL.
 
-All engines take the same local steps on the same pairs (`fedvpa.federated.client.train_locally`);
+All engines take the same local steps on the same pairs (`fedvpa.federated.local.train_locally`);
 they differ in how clients are scheduled, stacked and averaged. Each runs in a process of its own,
 one after the other; a figure is the median over the rounds after the first. The peak is the
 resident memory of the process and its children, sampled every 50 ms.

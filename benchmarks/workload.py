@@ -8,11 +8,11 @@ import torch
 
 from fedvpa.config import Config, build_config
 from fedvpa.experiment.build import build_algorithm
-from fedvpa.federated.client import stack, train_locally
+from fedvpa.federated.batch import ClientStore, build_store
+from fedvpa.federated.clients import ClientSide
 from fedvpa.federated.draws import stream
+from fedvpa.federated.local import stack, train_locally
 from fedvpa.federated.objective import RoundContext
-from fedvpa.federated.participants import ClientSide
-from fedvpa.federated.store import ClientStore, build_store
 from fedvpa.federated.variational import FederatedVariational
 from fedvpa.types import Params
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from fedvpa.federated.batch import ClientStore, build_store
 from fedvpa.federated.draws import stream
-from fedvpa.federated.store import ClientStore, build_store
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"
@@ -53,7 +53,7 @@ def _same_arithmetic() -> Iterator[None]:
     """Models compute in float32 unless a test says otherwise, also where bfloat16 is native: the
     same results everywhere."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("fedvpa.models.loading", "fedvpa.models.backbone"):
+        for module in ("fedvpa.features.loading", "fedvpa.features.backbone"):
             patch.setattr(f"{module}.preferred_dtype", lambda device: torch.float32, raising=False)
         yield
 

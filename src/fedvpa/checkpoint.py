@@ -4,9 +4,6 @@ pickle."""
 from __future__ import annotations
 
 import json
-import math
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fedvpa.errors import CheckpointError
+from fedvpa.files import write_atomically
 from fedvpa.types import ServerState
 
 FORMAT = "fedvpa-checkpoint-1"
@@ -72,38 +70,3 @@ def load_checkpoint(path: Path, fingerprint: str | None = None) -> Checkpoint:
             f"{path}: belongs to other settings or other data; it cannot be resumed with these"
         )
     return found
-
-
-def plain_json(content: Any) -> bytes:
-    """Indented JSON that every reader can read: NaN and Inf become null."""
-    return (json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n").encode()
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {k: _without_nan(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(v) for v in value]
-    return value
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace the file at `path` by `content`, or leave it as it was.
-
-    Raises:
-        OSError: the disk is full or not writable.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

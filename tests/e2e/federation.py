@@ -18,9 +18,9 @@ from typing import Any
 import yaml
 
 from fedvpa.data.preferences import to_record
-from fedvpa.flower.processes import port_is_free
-from fedvpa.flower.project import init_project
-from fedvpa.types import PreferencePair
+from fedvpa.network.processes import port_is_free
+from fedvpa.network.project import init_project
+from fedvpa.records import PreferencePair
 
 
 def free_ports(count: int) -> int:

@@ -19,8 +19,8 @@ from fedvpa.config import build_config
 from fedvpa.data.preferences import to_record
 from fedvpa.data.reading import read_pairs
 from fedvpa.experiment.train import train
-from fedvpa.flower.project import init_project
-from fedvpa.types import PreferencePair
+from fedvpa.network.project import init_project
+from fedvpa.records import PreferencePair
 from tests.e2e.federation import Federation, free_ports
 
 pytestmark = pytest.mark.slow

@@ -22,11 +22,11 @@ from fedvpa.errors import BadInputError
 from fedvpa.experiment.evaluate import EvaluationSettings, evaluate
 from fedvpa.experiment.train import train
 from fedvpa.experiment.use import PreferenceModel
-from fedvpa.flower.client import REPLIES, Client
-from fedvpa.flower.participants import CohortError
-from fedvpa.flower.serve import serve
-from fedvpa.flower.settings import ClientSettings, ServerSettings, read_settings, training_config
-from fedvpa.flower.wire import Packet, WireError, pack, unpack
+from fedvpa.network.clients import CohortError
+from fedvpa.network.daemon import REPLIES, Client
+from fedvpa.network.serve import serve
+from fedvpa.network.settings import ClientSettings, ServerSettings, read_settings, training_config
+from fedvpa.network.wire import Packet, WireError, pack, unpack
 
 Tamper = Callable[[int, Packet, Packet], Packet | bytes | str]
 TRAINING: dict[str, Any] = {
@@ -336,7 +336,7 @@ def test_a_full_disk_on_a_client_loses_nothing(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    from fedvpa.flower import client as module
+    from fedvpa.network import daemon as module
 
     path, loop = make()
     full, write = [0], module.write_atomically

@@ -15,7 +15,7 @@ from fedvpa.config import METHODS, Config, build_config, settings_for
 from fedvpa.errors import BadInputError, CheckpointError, NonFiniteUpdateError
 from fedvpa.experiment.build import build_algorithm
 from fedvpa.federated.algorithm import sample_cohort
-from fedvpa.federated.store import ClientStore
+from fedvpa.federated.batch import ClientStore
 from fedvpa.types import ServerState
 from tests.conftest import synthetic_store
 

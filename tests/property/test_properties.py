@@ -17,7 +17,8 @@ from fedvpa.data.reading import read_pairs
 from fedvpa.errors import BadInputError, RecordError
 from fedvpa.federated.draws import Episodes, local_draws
 from fedvpa.functional.gaussian import standard_kl_per_dimension
-from fedvpa.types import Message, PairBatch, PreferencePair
+from fedvpa.records import Message, PreferencePair
+from fedvpa.types import PairBatch
 
 plain = st.text(
     st.characters(codec="utf-8", exclude_characters="\r"), min_size=1, max_size=40

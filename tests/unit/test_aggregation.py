@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.stats import trim_mean
 
-from fedvpa.federated.aggregation import RobustMean, WeightedMean, nearest_to_others
+from fedvpa.federated.aggregators import RobustMean, WeightedMean, nearest_to_others
 from fedvpa.federated.draws import stream
 
 START = {"a": torch.zeros(3, 2), "b": torch.zeros(4)}

@@ -20,12 +20,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from fedvpa.alignment.align import Candidate, choose
-from fedvpa.alignment.conditioning import PreferenceConditioner, attach
-from fedvpa.alignment.dpo import ConditionalDPOTrainer, PreferenceCollator, last_checkpoint
-from fedvpa.alignment.export import export_adapter, export_merged
-from fedvpa.alignment.federated_dpo import _average
-from fedvpa.alignment.policy import (
+from fedvpa.errors import BadInputError
+from fedvpa.experiment.use import SharedRewardModel
+from fedvpa.policy.align import Candidate, choose
+from fedvpa.policy.conditioning import PreferenceConditioner, attach
+from fedvpa.policy.dpo import ConditionalDPOTrainer, PreferenceCollator, last_checkpoint
+from fedvpa.policy.export import export_adapter, export_merged
+from fedvpa.policy.federated_dpo import _average
+from fedvpa.policy.policy import (
     Policy,
     PolicyCard,
     Sampling,
@@ -35,13 +37,10 @@ from fedvpa.alignment.policy import (
     save_card,
     whole_sentences,
 )
-from fedvpa.alignment.prompts import in_style, read_prompts, read_styles
-from fedvpa.alignment.sampling import draw_from_nucleus
-from fedvpa.alignment.training import by_prompt
-from fedvpa.errors import BadInputError
-from fedvpa.experiment.use import SharedRewardModel
-from fedvpa.models.backbone import Item
-from fedvpa.types import Message
+from fedvpa.policy.prompts import in_style, read_prompts, read_styles
+from fedvpa.policy.sampling import draw_from_nucleus
+from fedvpa.policy.training import by_prompt
+from fedvpa.records import Item, Message
 
 FORMS = ("gate", "prefix", "shift")
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")

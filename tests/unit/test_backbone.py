@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from fedvpa.config import FeaturesConfig
-from fedvpa.data.features import FeatureCache
 from fedvpa.errors import BadInputError
-from fedvpa.models.backbone import Backbone, Item, Tap
-from fedvpa.models.loading import load_causal_model
-from fedvpa.types import Message
+from fedvpa.features.backbone import Backbone, Tap
+from fedvpa.features.cache import FeatureCache
+from fedvpa.features.loading import load_causal_model
+from fedvpa.records import Item, Message
 from tests.conftest import WORDS
 
 TAPS = [Tap(2, "last"), Tap(3, "mean")]

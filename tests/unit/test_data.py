@@ -28,7 +28,7 @@ from fedvpa.data.personas import (
 from fedvpa.data.preferences import parse_record
 from fedvpa.data.reading import read_pairs
 from fedvpa.errors import BadInputError, RecordError
-from fedvpa.types import Message, PreferencePair
+from fedvpa.records import Message, PreferencePair
 
 HH = {"chosen": "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: tea?\n\nAssistant: yes",
       "rejected": "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: tea?\n\nAssistant: no"}  # fmt: skip

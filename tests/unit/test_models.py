@@ -7,9 +7,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from fedvpa.models.encoder import Encoder
-from fedvpa.models.reward import ConditionedReward, SharedReward
-from fedvpa.models.selector import Selector, refined_posterior
+from fedvpa.selector.encoder import Encoder
+from fedvpa.selector.reward import ConditionedReward, SharedReward
+from fedvpa.selector.selector import Selector, refined_posterior
 from fedvpa.types import PairBatch, Population
 from tests.conftest import synthetic_store
 

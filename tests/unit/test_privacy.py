@@ -12,7 +12,7 @@ import torch
 from fedvpa.config import build_config
 from fedvpa.errors import BadInputError
 from fedvpa.experiment.build import build_algorithm, build_privacy
-from fedvpa.federated.aggregation import bounded
+from fedvpa.federated.aggregators import bounded
 from fedvpa.federated.algorithm import poisson_cohort
 from fedvpa.federated.components import Moments
 from fedvpa.federated.draws import stream

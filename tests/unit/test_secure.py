@@ -15,9 +15,9 @@ from flwr.common import bytes_to_ndarray
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key, Stage
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedvpa.flower import masks, relay
-from fedvpa.flower.secure import LEVELS, MODULUS, SecureSumError, secure_sum
-from fedvpa.flower.wire import SCALES, WireError, flatten, unflatten
+from fedvpa.network import masks, relay
+from fedvpa.network.secure import LEVELS, MODULUS, SecureSumError, secure_sum
+from fedvpa.network.wire import SCALES, WireError, flatten, unflatten
 
 SIZE = 40
 

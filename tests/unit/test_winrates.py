@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from fedvpa.alignment.judges import EndpointJudge, ExactJudge, JudgeError, RewardJudge
 from fedvpa.config import FeaturesConfig
 from fedvpa.errors import BadInputError
-from fedvpa.evaluation.winrates import (
+from fedvpa.records import Message, PreferencePair
+from fedvpa.winrate.judges import EndpointJudge, ExactJudge, JudgeError, RewardJudge
+from fedvpa.winrate.statistics import (
     bootstrap,
     difference,
     distinct_n,
@@ -22,7 +23,6 @@ from fedvpa.evaluation.winrates import (
     repetition,
     win_rate,
 )
-from fedvpa.types import Message, PreferencePair
 from tests.conftest import endpoint
 
 PROMPTS = [(Message("user", "tea?"),), (Message("user", "coffee?"),)]

@@ -25,8 +25,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from fedvpa.checkpoint import plain_json, write_atomically
-from fedvpa.models.backbone import Progress as TextProgress
+from fedvpa.files import plain_json, write_atomically
+from fedvpa.records import Progress as TextProgress
 
 
 class Reporter:

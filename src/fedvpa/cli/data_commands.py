@@ -7,17 +7,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fedvpa.checkpoint import write_atomically
 from fedvpa.cli.console import Reporter, add_common, emit_json
 from fedvpa.cli.options import add_settings, settings_given
 from fedvpa.config import PersonasConfig, build_config
-from fedvpa.data.features import FeatureCache
 from fedvpa.data.inspection import inspect_pairs
 from fedvpa.data.personas import ATTRIBUTES, UNSEEN, personas, user_vector
 from fedvpa.data.preferences import to_record
 from fedvpa.data.reading import PairSet, read_pairs
 from fedvpa.errors import BadInputError
 from fedvpa.experiment.dataset import training_data
+from fedvpa.features.cache import FeatureCache
+from fedvpa.files import write_atomically
 
 
 def register(commands: Any) -> None:

@@ -92,8 +92,8 @@ def register(commands: Any) -> None:
 
 def run_init(arguments: argparse.Namespace, reporter: Reporter) -> int:
     """Write the project."""
-    from fedvpa.flower.project import init_project
-    from fedvpa.flower.settings import ServerSettings, training_config
+    from fedvpa.network.project import init_project
+    from fedvpa.network.settings import ServerSettings, training_config
 
     given = settings_given(arguments)
     pairs: dict[str, str] = {}
@@ -170,7 +170,7 @@ def _plain(settings: dict[str, Any]) -> dict[str, Any]:
 
 def run_server_command(arguments: argparse.Namespace, reporter: Reporter) -> int:
     """Start the SuperLink and the run; follow it to its end."""
-    from fedvpa.flower.link import run_server
+    from fedvpa.network.superlink import run_server
 
     _stop_on_terminate()
     result = run_server(arguments.directory / "server.yaml")
@@ -183,7 +183,7 @@ def run_server_command(arguments: argparse.Namespace, reporter: Reporter) -> int
 
 def run_client_command(arguments: argparse.Namespace, reporter: Reporter) -> int:
     """Serve until interrupted."""
-    from fedvpa.flower.node import run_client
+    from fedvpa.network.supernode import run_client
 
     if arguments.min_cohort < 3:
         raise BadInputError("--min-cohort: at least 3; a sum over two tells each the other's part")

@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 
-from fedvpa.alignment.export import check_free, export_adapter, export_merged
-from fedvpa.alignment.policy import PolicyCard, Sampling, load_card, load_policy
-from fedvpa.alignment.prompts import read_prompts
-from fedvpa.alignment.settings import AlignConfig, FedDPOConfig, TrainingConfig
-from fedvpa.checkpoint import write_atomically
 from fedvpa.cli.console import Reporter, add_common, emit_json
 from fedvpa.cli.options import add_flat_settings, flat_settings_given
 from fedvpa.data.reading import read_pairs
 from fedvpa.errors import BadInputError
 from fedvpa.experiment.use import PreferenceModel
-from fedvpa.types import Message
+from fedvpa.files import write_atomically
+from fedvpa.policy.export import check_free, export_adapter, export_merged
+from fedvpa.policy.policy import PolicyCard, Sampling, load_card, load_policy
+from fedvpa.policy.prompts import read_prompts
+from fedvpa.policy.settings import AlignConfig, FedDPOConfig, TrainingConfig
+from fedvpa.records import Message
 
 _MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD = -4, -1, -2  # malloc.h
 
@@ -128,7 +128,7 @@ def _preference_flags(parser: argparse.ArgumentParser) -> Any:
 
 def run_align(arguments: argparse.Namespace, reporter: Reporter) -> int:
     """Sample, choose, train; print the counts."""
-    from fedvpa.alignment.align import align  # with TRL, which is slow to import
+    from fedvpa.policy.align import align  # with TRL, which is slow to import
 
     config = flat_settings_given(arguments, AlignConfig)
     _keep_freed_memory()
@@ -159,7 +159,7 @@ def run_align(arguments: argparse.Namespace, reporter: Reporter) -> int:
 
 def run_feddpo(arguments: argparse.Namespace, reporter: Reporter) -> int:
     """Train the baseline."""
-    from fedvpa.alignment.federated_dpo import feddpo  # with TRL, which is slow to import
+    from fedvpa.policy.federated_dpo import feddpo  # with TRL, which is slow to import
 
     config = flat_settings_given(arguments, FedDPOConfig)
     _keep_freed_memory()

@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fedvpa.checkpoint import write_atomically
 from fedvpa.cli.console import Reporter, add_common, emit_json, show_interval
 from fedvpa.cli.options import add_settings, settings_given
 from fedvpa.config import METHODS, Config, build_config, flatten
@@ -18,6 +17,7 @@ from fedvpa.experiment.evaluate import EvaluationSettings, evaluate
 from fedvpa.experiment.plan import Comparison, TestSettings, comparison, read_plan
 from fedvpa.experiment.run import RunPaths, changed_settings, load_config
 from fedvpa.experiment.train import train
+from fedvpa.files import write_atomically
 
 
 def register(commands: Any) -> None:

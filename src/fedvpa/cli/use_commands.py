@@ -12,7 +12,7 @@ from fedvpa.data.preferences import parse_prompt
 from fedvpa.data.reading import read_pairs
 from fedvpa.errors import BadInputError
 from fedvpa.experiment.use import PreferenceModel
-from fedvpa.models.backbone import Item
+from fedvpa.records import Item
 
 
 def register(commands: Any) -> None:

@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedvpa.alignment.judges import POLES, EndpointJudge, ExactJudge, Judge, RewardJudge
-from fedvpa.alignment.policy import PolicyCard, Sampling, load_card
-from fedvpa.alignment.prompts import Prompt
-from fedvpa.alignment.winrate import Setting, winrate
-from fedvpa.checkpoint import write_atomically
 from fedvpa.cli.console import Reporter, add_common, emit_json, show_interval
 from fedvpa.cli.policy_commands import parse_weights, posterior_mean
 from fedvpa.config import FeaturesConfig, read_yaml
 from fedvpa.errors import BadInputError
-from fedvpa.evaluation.winrate_report import render_winrate
 from fedvpa.experiment.use import untrained_pairs
+from fedvpa.files import write_atomically
+from fedvpa.policy.policy import PolicyCard, Sampling, load_card
+from fedvpa.policy.prompts import Prompt
+from fedvpa.winrate.judges import POLES, EndpointJudge, ExactJudge, Judge, RewardJudge
+from fedvpa.winrate.report import render_winrate
+from fedvpa.winrate.winrate import Setting, winrate
 
 
 def register(commands: Any) -> None:

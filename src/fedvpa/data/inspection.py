@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from fedvpa.data.reading import PairSet
-from fedvpa.types import PreferencePair
+from fedvpa.records import PreferencePair
 
 
 def inspect_pairs(source: PairSet, test: PairSet | None = None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from fedvpa.errors import BadInputError
-from fedvpa.types import PreferencePair
+from fedvpa.records import PreferencePair
 
 MIRRORED = "-mirrored"
 """Ending of the name of a client that holds another one's pairs with reversed labels."""

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from fedvpa.config import PersonasConfig
 from fedvpa.data.partition import ClientPairs
 from fedvpa.errors import BadInputError
-from fedvpa.types import Message, PreferencePair
+from fedvpa.records import Message, PreferencePair
 
 ATTRIBUTES: tuple[tuple[str, str, str], ...] = (
     ("length", "concise", "detailed"),

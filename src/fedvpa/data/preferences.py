@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from fedvpa.errors import RecordError
-from fedvpa.types import Message, PreferencePair, Role
+from fedvpa.records import Message, PreferencePair, Role
 
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 _ROLES = ("system", "user", "assistant")

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from fedvpa.data.preferences import is_no_comparison, parse_record
 from fedvpa.errors import BadInputError, RecordError
-from fedvpa.types import PreferencePair
+from fedvpa.records import PreferencePair
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 OnBadRecord = Literal["few", "error", "skip"]

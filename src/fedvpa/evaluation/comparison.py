@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, select_autoescape
 from matplotlib.figure import Figure
 
 from fedvpa.evaluation import plots
+from fedvpa.evaluation.pages import render
 from fedvpa.evaluation.statistics import Interval, interval, ratio_interval
 
 MONOLITHIC = ("fedavg-btl", "fedavg-btl-mlp")
@@ -315,11 +315,8 @@ def render_comparison(
                 "runs": [r.run for r in here if r.run],
             }
         )
-    environment = Environment(
-        loader=PackageLoader("fedvpa.evaluation", "."), autoescape=select_autoescape()
-    )
     collapse = plots.svg(_collapse(results)) if any(_found_groups(r) for r in results) else ""
-    return environment.get_template("comparison.html").render(sections=sections, collapse=collapse)
+    return render("fedvpa.evaluation", "comparison.html", sections=sections, collapse=collapse)
 
 
 def _few_shot(results: Sequence[Result], rows: Sequence[str]) -> Figure:

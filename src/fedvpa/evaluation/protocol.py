@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fedvpa.federated.algorithm import Predictor
+from fedvpa.federated.batch import ClientStore, first_pairs, select
 from fedvpa.federated.draws import stream
-from fedvpa.federated.store import ClientStore, first_pairs, select
 from fedvpa.functional.preference import expected_calibration_error
 from fedvpa.types import PairBatch
 

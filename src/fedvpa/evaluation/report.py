@@ -7,10 +7,10 @@ from typing import Any
 
 import yaml
 from jaxtyping import Int
-from jinja2 import Environment, PackageLoader, select_autoescape
 from torch import Tensor
 
 from fedvpa.evaluation import plots
+from fedvpa.evaluation.pages import render
 from fedvpa.types import Posterior
 
 _ROWS = (
@@ -93,10 +93,9 @@ def render_report(
             "cells": [_cell(part["nll"]["own"]) for _, part in columns],
         }
     )
-    environment = Environment(
-        loader=PackageLoader("fedvpa.evaluation", "."), autoescape=select_autoescape()
-    )
-    return environment.get_template("report.html").render(
+    return render(
+        "fedvpa.evaluation",
+        "report.html",
         title=f"fedvpa: {run['method']} on {data['source'].rstrip('/').rsplit('/', 1)[-1]}",
         lead=(
             f"{run['clients']} training clients, {run['rounds']} rounds, seed {run['seed']};"

@@ -7,19 +7,19 @@ import math
 
 from fedvpa.config import Config
 from fedvpa.errors import BadInputError
-from fedvpa.federated.aggregation import ServerOptimiser
+from fedvpa.federated.aggregators import ServerOptimiser
 from fedvpa.federated.algorithm import Algorithm
-from fedvpa.federated.client import LocalSettings
-from fedvpa.federated.monolithic import FederatedReward
+from fedvpa.federated.batch import ClientStore
+from fedvpa.federated.clients import ClientSide, Participants, Schedule
+from fedvpa.federated.local import LocalSettings
 from fedvpa.federated.objective import VariationalObjective
-from fedvpa.federated.participants import ClientSide, Participants, Schedule
 from fedvpa.federated.privacy import Privacy
+from fedvpa.federated.rewards import FederatedReward
 from fedvpa.federated.simulation import Simulation
-from fedvpa.federated.store import ClientStore
 from fedvpa.federated.variational import FederatedVariational
-from fedvpa.models.encoder import Encoder
-from fedvpa.models.reward import ConditionedReward, SharedReward
-from fedvpa.models.selector import Selector
+from fedvpa.selector.encoder import Encoder
+from fedvpa.selector.reward import ConditionedReward, SharedReward
+from fedvpa.selector.selector import Selector
 
 
 def build_reward(config: Config) -> ConditionedReward | SharedReward:

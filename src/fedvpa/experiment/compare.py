@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from fedvpa.checkpoint import write_atomically
 from fedvpa.config import Config, build_config
 from fedvpa.errors import BadInputError, FedvpaError, RunError
 from fedvpa.evaluation import plots
@@ -25,7 +24,8 @@ from fedvpa.experiment.evaluate import EvaluationSettings, evaluate
 from fedvpa.experiment.plan import Comparison
 from fedvpa.experiment.run import RunPaths, load_config
 from fedvpa.experiment.train import train
-from fedvpa.models.backbone import Progress
+from fedvpa.files import write_atomically
+from fedvpa.records import Progress
 
 OnCell = Callable[[int, int, str], None]
 """Called with (cells done, cells in all, the last one's name)."""

@@ -12,7 +12,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedvpa.config import Config, DataConfig
-from fedvpa.data.features import FeatureCache
 from fedvpa.data.partition import (
     MIRRORED,
     ClientPairs,
@@ -24,10 +23,11 @@ from fedvpa.data.partition import (
 from fedvpa.data.personas import UNSEEN, personas
 from fedvpa.data.reading import PairSet, read_pairs
 from fedvpa.errors import BadInputError
+from fedvpa.features.cache import FeatureCache
 from fedvpa.federated.algorithm import Payload
-from fedvpa.federated.store import ClientStore, build_store
+from fedvpa.federated.batch import ClientStore, build_store
 from fedvpa.functional.whitening import second_moment, whitening_matrix
-from fedvpa.models.backbone import Progress
+from fedvpa.records import Progress
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fedvpa import __version__
 from fedvpa.config import FEDERATION, DataConfig
-from fedvpa.data.features import FeatureCache
 from fedvpa.errors import BadInputError
 from fedvpa.evaluation.diagnostics import (
     cluster_diagnostics,
@@ -49,12 +48,13 @@ from fedvpa.experiment.dataset import (
 )
 from fedvpa.experiment.run import Run, open_run
 from fedvpa.experiment.train import manifest
+from fedvpa.features.cache import FeatureCache
+from fedvpa.federated.batch import ClientStore, concatenate
 from fedvpa.federated.objective import PROTOTYPES
-from fedvpa.federated.predictor import VariationalPredictor
-from fedvpa.federated.store import ClientStore, concatenate
 from fedvpa.federated.variational import FederatedVariational
 from fedvpa.functional.preference import mean_choice_loss
-from fedvpa.models.backbone import Progress
+from fedvpa.records import Progress
+from fedvpa.selector.predictor import VariationalPredictor
 from fedvpa.types import PairBatch, Posterior
 
 CONTEXT_SIZES = (0, 1, 2, 4, 8, 16, 32)

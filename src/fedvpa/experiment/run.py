@@ -23,15 +23,16 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from fedvpa.checkpoint import Checkpoint, load_checkpoint, plain_json, write_atomically
+from fedvpa.checkpoint import Checkpoint, load_checkpoint
 from fedvpa.config import Config, build_config, read_yaml
-from fedvpa.data.features import FeatureCache
 from fedvpa.errors import BadInputError, CheckpointError
 from fedvpa.experiment.build import build_algorithm, build_reward
 from fedvpa.experiment.dataset import Whitener, features_of, to_store, training_data
+from fedvpa.features.cache import FeatureCache
 from fedvpa.federated.algorithm import Algorithm, Predictor
-from fedvpa.federated.store import ClientStore, build_store
-from fedvpa.models.backbone import Progress
+from fedvpa.federated.batch import ClientStore, build_store
+from fedvpa.files import plain_json, write_atomically
+from fedvpa.records import Progress
 from fedvpa.types import PairBatch
 
 ELSEWHERE = {"out", "tracker"}

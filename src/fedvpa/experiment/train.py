@@ -13,7 +13,6 @@ import torch
 
 from fedvpa.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedvpa.config import Config, FederationConfig
-from fedvpa.data.features import FeatureCache
 from fedvpa.errors import BadInputError
 from fedvpa.evaluation.protocol import Scores, given_trial
 from fedvpa.evaluation.statistics import interval
@@ -35,11 +34,12 @@ from fedvpa.experiment.run import (
     save_whitener,
 )
 from fedvpa.experiment.tracking import Tracker, open_tracker
+from fedvpa.features.cache import FeatureCache
 from fedvpa.federated.algorithm import Algorithm, poisson_cohort, sample_cohort
+from fedvpa.federated.batch import ClientStore
 from fedvpa.federated.draws import stream
 from fedvpa.federated.privacy import BudgetError
-from fedvpa.federated.store import ClientStore
-from fedvpa.models.backbone import Progress
+from fedvpa.records import Progress
 from fedvpa.types import ServerState
 
 logger = logging.getLogger("fedvpa")

@@ -14,17 +14,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedvpa.data.features import FeatureCache
 from fedvpa.data.partition import ClientPairs, without_duplicates
 from fedvpa.data.reading import read_pairs
 from fedvpa.errors import BadInputError
 from fedvpa.experiment.dataset import presentation_order, training_data
 from fedvpa.experiment.run import Run, RunPaths, load_config, open_run, pairs_to_batch
+from fedvpa.features.cache import FeatureCache
+from fedvpa.features.loading import location_stamp
 from fedvpa.federated.objective import PROTOTYPES
-from fedvpa.federated.predictor import VariationalPredictor
-from fedvpa.models.backbone import Item
-from fedvpa.models.loading import location_stamp
-from fedvpa.types import PairBatch, PreferencePair
+from fedvpa.records import Item, PreferencePair
+from fedvpa.selector.predictor import VariationalPredictor
+from fedvpa.types import PairBatch
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fedvpa.federated.store import select
+from fedvpa.federated.batch import select
 from fedvpa.types import PairBatch
 
 

@@ -19,8 +19,8 @@ from fedvpa.functional.mixture import (
 )
 from fedvpa.functional.preference import mean_choice_loss
 from fedvpa.functional.prototypes import orthonormality_loss, pull_loss
-from fedvpa.models.reward import SharedReward
-from fedvpa.models.selector import Selector
+from fedvpa.selector.reward import SharedReward
+from fedvpa.selector.selector import Selector
 from fedvpa.types import MixturePrior, Params, Population, Posterior
 
 PRIOR_LOGIT = "private.prior_logit"

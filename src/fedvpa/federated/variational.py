@@ -13,9 +13,9 @@ from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from fedvpa.federated.aggregation import RobustMean, ServerOptimiser, WeightedMean
+from fedvpa.federated.aggregators import RobustMean, ServerOptimiser, WeightedMean
 from fedvpa.federated.algorithm import Payload
-from fedvpa.federated.client import require_finite, stack
+from fedvpa.federated.clients import Broadcast, Participants, Schedule
 from fedvpa.federated.components import (
     Moments,
     adjusted_price,
@@ -25,9 +25,9 @@ from fedvpa.federated.components import (
     population,
 )
 from fedvpa.federated.draws import stream
+from fedvpa.federated.local import require_finite, stack
 from fedvpa.federated.manifest import payload_rows
 from fedvpa.federated.objective import PROTOTYPES, VariationalObjective
-from fedvpa.federated.participants import Broadcast, Participants, Schedule
 from fedvpa.federated.population import (
     MAX_MODES,
     balanced_labels,
@@ -36,10 +36,10 @@ from fedvpa.federated.population import (
     fewest_within_error,
     fit_population,
 )
-from fedvpa.federated.predictor import VariationalPredictor
 from fedvpa.federated.privacy import Normal, Privacy, secret_normal, seeded_normal
 from fedvpa.functional.prototypes import orthogonal_prototypes
-from fedvpa.models.selector import Selector
+from fedvpa.selector.predictor import VariationalPredictor
+from fedvpa.selector.selector import Selector
 from fedvpa.types import MixturePrior, Params, Population, Posterior, ServerState
 
 

@@ -1,0 +1,274 @@
+"""The server's run of a federation: greet, whiten, rounds, checkpoints; resumable after
+anything."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+import uuid
+from dataclasses import replace
+from pathlib import Path
+from random import SystemRandom
+from typing import Any
+
+from fedvpa.checkpoint import load_checkpoint
+from fedvpa.config import Config
+from fedvpa.errors import BadInputError, FedvpaError
+from fedvpa.experiment.build import build_variational
+from fedvpa.experiment.dataset import public_whitener
+from fedvpa.experiment.run import (
+    ELSEWHERE,
+    RunPaths,
+    load_config,
+    load_whitener,
+    save_config,
+    save_whitener,
+)
+from fedvpa.experiment.tracking import open_tracker
+from fedvpa.experiment.train import Journal, manifest, run_rounds
+from fedvpa.features.cache import FeatureCache
+from fedvpa.federated.algorithm import sample_cohort
+from fedvpa.files import write_atomically
+from fedvpa.network.clients import NetworkedClients, Transport
+from fedvpa.network.settings import ServerSettings, read_settings, training_config
+from fedvpa.types import Population, ServerState
+
+logger = logging.getLogger("fedvpa")
+
+BOUND = "nodes.json"
+"""Which node each client's key was registered as, beside `server.yaml`."""
+LOG = "log.txt"
+"""What the run says, in its directory."""
+PATIENCE = 600.0
+"""Seconds that a run waits for its clients to connect."""
+
+
+def serve(settings_path: Path, transport: Transport, attempt: str = "") -> dict[str, Any]:
+    """Run the federation of a `server.yaml` to its end, from its last checkpoint if there is one.
+    `attempt` marks what this process says of itself: one that dies with its SuperLink may still say
+    something when the next has begun.
+
+    Raises:
+        BadInputError: unusable settings, or a run directory of other settings.
+        CohortError: too few clients, or too few usable replies; the run can be resumed.
+    """
+    settings = read_settings(settings_path, ServerSettings)
+    config = training_config(settings)
+    paths = RunPaths(settings_path.parent / settings.run)
+    status = Status(paths.root / "status.json", config.federation.rounds, attempt)
+    try:
+        return _serve(settings, config, paths, transport, status)
+    except BaseException as error:
+        status.say(
+            "failed",
+            message=f"{error}" if isinstance(error, FedvpaError | OSError) else repr(error),
+        )
+        raise
+
+
+class Status:
+    """What the run is doing, in a small file that others may read."""
+
+    def __init__(self, path: Path, rounds: int, attempt: str) -> None:
+        self._path, self._rounds, self._attempt = path, rounds, attempt
+
+    def say(self, state: str, **more: Any) -> None:
+        """Replace the file."""
+        line = {
+            "state": state,
+            "rounds": self._rounds,
+            "pid": os.getpid(),
+            "attempt": self._attempt,
+            **more,
+        }
+        write_atomically(self._path, (json.dumps(line) + "\n").encode())
+
+
+class Ledger:
+    """How many rounds were begun, written down before anything of them can be released: a round
+    that a crash undid counts."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def begun(self) -> int:
+        """Rounds that were begun in all, those done again included."""
+        return int(json.loads(self._path.read_text())["begun"]) if self._path.is_file() else 0
+
+    def begin(self) -> None:
+        """One more."""
+        write_atomically(self._path, (json.dumps({"begun": self.begun() + 1}) + "\n").encode())
+
+    def lost(self, done: int) -> int:
+        """Rounds that were begun and are not among the `done` ones of the state."""
+        return max(0, self.begun() - done)
+
+
+def _serve(
+    settings: ServerSettings, config: Config, paths: RunPaths, transport: Transport, status: Status
+) -> dict[str, Any]:
+    started = time.perf_counter()
+    identity = _identity(paths, settings, config)
+    bound = paths.root.parent / BOUND
+    nodes = json.loads(bound.read_text()) if bound.is_file() else {}
+    clients = NetworkedClients(settings, config, transport, identity["run"], bound=nodes)
+    algorithm = build_variational(config, clients, secret=True, together=settings.secure)
+    clients.columns = algorithm.most_components if algorithm.gumbel else 0
+    clients.counted, clients.posterior = algorithm.counted, algorithm.sends_posterior
+    if paths.whitening.is_file():
+        clients.whitener = load_whitener(paths)
+    status.say("waiting", round=0)
+    clients.wait(PATIENCE)
+    clients.check_backbone(identity.get("signature", ""))
+    if clients.whitener is None:
+        public = public_whitener(config, FeatureCache(config.features))
+        whitener = clients.fit_whitening() if public is None else clients.hand_out(public)
+        save_whitener(paths, whitener)
+        _save_identity(paths, identity | {"signature": clients.signature})
+    assert clients.whitener is not None
+    fingerprint = _fingerprint(config, settings, identity["run"])
+    ledger = Ledger(paths.root / "ledger.json")
+    if paths.checkpoint.is_file():
+        found = load_checkpoint(paths.checkpoint, fingerprint)
+        state, history = found.state, found.history
+        logger.info("goes on after round %d of %d", state.round, config.federation.rounds)
+        if found.finished:
+            status.say("finished", round=state.round)
+            return {"run": str(paths.root), "rounds": state.round}
+    else:
+        state, history = algorithm.init(), []
+    if algorithm.privacy is not None:
+        lost = ledger.lost(state.round)
+        # a fit may have been part of any of them
+        lost_fits = 0 if state.population or not lost else lost
+        algorithm = replace(
+            algorithm, privacy=replace(algorithm.privacy, lost_rounds=lost, lost_fits=lost_fits)
+        )
+    paths.write_json("manifest.json", manifest(algorithm, state, clients.whitener))
+    paths.write_json("data.json", _described(settings, clients.signature))
+    for line in describe(manifest(algorithm, state, clients.whitener), settings.secure):
+        logger.info("%s", line)
+
+    def cohort(round_number: int) -> list[int]:
+        online = clients.wait(PATIENCE)
+        # whoever is not connected does not take part: the chance of everybody stays within q
+        if algorithm.privacy is not None:
+            chance = SystemRandom()
+            ledger.begin()
+            return [place for place in online if chance.random() < algorithm.privacy.rate]
+        return [
+            online[i]
+            for i in sample_cohort(config.seed, round_number, len(online), config.federation.cohort)
+        ]
+
+    def validate(reached: ServerState) -> dict[str, Any]:
+        if config.privacy.enabled:
+            return {}  # it would be a release that nobody accounts for
+        return clients.validate(
+            reached.params, Population(**reached.population) if reached.population else None
+        )
+
+    seconds: list[float] = []
+
+    def on_round(done: int, total: int, row: dict[str, Any]) -> None:
+        seconds.append(row["seconds"])
+        status.say("running", round=done, seconds=row["seconds"], loss=row.get("loss"))
+        accuracy = (
+            f", validation {row['validation_accuracy']:.3f}" if "validation_accuracy" in row else ""
+        )
+        loss = f", loss {row['loss']:.4f}" if "loss" in row else ""
+        spent = (
+            f", epsilon {row['epsilon']:.2f} (delta {config.privacy.delta:g})"
+            if "epsilon" in row
+            else ""
+        )
+        logger.info(
+            "round %d of %d: %.1f s%s%s%s", done, total, row["seconds"], loss, accuracy, spent
+        )
+
+    with open_tracker(config.tracker, paths.root, config) as tracker:
+        journal = Journal(paths, fingerprint, tracker, on_round)
+        # clients remember one round back
+        every_round = config.federation.model_copy(update={"checkpoint_every": 1})
+        state, history = run_rounds(
+            every_round, algorithm, (state, history), cohort, validate, journal
+        )
+    paths.write_json("history.json", history)
+    paths.write_json("manifest.json", manifest(algorithm, state, clients.whitener))
+    result = {
+        "run": str(paths.root), "rounds": state.round, "clients": len(clients),
+        "seconds": time.perf_counter() - started,
+        "seconds_per_round": sorted(seconds)[len(seconds) // 2] if seconds else None,
+        # they tell how many took part
+        "bytes": None if algorithm.privacy is not None else clients.traffic,
+    }  # fmt: skip
+    paths.write_json("federation.json", result | {"history_rounds": len(history)})
+    status.say("finished", round=state.round)
+    logger.info("finished: %s", json.dumps(result))
+    return result
+
+
+def describe(rows: list[dict[str, Any]], secure: bool = False) -> list[str]:
+    """The payload manifest in words: what travels between a client and the server, and how large it
+    is."""
+    out = ["what travels between a client and the server, and nothing else:"]
+    for direction, word in (("down", "to the client"), ("up", "to the server")):
+        mine = [row for row in rows if row["direction"] == direction]
+        each = sum(row["bytes"] for row in mine if row["when"] == "every round")
+        out.append(f"  {word}: {each:,} bytes every round")
+        out += [
+            f"    {row['name']} {list(row['shape'])}: {row['bytes']:,} bytes, {row['when']}"
+            for row in mine
+        ]
+    if secure:
+        out.append(
+            "  to the server all of it is masked, eight bytes a number, and only its sum over"
+            " clients can be opened"
+        )
+    return out
+
+
+def _identity(paths: RunPaths, settings: ServerSettings, config: Config) -> dict[str, Any]:
+    """The run's own name, made once; the same settings have to be given when it goes on."""
+    if paths.config.is_file():
+        if load_config(paths).model_dump(exclude=ELSEWHERE) != config.model_dump(exclude=ELSEWHERE):
+            raise BadInputError(
+                f"{paths.root}: was begun with other settings; name another run in server.yaml"
+            )
+        found: dict[str, Any] = json.loads((paths.root / "identity.json").read_text())
+        if found["clients"] != list(settings.clients):
+            raise BadInputError(
+                f"{paths.root}: was begun with other clients; name another run in server.yaml"
+            )
+        return found
+    identity = {"run": uuid.uuid4().hex, "clients": list(settings.clients)}
+    _save_identity(paths, identity)
+    save_config(paths, config)
+    return identity
+
+
+def _save_identity(paths: RunPaths, identity: dict[str, Any]) -> None:
+    paths.write_json("identity.json", identity)
+
+
+def _fingerprint(config: Config, settings: ServerSettings, run: str) -> str:
+    given = [config.model_dump(mode="json", exclude=ELSEWHERE), list(settings.clients), run]
+    return hashlib.sha256(json.dumps(given).encode()).hexdigest()
+
+
+def _described(settings: ServerSettings, signature: str) -> dict[str, Any]:
+    """What the server knows of the data: who takes part."""
+    rows = [
+        {"name": name, "group": None, "pairs": None, "validation_pairs": None}
+        for name in settings.clients
+    ]
+    return {
+        "backbone": None,
+        "signature": signature,
+        "clients": rows,
+        "skipped": {},
+        "first_skipped": [],
+    }

@@ -1,0 +1,186 @@
+"""A policy with one preference built in: a directory that plain transformers (and PEFT) loads and
+generates from, without fedvpa.
+
+Soft tokens become new special tokens, which the chat template puts in front of every conversation
+and which are never generated.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
+
+from fedvpa.errors import BadInputError
+from fedvpa.policy.policy import Policy
+
+
+def export_merged(policy: Policy, z: Float[Tensor, "d"], folder: Path) -> None:
+    """Write the base model with the adapter and z's effect merged into it. The policy is used up by
+    it.
+
+    Gates scale the adapter. A shift is added to the embedding table (an output layer that shared
+    that table keeps the old one).
+
+    Raises:
+        BadInputError: the directory is in use.
+    """
+    check_free(folder)
+    form, extra = _effect(policy, z)
+    if form == "gate":
+        weights = get_peft_model_state_dict(policy.model)
+        set_peft_model_state_dict(policy.model, _gated(weights, extra))
+    model: Any = policy.model.merge_and_unload()
+    with torch.no_grad():
+        if form == "shift":
+            _shift_embeddings(model, extra)
+        elif form == "prefix":
+            ids = _new_tokens(model, policy.tokenizer, extra.shape[0])
+            table = model.get_input_embeddings().weight
+            table[ids] = extra.to(table.dtype)
+    with _aside(folder) as place:
+        model.save_pretrained(place)
+        policy.tokenizer.save_pretrained(place)
+
+
+def export_adapter(policy: Policy, z: Float[Tensor, "d"], folder: Path) -> None:
+    """Write a PEFT adapter that `AutoPeftModelForCausalLM` loads onto the base model. The policy is
+    used up by it.
+
+    With gates it is an ordinary LoRA adapter. Soft tokens are PEFT's trainable tokens; a shift is a
+    LoRA of rank one on the embedding. `generation_config.json` keeps soft tokens from being
+    generated; PEFT does not read it, so it is to be handed to `generate` (see the README there).
+
+    Raises:
+        BadInputError: the directory is in use.
+    """
+    check_free(folder)
+    form, extra = _effect(policy, z)
+    weights = get_peft_model_state_dict(policy.model)
+    config: Any = policy.model.peft_config["default"]
+    base: Any = policy.model.unload()
+    path = next(
+        name for name, module in base.named_modules() if module is base.get_input_embeddings()
+    )
+    table = path.rpartition(".")[2]
+    if form == "gate":
+        kind, weights = config, _gated(weights, extra)
+    elif form == "shift":
+        kind = LoraConfig(
+            r=config.r, lora_alpha=config.lora_alpha, target_modules=[*config.target_modules,
+            table], task_type="CAUSAL_LM",
+            rank_pattern={table: 1}, alpha_pattern={table: 1},
+        )  # fmt: skip
+        weights[f"base_model.model.{path}.lora_embedding_A"] = torch.ones(
+            1, base.get_input_embeddings().num_embeddings
+        )
+        weights[f"base_model.model.{path}.lora_embedding_B"] = extra.T.contiguous()
+    else:
+        ids = _new_tokens(base, policy.tokenizer, extra.shape[0])
+        kind = LoraConfig(
+            r=config.r, lora_alpha=config.lora_alpha, target_modules=config.target_modules,
+            task_type="CAUSAL_LM",
+            trainable_token_indices={table: ids},
+        )  # fmt: skip
+        weights[f"base_model.model.{path}.token_adapter.trainable_tokens_delta"] = extra
+    kind.base_model_name_or_path = config.base_model_name_or_path
+    model: Any = get_peft_model(base, kind)
+    set_peft_model_state_dict(model, weights)
+    with _aside(folder) as place:
+        model.save_pretrained(place, save_embedding_layers=False)
+        policy.tokenizer.save_pretrained(place)
+        base.generation_config.save_pretrained(place)
+        (place / "README.md").write_text(_README)
+
+
+_README = """# A LoRA adapter with one preference built in
+
+```python
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer, GenerationConfig
+
+folder = "."  # this directory
+model = AutoPeftModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+chat = [{"role": "user", "content": "How do I plan a week's meals?"}]
+inputs = tokenizer.apply_chat_template(
+    chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+)
+config = GenerationConfig.from_pretrained(folder, max_new_tokens=256)
+tokens = model.generate(**inputs, generation_config=config)
+print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+"""
+
+
+def check_free(folder: Path) -> None:
+    """Refuse a directory that holds something.
+
+    Raises:
+        BadInputError: it does; the message names it.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInputError(f"{folder}: not empty; choose another --out")
+
+
+@contextmanager
+def _aside(folder: Path) -> Iterator[Path]:
+    """A directory that becomes `folder` when what is written into it is whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        yield aside
+        aside.chmod(0o755)
+        if folder.is_dir():
+            folder.rmdir()
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _effect(policy: Policy, z: Float[Tensor, "d"]) -> tuple[str, Float[Tensor, "k h"]]:
+    """The form of conditioning, and the gates (k = 1), soft tokens or shift (k = 1) that z
+    stands for."""
+    with torch.no_grad():
+        return (
+            policy.model.conditioner.form,
+            policy.model.conditioner(z.unsqueeze(0).to(policy.device))[0],
+        )
+
+
+def _gated(weights: dict[str, Tensor], gates: Float[Tensor, "1 r"]) -> dict[str, Tensor]:
+    """Weights of a LoRA adapter whose ranks are scaled for good."""
+    return {
+        name: value * gates.T.to(value) if "lora_A" in name else value
+        for name, value in weights.items()
+    }
+
+
+def _new_tokens(model: Any, tokenizer: Any, count: int) -> list[int]:
+    """New special tokens, in front of every conversation and never generated; their ids."""
+    names = [f"<|preference_{i}|>" for i in range(count)]
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": names}, replace_extra_special_tokens=False
+    )
+    tokenizer.chat_template = "{{- '" + "".join(names) + "' -}}" + tokenizer.chat_template
+    ids = list(tokenizer.convert_tokens_to_ids(names))
+    if max(ids) >= model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    model.generation_config.suppress_tokens = ids
+    return ids
+
+
+def _shift_embeddings(model: Any, extra: Float[Tensor, "1 h"]) -> None:
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head.weight.data_ptr() == table.weight.data_ptr():
+        head.weight = torch.nn.Parameter(table.weight.detach().clone(), requires_grad=False)
+        model.config.tie_word_embeddings = False
+    table.weight.add_(extra.to(table.weight.dtype))

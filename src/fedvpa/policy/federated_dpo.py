@@ -1,0 +1,144 @@
+"""FedDPO, a baseline: one policy for everybody, trained by federated averaging on the clients' own
+pairs.
+
+Every round, clients picked at random start from the policy so far, run DPO on their own pairs
+against the base model, and send back adapter and conditioner; their mean, weighted by pairs, is the
+next policy (McMahan et al., 2017; Rafailov et al., 2023). There is no latent preference: z is the
+constant 0, so there is nothing for the conditioner to tell apart.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import load_file, save_file
+
+from fedvpa.data.partition import ClientPairs
+from fedvpa.errors import BadInputError
+from fedvpa.experiment.dataset import training_data
+from fedvpa.experiment.run import RunPaths, load_config
+from fedvpa.files import plain_json, write_atomically
+from fedvpa.policy.align import AlignResult, claim
+from fedvpa.policy.policy import WEIGHTS, Policy, PolicyCard
+from fedvpa.policy.settings import FedDPOConfig
+from fedvpa.policy.training import OnStage, load_base, publish, train_dpo
+
+
+def feddpo(
+    run: str,
+    out: str,
+    config: FedDPOConfig,
+    *,
+    resume: bool = False,
+    on_stage: OnStage | None = None,
+) -> AlignResult:
+    """Train one policy on the pairs of the clients that the run `run` was trained on. Whole rounds
+    are in `OUT/work`.
+
+    Raises:
+        BadInputError: no run there, its data are gone, or no pair is short enough; or a directory
+            in use.
+    """
+    began = time.perf_counter()
+    report = on_stage or (lambda *_: None)
+    root, work = Path(out), Path(out) / "work"
+    clients = training_data(load_config(RunPaths(Path(run)))).train
+    wanted = {"run": run, "config": config.model_dump(mode="json"), "method": "feddpo"}
+    claim(root, wanted, resume)
+    loaded = load_base(config)
+    rows = {c.name: _rows(c, Policy(loaded.module, loaded.tokenizer), config) for c in clients}
+    able = [name for name, own in rows.items() if own]
+    if not able:
+        raise BadInputError(
+            f"{run}: no client has a pair within --max-prompt-tokens and --max-response-tokens"
+        )
+    card = PolicyCard(
+        config.base, loaded.revision, config.form, {"shared": [0.0]}, [0.0], [0.0], 1.0, run
+    )
+    work.mkdir(parents=True, exist_ok=True)
+    write_atomically(work / "asked.json", plain_json(wanted))
+    history: list[dict[str, Any]] = []
+    previous: Path | None = None
+    for number in range(config.rounds):
+        place = work / f"round-{number}"
+        cohort = (
+            np.random.default_rng([config.seed, 29, number])
+            .permutation(able)[: config.cohort]
+            .tolist()
+        )
+        if not (place / "mean" / WEIGHTS[1]).is_file():
+            row: dict[str, Any] = {
+                "cohort": cohort,
+                "pairs": sum(len(rows[name]) for name in cohort),
+                "loss": 0.0,
+            }
+            for name in cohort:
+                fresh = load_base(config)
+                own = place / "clients" / name
+                own.mkdir(parents=True, exist_ok=True)
+                _, figures = train_dpo(
+                    fresh,
+                    card,
+                    rows[name],
+                    config,
+                    previous,
+                    own,
+                    f"round {number}: {name}",
+                    report,
+                )
+                row["loss"] += figures["loss"] * len(rows[name]) / row["pairs"]
+            write_atomically(place / "round.json", plain_json(row))
+            _average(
+                [place / "clients" / name / "trained" for name in cohort],
+                [len(rows[n]) for n in cohort],
+                place / "mean",
+            )
+            shutil.rmtree(place / "clients")
+        history.append({"round": number} | json.loads((place / "round.json").read_text()))
+        previous = place / "mean"
+        report("rounds", number + 1, config.rounds, "")
+    assert previous is not None
+    summary = {**wanted, "clients": len(able), "preferences": ["shared"], "history": history,
+               "seconds": time.perf_counter() - began}  # fmt: skip
+    write_atomically(root / "align.json", plain_json(summary))
+    publish(previous, card, root)
+    return AlignResult(root, summary)
+
+
+def _rows(client: ClientPairs, policy: Policy, config: FedDPOConfig) -> list[dict[str, Any]]:
+    """A client's first pairs that are short enough, as TRL's rows."""
+    out: list[dict[str, Any]] = []
+    for pair in client.pairs:
+        longest = max(
+            len(policy.tokenizer(text)["input_ids"]) for text in (pair.chosen, pair.rejected)
+        )
+        if len(out) < config.pairs and longest <= config.max_response_tokens:
+            if len(policy.prompt_ids(pair.prompt)) > config.max_prompt_tokens:
+                continue
+            out.append(
+                {
+                    "prompt": [{"role": m.role, "content": m.content} for m in pair.prompt],
+                    "chosen": [{"role": "assistant", "content": pair.chosen}],
+                    "rejected": [{"role": "assistant", "content": pair.rejected}],
+                    "preference": [0.0],
+                }
+            )
+    return out
+
+
+def _average(trained: Sequence[Path], weights: Sequence[int], target: Path) -> None:
+    """Mean of the clients' weights; the conditioner is written last, and marks a whole round."""
+    (target / "adapter").mkdir(parents=True, exist_ok=True)
+    shutil.copy(trained[0] / "adapter/adapter_config.json", target / "adapter/adapter_config.json")
+    share = [w / sum(weights) for w in weights]
+    for name in WEIGHTS:
+        parts = [load_file(folder / name) for folder in trained]
+        mean = {key: sum(s * part[key] for s, part in zip(share, parts)) for key in parts[0]}
+        save_file(mean, target / f"{name}.part")
+        (target / f"{name}.part").replace(target / name)

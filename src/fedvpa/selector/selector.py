@@ -1,0 +1,95 @@
+"""The variational preference selector: encoder and conditioned reward (M1, M2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from fedvpa.selector.encoder import Encoder
+from fedvpa.selector.reward import ConditionedReward
+from fedvpa.types import PairBatch, Params, Population, Posterior
+
+
+@dataclass(frozen=True)
+class Selector:
+    """Composes an encoder and a reward that share their latent; parameters are passed in."""
+
+    encoder: Encoder
+    reward: ConditionedReward
+    latent_evidence: float = 0.1
+
+    def init(self, generator: torch.Generator) -> Params:
+        """Fresh parameters of both."""
+        return self.encoder.init(generator) | self.reward.init(generator)
+
+    def posterior(
+        self, params: Params, batch: PairBatch, context: Bool[Tensor, "*b n"]
+    ) -> Posterior:
+        """q(z | context)."""
+        return self.encoder(params, batch.difference, context)
+
+    def margin(
+        self, params: Params, z: Float[Tensor, "*#b d"], batch: PairBatch
+    ) -> Float[Tensor, "... n"]:
+        """r(chosen, z) - r(rejected, z)."""
+        return self.reward.margin(params, z, batch)
+
+    def component_margins(
+        self, params: Params, population: Population, batch: PairBatch
+    ) -> Float[Tensor, "*b n m"]:
+        """Margin of every pair under the centre of every component."""
+        users = batch.mask.shape[:-1]
+        return torch.stack(
+            [self.margin(params, centre.expand(*users, -1), batch) for centre in population.mean],
+            -1,
+        )
+
+    def evidence(
+        self, params: Params, population: Population, batch: PairBatch
+    ) -> Float[Tensor, "*b n m"]:
+        """Log-likelihood of every choice under the centre of every component, in nats."""
+        return logsigmoid(self.component_margins(params, population, batch))
+
+    def responsibilities(
+        self,
+        params: Params,
+        population: Population,
+        batch: PairBatch,
+        context: Bool[Tensor, "*b n"],
+    ) -> Float[Tensor, "*b m"]:
+        """Posterior over the population's components given a context (see `combine`)."""
+        mean = self.posterior(params, batch, context).mean
+        return self.combine(population, self.evidence(params, population, batch), mean, context)
+
+    def combine(
+        self,
+        population: Population,
+        evidence: Float[Tensor, "*b n m"],
+        mean: Float[Tensor, "*b d"],
+        context: Bool[Tensor, "*b n"],
+    ) -> Float[Tensor, "*b m"]:
+        r"""Bayes' rule over the components: r_m ~ w_m N(mu; c_m, v I)^rho prod_context p(choice | z
+        = c_m).
+
+        The amortised mean mu is read from the same choices as the likelihood, so its density is
+        tempered by rho (`latent_evidence`); v is the components' mean variance. With an empty
+        context r = w.
+        """
+        likelihood = (evidence * context.to(evidence.dtype).unsqueeze(-1)).sum(-2)
+        squared = (mean.unsqueeze(-2) - population.mean).square().sum(-1)
+        density = -0.5 * squared / population.variance.mean() * context.any(-1, keepdim=True)
+        return torch.softmax(
+            population.weight.log() + self.latent_evidence * density + likelihood, -1
+        )
+
+
+def refined_posterior(responsibility: Float[Tensor, "*b m"], population: Population) -> Posterior:
+    """Mean and variance of the mixture of components with these responsibilities (moment
+    matching)."""
+    mean = responsibility @ population.mean
+    second = responsibility @ (population.mean.square() + population.variance.unsqueeze(-1))
+    return Posterior(mean, (second - mean.square()).clamp_min(1e-8).log())
