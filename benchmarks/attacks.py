@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,13 @@ from torch import Tensor
 from benchmarks.population import Data, accuracy, configuration, prepare
 from fedvpa.config import merged
 from fedvpa.evaluation.statistics import interval
-from fedvpa.experiment.build import build_algorithm, build_privacy
+from fedvpa.experiment.build import build_method
+from fedvpa.federated.accounting import Privacy, privacy_of
 from fedvpa.federated.algorithm import poisson_cohort, sample_cohort
-from fedvpa.federated.clients import Broadcast, Participants, Update
+from fedvpa.federated.clients import SimulatedClients
 from fedvpa.federated.components import Moments
-from fedvpa.federated.draws import stream
-from fedvpa.federated.privacy import Privacy
+from fedvpa.federated.messages import Broadcast, Update
+from fedvpa.federated.random import stream
 from fedvpa.federated.variational import FederatedVariational
 from fedvpa.files import plain_json
 from fedvpa.types import Params
@@ -58,7 +59,7 @@ PROTECTIONS: dict[str, tuple[dict[str, Any], bool]] = {
 class Transcript:
     """Passes everything on to the clients, and writes down what the server sees."""
 
-    inner: Participants
+    inner: SimulatedClients
     summed: bool
     rounds: list[tuple[list[int], Tensor, Tensor]] = field(default_factory=list)
     posterior: dict[int, Tensor] = field(default_factory=dict)
@@ -156,19 +157,19 @@ def attack(name: str, clients: int, seed: int) -> dict[str, float]:
     given = {"seed": seed, "federation": {"rounds": 50, "cohort": clients // 5}}
     config = configuration(clients, merged(given, settings))
     data = prepare(clients, seed)
-    built = build_algorithm(config, data.train)
-    assert isinstance(built, FederatedVariational)
-    seen = Transcript(built.participants, summed)
-    algorithm = replace(built, participants=seen)
-    state, start = algorithm.init(), algorithm.init().params["reward.weight"]
-    privacy = build_privacy(config, clients)
+    algorithm, simulated = build_method(config, data.train)
+    assert isinstance(algorithm, FederatedVariational)
+    seen = Transcript(simulated, summed)
+    state = algorithm.init(data.train.roster)
+    start = state.params["reward.weight"]
+    privacy = privacy_of(config, clients)
     epsilon = float("nan")
     for r in range(config.federation.rounds):
         if privacy is not None:
             cohort = poisson_cohort(stream(seed, "cohort", r), clients, privacy.rate)
         else:
             cohort = sample_cohort(seed, r, clients, config.federation.cohort)
-        state, row = algorithm.apply(state, cohort)
+        state, row = algorithm.apply(state, seen, cohort)
         epsilon = row.get("epsilon", epsilon)
     # what the server publishes, or keeps if the noise is added before it sees the sum
     if privacy is not None:
@@ -177,7 +178,7 @@ def attack(name: str, clients: int, seed: int) -> dict[str, float]:
             for r, (c, a, w) in enumerate(seen.rounds)
         ]
         seen.rounds = noisy
-    final = algorithm.finalise(state)
+    final = algorithm.finalise(state, seen)
     held = (
         torch.stack([seen.posterior[k] for k in range(clients)])
         if len(seen.posterior) == clients

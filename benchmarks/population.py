@@ -16,8 +16,9 @@ from torch import Tensor
 
 from fedvpa.config import Config, build_config, merged
 from fedvpa.evaluation.protocol import Scores, given_trial
-from fedvpa.experiment.dataset import Whitener, features_of, to_store, training_data
+from fedvpa.experiment.dataset import features_of, to_store, training_data
 from fedvpa.features.cache import FeatureCache
+from fedvpa.features.whitening import Whitener
 from fedvpa.federated.batch import ClientStore
 from fedvpa.federated.variational import FederatedVariational
 from fedvpa.types import ServerState
@@ -56,7 +57,7 @@ def prepare(clients: int, seed: int = 0) -> Data:
     half = len(found.train)
     train = to_store(found.train, features[:half], whitener, False)
     held = to_store(found.validation, features[half:], whitener, False)
-    return Data(train, held, train.group_index()[1])
+    return Data(train, held, train.roster.group_index()[1])
 
 
 def accuracy(

@@ -17,10 +17,10 @@ from typing import Any
 from benchmarks.population import accuracy, configuration, prepare
 from fedvpa.config import merged
 from fedvpa.evaluation.statistics import interval
-from fedvpa.experiment.build import build_algorithm, build_privacy
+from fedvpa.experiment.build import build_method
+from fedvpa.federated.accounting import noise_for, privacy_of
 from fedvpa.federated.algorithm import poisson_cohort
-from fedvpa.federated.draws import stream
-from fedvpa.federated.privacy import noise_for
+from fedvpa.federated.random import stream
 from fedvpa.federated.variational import FederatedVariational
 from fedvpa.files import plain_json
 
@@ -42,7 +42,7 @@ def settings(
         "data": {"public": "personas"},
         "privacy": {"enabled": True, "clip": clip, "fit_noise": fit_noise},
     }
-    privacy = build_privacy(configuration(clients, given), clients)
+    privacy = privacy_of(configuration(clients, given), clients)
     assert privacy is not None
     given["privacy"]["noise"] = noise_for(replace(privacy, clients=clients), ROUNDS, 1, epsilon)
     return given
@@ -52,13 +52,14 @@ def run(clients: int, seed: int, given: dict[str, Any]) -> tuple[float, float]:
     """Accuracy and what was spent."""
     config = configuration(clients, merged(given, {"seed": seed}))
     data = prepare(clients, seed)
-    algorithm = build_algorithm(config, data.train)
+    algorithm, simulated = build_method(config, data.train)
     assert isinstance(algorithm, FederatedVariational)
-    state, spent = algorithm.init(), math.inf
+    state, spent = algorithm.init(data.train.roster), math.inf
     for r in range(ROUNDS):
-        state, row = algorithm.apply(state, poisson_cohort(stream(seed, "cohort", r), clients, 0.1))
+        cohort = poisson_cohort(stream(seed, "cohort", r), clients, 0.1)
+        state, row = algorithm.apply(state, simulated, cohort)
         spent = row.get("epsilon", math.inf)
-    return accuracy(algorithm, algorithm.finalise(state), data), spent
+    return accuracy(algorithm, algorithm.finalise(state, simulated), data), spent
 
 
 def main() -> None:

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from benchmarks.population import Data, accuracy, configuration, prepare
 from fedvpa.evaluation.statistics import interval
-from fedvpa.experiment.build import build_algorithm
+from fedvpa.experiment.build import build_method
 from fedvpa.federated.algorithm import sample_cohort
-from fedvpa.federated.clients import Broadcast, Participants, Update
-from fedvpa.federated.draws import stream
+from fedvpa.federated.clients import SimulatedClients
+from fedvpa.federated.messages import Broadcast, Update
+from fedvpa.federated.random import stream
 from fedvpa.federated.variational import FederatedVariational
 from fedvpa.files import plain_json
 from fedvpa.types import Params
@@ -44,7 +45,7 @@ SHARES = (0.0, 0.1, 0.2, 0.3, 0.4)
 class Poisoned:
     """Clients some of whom answer otherwise than they should."""
 
-    inner: Participants
+    inner: SimulatedClients
     attackers: frozenset[int]
     kind: str
     seed: int
@@ -93,16 +94,15 @@ def run(data: Data, kind: str, aggregator: dict[str, Any], share: float, seed: i
         for c in chosen:
             difference[int(store.offset[c]) : int(store.offset[c + 1])] *= -1
         store = replace(store, difference=difference)
-    algorithm = build_algorithm(config, store)
+    algorithm, simulated = build_method(config, store)
     assert isinstance(algorithm, FederatedVariational)
-    algorithm = replace(
-        algorithm, participants=Poisoned(algorithm.participants, frozenset(chosen), kind, seed)
-    )
-    state = algorithm.init()
+    poisoned = Poisoned(simulated, frozenset(chosen), kind, seed)
+    state = algorithm.init(store.roster)
     for r in range(config.federation.rounds):
-        state, _ = algorithm.apply(state, sample_cohort(seed, r, clients, config.federation.cohort))
+        cohort = sample_cohort(seed, r, clients, config.federation.cohort)
+        state, _ = algorithm.apply(state, poisoned, cohort)
     honest = [c for c in range(clients) if c not in set(chosen)]
-    return accuracy(algorithm, algorithm.finalise(state), data, honest)
+    return accuracy(algorithm, algorithm.finalise(state, poisoned), data, honest)
 
 
 def main() -> None:

@@ -28,7 +28,6 @@ import threading
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 MODELS = ("default", "paper-size")
 ENGINES = ("fedvpa", "fedvpa-sequential", "flower-best", "flower-default", "pfl")
@@ -155,13 +154,12 @@ def run_fedvpa(model: str, engine: str, clients: int, rounds: int) -> list[float
     """Our simulator, vectorised or sequential."""
     from benchmarks.workload import build
 
-    algorithm: Any = build(
-        model, clients, "sequential" if engine == "fedvpa-sequential" else "vectorised"
-    )
-    state, seconds = algorithm.init(), []
+    backend = "sequential" if engine == "fedvpa-sequential" else "vectorised"
+    algorithm, simulated = build(model, clients, backend)
+    state, seconds = algorithm.init(simulated.roster), []
     for _ in range(rounds + 1):
         start = time.perf_counter()
-        state, _ = algorithm.apply(state, range(clients))
+        state, _ = algorithm.apply(state, simulated, range(clients))
         seconds.append(time.perf_counter() - start)
     return seconds[1:]
 

@@ -7,12 +7,12 @@ from functools import cache
 import torch
 
 from fedvpa.config import Config, build_config
-from fedvpa.experiment.build import build_algorithm
+from fedvpa.experiment.build import build_method
 from fedvpa.federated.batch import ClientStore, build_store
-from fedvpa.federated.clients import ClientSide
-from fedvpa.federated.draws import stream
+from fedvpa.federated.clients import SimulatedClients
 from fedvpa.federated.local import stack, train_locally
 from fedvpa.federated.objective import RoundContext
+from fedvpa.federated.random import stream
 from fedvpa.federated.variational import FederatedVariational
 from fedvpa.types import Params
 
@@ -53,29 +53,41 @@ def make_store(model: str, clients: range) -> ClientStore:
     )
 
 
-def build(model: str, clients: int, backend: str = "vectorised") -> FederatedVariational:
-    """Our algorithm over the workload."""
-    algorithm = build_algorithm(settings(model, backend), make_store(model, range(clients)))
-    assert isinstance(algorithm, FederatedVariational)
-    return algorithm
+def build(
+    model: str, clients: int, backend: str = "vectorised"
+) -> tuple[FederatedVariational, SimulatedClients]:
+    """Our algorithm, and the clients of the workload."""
+    return _built(settings(model, backend), make_store(model, range(clients)))
+
+
+def initial(model: str) -> Params:
+    """The parameters before the first round."""
+    algorithm, clients = build(model, 1)
+    return algorithm.init(clients.roster).params
 
 
 @cache
-def single(model: str, client: int) -> FederatedVariational:
-    """The algorithm over one client: what a Flower or pfl client holds."""
-    return build_algorithm(settings(model), make_store(model, range(client, client + 1)))  # type: ignore[return-value]
+def single(model: str, client: int) -> SimulatedClients:
+    """What a Flower or pfl client holds: itself alone."""
+    return _built(settings(model), make_store(model, range(client, client + 1)))[1]
+
+
+def _built(config: Config, store: ClientStore) -> tuple[FederatedVariational, SimulatedClients]:
+    algorithm, clients = build_method(config, store)
+    assert isinstance(algorithm, FederatedVariational)
+    assert isinstance(clients, SimulatedClients)
+    return algorithm, clients
 
 
 def train_one(model: str, client: int, params: Params, round_number: int) -> Params:
     """One client's local round; the same steps whichever engine calls it."""
     torch.set_num_threads(1)
-    algorithm = single(model, client)
-    clients = algorithm.participants
-    assert isinstance(clients, ClientSide)
-    pairs, local = clients.store.batch([0]), clients.local
+    clients = single(model, client)
+    pairs = clients.store.batch([0])
     none = torch.full((1,), -1)
-    context = RoundContext(None, None, None, none, none, algorithm.schedule.kl_weight, 0.0)
+    context = RoundContext(None, None, None, none, none, clients.schedule.kl_weight, 0.0)
+    loss = clients.objective.given(context)
     result = train_locally(
-        algorithm.objective, stack(params, 1), pairs, [f"c{client}"], round_number, local, context
+        loss, stack(params, 1), pairs, [f"c{client}"], round_number, clients.local
     )
     return {name: value[0] for name, value in result.params.items()}

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fedvpa.federated.batch import ClientStore, build_store
-from fedvpa.federated.draws import stream
+from fedvpa.federated.random import stream
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"

@@ -9,7 +9,7 @@ import time
 from itertools import pairwise
 from typing import Any
 
-from benchmarks.workload import PAIRS, build, train_one
+from benchmarks.workload import PAIRS, initial, train_one
 
 
 def run_flower(model: str, best: bool, clients: int, rounds: int) -> list[float]:
@@ -47,11 +47,7 @@ def run_flower(model: str, best: bool, clients: int, rounds: int) -> list[float]
     @server_app.main()
     def serve(grid: Grid, context: Context) -> None:
         strategy = Timed(fraction_train=1.0, fraction_evaluate=0.0, min_available_nodes=clients)
-        strategy.start(
-            grid=grid,
-            initial_arrays=ArrayRecord(build(model, 1).init().params),
-            num_rounds=rounds + 1,
-        )
+        strategy.start(grid=grid, initial_arrays=ArrayRecord(initial(model)), num_rounds=rounds + 1)
         starts.append(time.perf_counter())
 
     backend = {"client_resources": {"num_cpus": 1 if best else 2, "num_gpus": 0.0}}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.workload import build, train_one
+from benchmarks.workload import initial, train_one
 
 
 def run_pfl(model: str, clients: int, rounds: int) -> list[float]:
@@ -26,14 +26,14 @@ def run_pfl(model: str, clients: int, rounds: int) -> list[float]:
     from pfl.model.pytorch import PyTorchModel
 
     torch.set_num_threads(1)
-    initial = build(model, 1).init().params
+    start = initial(model)
     times = [time.perf_counter()]
 
     class Holder(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.values = torch.nn.ParameterDict(
-                {k.replace(".", "__"): v.clone() for k, v in initial.items()}
+                {k.replace(".", "__"): v.clone() for k, v in start.items()}
             )
 
         def loss(self, *batch: Any, **_: Any) -> Any:  # pfl asks for it; the local steps are ours

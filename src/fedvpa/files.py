@@ -9,6 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from fedvpa.errors import BadInputError
+
 
 def plain_json(content: Any) -> bytes:
     """Indented JSON that every reader can read: NaN and Inf become null."""
@@ -43,3 +45,20 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def claim(folder: Path, otherwise: str = "choose another --out") -> None:
+    """Refuse a folder that holds something: results are never written over.
+
+    Args:
+        folder: where something is to be written; it need not exist.
+        otherwise: what the user may do instead.
+
+    Raises:
+        BadInputError: a file, or a folder that is in use.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise BadInputError(f"{folder}: is a file; name a directory")
+    # what an interrupted `write_atomically` has left is nothing
+    if folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):
+        raise BadInputError(f"{folder}: not empty; {otherwise}")

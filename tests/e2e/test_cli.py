@@ -162,7 +162,7 @@ def test_broken_files_are_refused_with_name_and_line_and_nothing_is_written(
         ),
         (
             ["--prior.weights", "uniform"],
-            "prior.weights is set but would not be read: the prior of the KL is no mixture",
+            "prior.weights is set but would not be read: prior.kind is gaussian",
         ),
         (["--data", "nowhere/at/all.jsonl"], "nowhere/at/all.jsonl: no such file or folder"),
         (["--prototypes.kind", "fixed"], "need a number of modes"),

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from fedvpa.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from fedvpa.config import METHODS, Config, build_config, settings_for
+from fedvpa.config import Config, build_config, settings_for
 from fedvpa.errors import BadInputError, CheckpointError, NonFiniteUpdateError
-from fedvpa.experiment.build import build_algorithm
+from fedvpa.experiment.build import build_method
 from fedvpa.federated.algorithm import sample_cohort
 from fedvpa.federated.batch import ClientStore
+from fedvpa.methods import METHODS
 from fedvpa.types import ServerState
 from tests.conftest import synthetic_store
 
@@ -55,11 +56,11 @@ def config_of(name: str, **federation: Any) -> Config:
 def train(
     config: Config, store: ClientStore, state: ServerState | None = None, rounds: int | None = None
 ) -> ServerState:
-    algorithm = build_algorithm(config, store)
-    state = algorithm.init() if state is None else state
+    algorithm, clients = build_method(config, store)
+    state = algorithm.init(store.roster) if state is None else state
     while state.round < (rounds or config.federation.rounds):
         cohort = sample_cohort(config.seed, state.round, len(store), config.federation.cohort)
-        state, diagnostics = algorithm.apply(state, cohort)
+        state, diagnostics = algorithm.apply(state, clients, cohort)
         assert all(np.isfinite(v) for v in diagnostics.values())
     return state
 
@@ -95,7 +96,8 @@ def test_resumed_equals_uninterrupted_to_the_bit(name: str, tmp_path: Path) -> N
 
 
 def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
-    state = build_algorithm(config_of("fedvpl"), synthetic_store()).init()
+    store = synthetic_store()
+    state = build_method(config_of("fedvpl"), store)[0].init(store.roster)
     path = tmp_path / "c"
     save_checkpoint(path, Checkpoint(state, [], "mine", True))
     with pytest.raises(CheckpointError, match="other settings"):
@@ -132,7 +134,7 @@ def test_peers_prior_of_one_standard_peer_equals_the_gaussian_prior() -> None:
     """With the one peer's posterior at N(0, I) the mixture's KL is the closed form, so training
     is the same."""
     store = synthetic_store(clients=2)
-    mixed = build_algorithm(
+    mixed, clients = build_method(
         build_config(
             SMALL,
             {
@@ -142,11 +144,11 @@ def test_peers_prior_of_one_standard_peer_equals_the_gaussian_prior() -> None:
         ),
         store,
     )
-    plain = build_algorithm(build_config(SMALL, {"method": "fedvpl"}), store)
-    state = mixed.init()
+    plain, others = build_method(build_config(SMALL, {"method": "fedvpl"}), store)
+    state = mixed.init(store.roster)
     state.clients["seen"][1] = 0  # peer 1 is known, at mean 0 and log-variance 0
-    first, _ = mixed.apply(state, [0])
-    second, _ = plain.apply(plain.init(), [0])
+    first, _ = mixed.apply(state, clients, [0])
+    second, _ = plain.apply(plain.init(store.roster), others, [0])
     for name, value in second.params.items():
         torch.testing.assert_close(first.params[name], value, atol=1e-6, rtol=1e-5)
 
@@ -158,11 +160,11 @@ def test_nan_in_a_client_stops_the_round_and_names_it(method: str, backend: str)
     broken = store.difference.clone()
     broken[store.offset[3] + 1] = torch.nan
     store = ClientStore(store.names, store.groups, broken, store.common, store.order, store.offset)
-    algorithm = build_algorithm(config_of(method, backend=backend), store)
-    state = algorithm.init()
+    algorithm, clients = build_method(config_of(method, backend=backend), store)
+    state = algorithm.init(store.roster)
     before = {k: v.clone() for k, v in state.tensors().items()}
     with pytest.raises(NonFiniteUpdateError, match=r"client-3.*round 0"):
-        algorithm.apply(state, range(len(store)))
+        algorithm.apply(state, clients, range(len(store)))
     assert all(torch.equal(v, state.tensors()[k]) for k, v in before.items())
 
 
@@ -184,10 +186,10 @@ def test_prior_logits_stay_private_and_of_absent_peers_untouched() -> None:
     config = build_config(
         SMALL, {"method": "fedvpl+mix", "prior": {"kind": "peers"}, "federation": {"cohort": 3}}
     )
-    algorithm = build_algorithm(config, store)
-    state = algorithm.init()
+    algorithm, clients = build_method(config, store)
+    state = algorithm.init(store.roster)
     for _ in range(3):
-        state, _ = algorithm.apply(state, [0, 1, 2])
+        state, _ = algorithm.apply(state, clients, [0, 1, 2])
     logits = state.clients["prior_logit"]
     assert logits[:3, :3].abs().max() > 1e-3
     assert torch.equal(logits[3:], torch.zeros_like(logits[3:]))
@@ -202,10 +204,10 @@ def test_anchors_are_fitted_once_and_then_stay(start: int) -> None:
     config = build_config(
         SMALL, {"method": "fedvpa-gp", "prototypes": {"start_round": start, "modes": 2}}
     )
-    algorithm = build_algorithm(config, store)
-    state, fitted = algorithm.init(), []
+    algorithm, clients = build_method(config, store)
+    state, fitted = algorithm.init(store.roster), []
     for _ in range(4):
-        state, diagnostics = algorithm.apply(state, range(len(store)))
+        state, diagnostics = algorithm.apply(state, clients, range(len(store)))
         fitted.append(state.population.get("mean"))
     first = max(1, start) - 1
     assert all(mean is None for mean in fitted[:first])
@@ -220,9 +222,9 @@ def test_withheld_choices_are_not_trained_on_until_the_anchors_are_fitted_and_th
 ):
     config = build_config(SMALL, {"method": "fedvpa-gp", "prototypes": {"start_round": 2}})
     store = synthetic_store(clients=12, pairs=15)
-    algorithm = build_algorithm(config, store)
+    _, clients = build_method(config, store)
     everyone = torch.arange(len(store))
-    pairs, held = algorithm.participants.divided(everyone, 1)
+    pairs, held = clients.divided(everyone, 1)
     assert held.sum(-1).tolist() == [round(0.2 * int(n)) for n in store.sizes]
     assert not (held & ~pairs.mask).any()
     other = store.difference.clone()

@@ -15,7 +15,7 @@ from fedvpa.data.partition import Partitioner
 from fedvpa.data.preferences import parse_record
 from fedvpa.data.reading import read_pairs
 from fedvpa.errors import BadInputError, RecordError
-from fedvpa.federated.draws import Episodes, local_draws
+from fedvpa.federated.episodes import DrawSizes, Episodes, local_draws
 from fedvpa.functional.gaussian import standard_kl_per_dimension
 from fedvpa.records import Message, PreferencePair
 from fedvpa.types import PairBatch
@@ -136,7 +136,7 @@ def test_context_and_target_are_disjoint_real_pairs(
         len(sizes), width, 1
     ) * mask.unsqueeze(-1)
     names = [f"c{i}" for i in range(len(sizes))]
-    draws = local_draws(seed, 0, names, torch.tensor(sizes), 3, 1, 2, 0)
+    draws = local_draws(seed, 0, names, torch.tensor(sizes), 3, DrawSizes(1, 2))
     episodes = Episodes(PairBatch(x, None, mask.float(), mask), draws.order, batch, share)
     for step in range(3):
         pairs, context, target, _ = episodes[step]
@@ -146,7 +146,7 @@ def test_context_and_target_are_disjoint_real_pairs(
         expected = torch.tensor([min(n, batch) if batch else n for n in sizes])
         assert torch.equal(used, expected)
         assert (target.sum(-1) >= 1).all()
-    alone = local_draws(seed, 0, names[:1], torch.tensor(sizes[:1]), 3, 1, 2, 0)
+    alone = local_draws(seed, 0, names[:1], torch.tensor(sizes[:1]), 3, DrawSizes(1, 2))
     assert torch.equal(alone.order[0], draws.order[0, :, : sizes[0]])
     assert torch.equal(alone.latent[:, :, 0], draws.latent[:, :, 0])
 

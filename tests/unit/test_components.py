@@ -18,8 +18,8 @@ from fedvpa.federated.components import (
     population,
     summed_moments,
 )
-from fedvpa.federated.draws import stream
 from fedvpa.federated.population import fit_population
+from fedvpa.federated.random import stream
 
 
 def groups(

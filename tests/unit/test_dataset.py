@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from fedvpa.config import build_config
+from fedvpa.data.sources import source_of
 from fedvpa.errors import BadInputError
-from fedvpa.experiment.dataset import held_out_pairs, training_data, unseen_clients
+from fedvpa.experiment.dataset import training_data
 
 
 def write_users(file: Path, users: list[str], first: int = 0) -> None:
@@ -33,12 +34,13 @@ def test_a_client_that_was_trained_on_is_never_unseen(tmp_path: Path) -> None:
     train = training_data(config).train
     seen = {c.name for c in train}
     evaluation = config.data.model_copy(update={"split": "test"})
-    unseen, _ = unseen_clients(evaluation, 0, 10, 8, seen)
+    source = source_of(evaluation.model_copy(update={"clients": 10}))
+    unseen = source.unseen(0, 8, seen).clients
     assert [c.name for c in unseen] == ["cy"]
-    assert [len(c.pairs) for c in held_out_pairs(evaluation, 0, train)] == [12, 12]
+    assert [len(c.pairs) for c in source.held_out(0, train)] == [12, 12]
     write_users(tmp_path / "test.jsonl", ["ann", "bob"], first=50)
     with pytest.raises(BadInputError, match="nobody is unseen"):
-        unseen_clients(evaluation, 0, 10, 8, seen)
+        source_of(evaluation).unseen(0, 8, seen)
 
 
 def test_no_client_trains_on_a_validation_pair_of_another_not_even_reversed(tmp_path: Path) -> None:
@@ -62,9 +64,10 @@ def test_no_client_trains_on_a_validation_pair_of_another_not_even_reversed(tmp_
 def test_unseen_personas_are_new_users_and_seen_ones_keep_their_taste() -> None:
     config = build_config({"data": {"clients": 3, "personas": {"pairs": 6}}})
     train = training_data(config).train
-    unseen, _ = unseen_clients(config.data, config.seed, 2, 4, {c.name for c in train})
+    two = config.data.model_copy(update={"clients": 2})
+    unseen = source_of(two).unseen(config.seed, 4, {c.name for c in train}).clients
     assert not {c.name for c in unseen} & {c.name for c in train}
-    again = held_out_pairs(config.data, config.seed, train)
+    again = source_of(config.data).held_out(config.seed, train)
     assert [(c.name, c.group) for c in again] == [(c.name, c.group) for c in train]
     assert not {p for c in again for p in c.pairs} & {p for c in train for p in c.pairs}
 
@@ -90,7 +93,7 @@ def test_mirrored_seen_clients_are_scored_on_reversed_held_out_pairs_of_their_gr
     config = build_config({"data": settings})
     seen = training_data(config).train
     assert sorted({c.group for c in seen}) == ["a", "a-mirrored", "b", "b-mirrored"]
-    held = held_out_pairs(config.data.model_copy(update={"split": "test"}), 0, seen)
+    held = source_of(config.data.model_copy(update={"split": "test"})).held_out(0, seen)
     assert [(c.name, c.group) for c in held] == [(c.name, c.group) for c in seen]
     for plain, mirrored in zip(held[::2], held[1::2]):
         assert len(plain.pairs) == 4

@@ -74,7 +74,7 @@ def test_intervals_are_student_t_and_ignore_missing_clients() -> None:
 
 def test_controls_tell_a_used_state_from_an_unused_one() -> None:
     store = signed_store()
-    group = store.group_index()[1]
+    group = store.roster.group_index()[1]
     scores = evaluate_controls(Oracle(), split_trials(store, 4, 3, 0), group, 0)
     mean = {name: interval(s.accuracy())["mean"] for name, s in scores.items()}
     assert mean["own"] == 1.0
@@ -183,7 +183,7 @@ def test_the_leaking_protocol_is_perfect_where_the_honest_one_is_chance() -> Non
         store.names, store.groups, store.difference * coin, None, store.order, store.offset
     )
     trials = split_trials(random_labels, 5, 20, 0)
-    honest = evaluate_controls(Oracle(), trials, store.group_index()[1], 0)["own"]
+    honest = evaluate_controls(Oracle(), trials, store.roster.group_index()[1], 0)["own"]
     assert abs(interval(honest.accuracy())["mean"] - 0.5) < 0.2
     assert leaking_accuracy(Oracle(), trials) == 1.0
 

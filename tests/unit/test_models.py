@@ -7,14 +7,23 @@ from itertools import pairwise
 import pytest
 import torch
 
+from fedvpa.config import build_config
 from fedvpa.selector.encoder import Encoder
-from fedvpa.selector.reward import ConditionedReward, SharedReward
+from fedvpa.selector.heads import Head, build_head
+from fedvpa.selector.heads.bilinear import BilinearHead
+from fedvpa.selector.reward import SharedReward
 from fedvpa.selector.selector import Selector, refined_posterior
 from fedvpa.types import PairBatch, Population
 from tests.conftest import synthetic_store
 
 POOLINGS = ["mean", "attention", "poe"]
 CONDITIONINGS = ["bilinear", "concat", "film", "additive"]
+
+
+def head(conditioning: str) -> Head:
+    given = {"inputs": 8, "latent": 4, "conditioning": conditioning}
+    given |= {"reward_hidden": 6} if conditioning in ("concat", "film") else {}
+    return build_head(config=build_config({"method": "fedvpl", "model": given}))
 
 
 def seeded(n: int = 0) -> torch.Generator:
@@ -63,7 +72,7 @@ def test_product_of_experts_grows_surer_with_every_pair() -> None:
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_margin_is_antisymmetric_in_the_two_responses(conditioning: str) -> None:
-    reward = ConditionedReward(8, 4, conditioning, hidden=6)
+    reward = head(conditioning)
     params = jittered(reward.init(seeded()))
     batch, z = synthetic_store().batch([0, 1]), torch.randn(2, 4, generator=seeded(2))
     swapped = batch._replace(difference=-batch.difference, order=-batch.order)
@@ -72,7 +81,7 @@ def test_margin_is_antisymmetric_in_the_two_responses(conditioning: str) -> None
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_z_changes_margins_and_stacked_clients_equal_single_ones(conditioning: str) -> None:
-    reward = ConditionedReward(8, 4, conditioning, hidden=6)
+    reward = head(conditioning)
     each = [jittered(reward.init(seeded(s))) for s in range(3)]
     batch, z = synthetic_store().batch([0, 1, 2]), torch.randn(3, 4, generator=seeded(2))
     together = reward.margin({k: torch.stack([p[k] for p in each]) for k in each[0]}, z, batch)
@@ -89,7 +98,7 @@ def test_z_changes_margins_and_stacked_clients_equal_single_ones(conditioning: s
 def test_additive_reward_cannot_tell_pairs_apart_by_z() -> None:
     """The paper's form: z adds one number to every margin, up to the order in which the
     responses were shown."""
-    reward = ConditionedReward(8, 4, "additive")
+    reward = head("additive")
     params = jittered(reward.init(seeded()))
     batch = synthetic_store(ragged=False).batch([0])
     z, other = torch.randn(2, 1, 4, generator=seeded(2))
@@ -98,7 +107,7 @@ def test_additive_reward_cannot_tell_pairs_apart_by_z() -> None:
 
 
 def test_low_rank_bilinear_has_that_rank() -> None:
-    reward = ConditionedReward(8, 6, "bilinear", rank=2)
+    reward = BilinearHead(8, 6, rank=2)
     params = reward.init(seeded())
     directions = reward.direction(params, torch.eye(6)) - params["reward.weight"]
     assert torch.linalg.matrix_rank(directions) == 2
@@ -113,7 +122,7 @@ def test_shared_mlp_reads_the_features_and_says_so_when_they_are_missing() -> No
 
 
 def test_responsibilities_are_bayes_rule_on_the_choices() -> None:
-    reward = ConditionedReward(8, 4)
+    reward = BilinearHead(8, 4)
     selector = Selector(Encoder(8, 4), reward, latent_evidence=0.3)
     params = jittered(selector.init(seeded()))
     population = Population(

@@ -11,12 +11,21 @@ import torch
 
 from fedvpa.config import build_config
 from fedvpa.errors import BadInputError
-from fedvpa.experiment.build import build_algorithm, build_privacy
-from fedvpa.federated.aggregators import bounded
+from fedvpa.experiment.build import build_method
+from fedvpa.federated.accounting import BudgetError, Privacy, noise_for, privacy_of
+from fedvpa.federated.aggregators import Total, WeightedMean, bounded
 from fedvpa.federated.algorithm import poisson_cohort
 from fedvpa.federated.components import Moments
-from fedvpa.federated.draws import stream
-from fedvpa.federated.privacy import BudgetError, Privacy, noise_for, secret_normal, seeded_normal
+from fedvpa.federated.random import stream
+from fedvpa.federated.release import (
+    PrivateRelease,
+    Sums,
+    clipped_latent,
+    noised_moments,
+    secret_normal,
+    seeded_noise,
+    seeded_normal,
+)
 from tests.conftest import synthetic_store
 
 pytest.importorskip("dp_accounting")
@@ -36,8 +45,8 @@ def test_one_client_moves_a_sum_by_its_bound_at_the_most() -> None:
     moved, shortened = (trained["a"] - start["a"]).flatten(1), (kept["a"] - start["a"]).flatten(1)
     direction = torch.nn.functional.cosine_similarity(moved, shortened)
     torch.testing.assert_close(direction, torch.ones(6))
-    mean, variance = PRIVACY.clipped_latent(
-        100 * torch.randn(5, 16, generator=generator), torch.full((5, 16), 9.0)
+    mean, variance = clipped_latent(
+        PRIVACY, 100 * torch.randn(5, 16, generator=generator), torch.full((5, 16), 9.0)
     )
     assert mean.norm(dim=1).max() <= PRIVACY.latent_clip * (1 + 1e-5)
     assert mean.square().norm(dim=1).max() <= PRIVACY.latent_clip**2 * (1 + 1e-5)
@@ -46,10 +55,12 @@ def test_one_client_moves_a_sum_by_its_bound_at_the_most() -> None:
 
 def test_noise_has_the_deviation_that_is_accounted_for() -> None:
     zero = {"a": torch.zeros(200, 200)}
-    noised = PRIVACY.noised_params(zero, seeded_normal(stream(0, "n")))["a"]
+    release = PrivateRelease(PRIVACY, seeded_noise(0))
+    update, _ = release.update(WeightedMean(), Total(), zero, Sums(), 0)
+    noised = update["a"] * PRIVACY.expected
     assert noised.std() == pytest.approx(PRIVACY.noise * PRIVACY.clip, rel=0.02)
     empty = Moments(torch.full((100,), 1e6), *(torch.full((100, 50), 1e6) for _ in range(3)))
-    found = PRIVACY.noised_moments(empty, seeded_normal(stream(0, "m")), fit=True)
+    found = noised_moments(PRIVACY, empty, PRIVACY.fit_noise, seeded_normal(stream(0, "m")))
     for value, bound in zip(found, (1, 2, 4, 4)):
         assert (value - 1e6).std() == pytest.approx(
             PRIVACY.fit_noise * bound, rel=0.2 if value.dim() == 1 else 0.03
@@ -112,31 +123,29 @@ def private_config(**privacy: float):
 def test_a_private_run_reports_epsilon_and_stops_at_its_budget() -> None:
     config = private_config(noise=1.0, fit_noise=2.0)
     store = synthetic_store(clients=40)
-    privacy = build_privacy(config, 40)
+    privacy = privacy_of(config, 40)
     assert privacy is not None
-    algorithm, state, seen = (
-        build_algorithm(config, store),
-        build_algorithm(config, store).init(),
-        [],
-    )
+    algorithm, clients = build_method(config, store)
+    state, seen = algorithm.init(store.roster), []
     for r in range(4):
         state, row = algorithm.apply(
-            state, poisson_cohort(stream(0, "cohort", r), 40, privacy.rate)
+            state, clients, poisson_cohort(stream(0, "cohort", r), 40, privacy.rate)
         )
         seen.append(row["epsilon"])
     assert seen == sorted(seen)
     assert seen[-1] == pytest.approx(privacy.epsilon(4, 1))
     assert seen[0] == pytest.approx(privacy.epsilon(1, 1))  # the fit counts from the start
     assert state.population["mean"].shape == (2, 4)
-    empty, _ = algorithm.apply(state, [])  # nobody was drawn: noise alone
+    empty, _ = algorithm.apply(state, clients, [])  # nobody was drawn: noise alone
     assert empty.round == 5
     budget = (privacy.epsilon(2, 1) + privacy.epsilon(3, 1)) / 2
-    stopping = build_algorithm(private_config(noise=1.0, fit_noise=2.0, budget=budget), store)
-    state = stopping.init()
+    short = private_config(noise=1.0, fit_noise=2.0, budget=budget)
+    stopping, clients = build_method(short, store)
+    state = stopping.init(store.roster)
     for _ in range(2):
-        state, _ = stopping.apply(state, range(10))
+        state, _ = stopping.apply(state, clients, range(10))
     with pytest.raises(BudgetError, match="is spent: round 3 would take it"):
-        stopping.apply(state, range(10))
+        stopping.apply(state, clients, range(10))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +172,7 @@ def test_what_privacy_does_not_go_with(change: dict, message: str) -> None:  # t
 
 def test_noise_that_hides_every_component_is_refused() -> None:
     with pytest.raises(BadInputError, match=r"at most 6\.67 for 40 clients and 2 components"):
-        build_privacy(private_config(fit_noise=40.0), 40)
+        privacy_of(private_config(fit_noise=40.0), 40)
 
 
 def test_secret_noise_is_normal_and_is_not_drawn_twice() -> None:

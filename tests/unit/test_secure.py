@@ -15,9 +15,10 @@ from flwr.common import bytes_to_ndarray
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key, Stage
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedvpa.federated.exchanges import field_of
 from fedvpa.network import masks, relay
 from fedvpa.network.secure import LEVELS, MODULUS, SecureSumError, secure_sum
-from fedvpa.network.wire import SCALES, WireError, flatten, unflatten
+from fedvpa.network.wire import WireError, flatten, unflatten
 
 SIZE = 40
 
@@ -173,12 +174,13 @@ def test_flat_vectors_keep_names_apart_and_refuse_what_would_be_cut_off() -> Non
         "loss/recon": torch.tensor(0.7),
         "moments/squared": torch.rand(2, 2) * 100,
     }
-    vector = torch.from_numpy(np.frombuffer(flatten(tensors), dtype="<f4").copy()).double()
+    vector = torch.from_numpy(np.frombuffer(flatten("train", tensors), dtype="<f4").copy()).double()
     assert vector.abs().max() <= 1
-    back = unflatten(vector, {k: tuple(v.shape) for k, v in tensors.items()}, torch.float32)
+    shapes = {k: (tuple(v.shape), torch.float32) for k, v in tensors.items()}
+    back = unflatten("train", vector, shapes)
     for name, value in tensors.items():
         torch.testing.assert_close(back[name], value)
     with pytest.raises(WireError, match="delta/w"):
-        flatten({"delta/w": torch.tensor([SCALES["delta"] * 1.01])})
+        flatten("train", {"delta/w": torch.tensor([field_of("train", "delta/w").bound * 1.01])})
     with pytest.raises(WireError, match="not finite"):
-        flatten({"delta/w": torch.tensor([torch.nan])})
+        flatten("train", {"delta/w": torch.tensor([torch.nan])})

@@ -17,8 +17,8 @@ from fedvpa.cli.options import add_flat_settings, flat_settings_given
 from fedvpa.data.reading import read_pairs
 from fedvpa.errors import BadInputError
 from fedvpa.experiment.use import PreferenceModel
-from fedvpa.files import write_atomically
-from fedvpa.policy.export import check_free, export_adapter, export_merged
+from fedvpa.files import claim, write_atomically
+from fedvpa.policy.export import export_adapter, export_merged
 from fedvpa.policy.policy import PolicyCard, Sampling, load_card, load_policy
 from fedvpa.policy.prompts import read_prompts
 from fedvpa.policy.settings import AlignConfig, FedDPOConfig, TrainingConfig
@@ -217,7 +217,7 @@ def run_generate(arguments: argparse.Namespace, reporter: Reporter) -> int:
 def run_export(arguments: argparse.Namespace, reporter: Reporter) -> int:
     """Write plain models, PEFT adapters, or both."""
     card, out = load_card(Path(arguments.directory)), Path(arguments.out)
-    check_free(out)
+    claim(out)
     if arguments.format == "all":
         if arguments.prefer or arguments.mix or arguments.user or arguments.z:
             raise BadInputError(

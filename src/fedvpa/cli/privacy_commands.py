@@ -10,8 +10,7 @@ from fedvpa.cli.console import Reporter, add_common, emit_json
 from fedvpa.cli.options import add_settings, settings_given
 from fedvpa.config import build_config, merged
 from fedvpa.errors import BadInputError
-from fedvpa.experiment.build import build_privacy
-from fedvpa.federated.privacy import noise_for
+from fedvpa.federated.accounting import noise_for, privacy_of
 
 WHAT_IT_TAKES = {
     "prior": {"kind": "components"},
@@ -43,15 +42,14 @@ def run_plan(arguments: argparse.Namespace, reporter: Reporter) -> int:
     if arguments.epsilon <= 0:
         raise BadInputError("--epsilon: must be above 0")
     config = build_config(merged(WHAT_IT_TAKES, settings_given(arguments)))
-    privacy = build_privacy(config, config.data.clients)
+    privacy = privacy_of(config, config.data.clients)
     assert privacy is not None
     if privacy.delta >= 1 / config.data.clients:
         raise BadInputError(
             f"--delta: {privacy.delta:g} is no privacy for {config.data.clients} clients; well"
             " under one over their number"
         )
-    rounds = config.federation.rounds
-    fits = 1 if config.prototypes.kind == "anchored" else 2
+    rounds, fits = config.federation.rounds, privacy.fits
     noise = noise_for(privacy, rounds, fits, arguments.epsilon)
     planned = replace(privacy, noise=noise)
     marks = sorted({1, *(max(1, rounds * k // 5) for k in range(1, 6))})

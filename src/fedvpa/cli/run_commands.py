@@ -8,7 +8,7 @@ from typing import Any
 
 from fedvpa.cli.console import Reporter, add_common, emit_json, show_interval
 from fedvpa.cli.options import add_settings, settings_given
-from fedvpa.config import METHODS, Config, build_config, flatten
+from fedvpa.config import Config, build_config, flatten
 from fedvpa.errors import BadInputError
 from fedvpa.evaluation.report import render_report
 from fedvpa.experiment.compare import compare
@@ -18,6 +18,7 @@ from fedvpa.experiment.plan import Comparison, TestSettings, comparison, read_pl
 from fedvpa.experiment.run import RunPaths, changed_settings, load_config
 from fedvpa.experiment.train import train
 from fedvpa.files import write_atomically
+from fedvpa.methods import METHODS
 
 
 def register(commands: Any) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -18,7 +19,7 @@ from torch.nn.functional import logsigmoid
 
 from fedvpa.federated.algorithm import Predictor
 from fedvpa.federated.batch import ClientStore, first_pairs, select
-from fedvpa.federated.draws import stream
+from fedvpa.federated.random import stream
 from fedvpa.functional.preference import expected_calibration_error
 from fedvpa.types import PairBatch
 
@@ -105,6 +106,42 @@ def given_trial(context: ClientStore, target: ClientStore) -> Trial:
     held-out pairs)."""
     everyone = torch.arange(len(context))
     return Trial(context.batch(everyone), target.batch(everyone))
+
+
+class Validation(NamedTuple):
+    """Sums over clients that hold any pairs out: how many, accuracy, NLL (nats per pair)."""
+
+    clients: Float[Tensor, ""]
+    accuracy: Float[Tensor, ""]
+    nll: Float[Tensor, ""]
+
+    def row(self) -> dict[str, float]:
+        """Means over these clients; empty without any."""
+        count = float(self.clients)
+        if not count:
+            return {}
+        return {
+            "validation_accuracy": float(self.accuracy) / count,
+            "validation_nll": float(self.nll) / count,
+        }
+
+
+def validation(
+    predictor: Predictor, context: ClientStore, target: ClientStore, group: Int[Tensor, "k"]
+) -> Validation:
+    """A predictor on the clients' held-out pairs, each preference inferred from the training pairs;
+    float64, so that secure sums carry it."""
+    zero = torch.zeros((), dtype=torch.float64)
+    if int(target.sizes.sum()) == 0:
+        return Validation(zero, zero, zero)
+    trial = given_trial(context, target)
+    scores = Scores.empty(len(context))
+    scores.add(
+        predictor.margin(predictor.adapt(trial.context, group), trial.target), trial.target.mask
+    )
+    own = target.sizes > 0
+    each = (scores.correct / scores.count, scores.nll / scores.count)
+    return Validation(own.sum().double(), *(value[own].double().sum() for value in each))
 
 
 def reversed_labels(context: PairBatch) -> PairBatch:

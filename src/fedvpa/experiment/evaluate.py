@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedvpa import __version__
 from fedvpa.config import FEDERATION, DataConfig
+from fedvpa.data.sources import source_of
 from fedvpa.errors import BadInputError
 from fedvpa.evaluation.diagnostics import (
     cluster_diagnostics,
@@ -40,17 +41,16 @@ from fedvpa.evaluation.statistics import interval
 from fedvpa.experiment.dataset import (
     TrainingData,
     features_of,
-    held_out_pairs,
     to_store,
     training_data,
-    unseen_clients,
     without_overlap,
 )
 from fedvpa.experiment.run import Run, open_run
 from fedvpa.experiment.train import manifest
 from fedvpa.features.cache import FeatureCache
-from fedvpa.federated.batch import ClientStore, concatenate
-from fedvpa.federated.objective import PROTOTYPES
+from fedvpa.federated.batch import ClientStore, Roster, concatenate
+from fedvpa.federated.messages import PROTOTYPES
+from fedvpa.federated.priors.peers import PeersPrior
 from fedvpa.federated.variational import FederatedVariational
 from fedvpa.functional.preference import mean_choice_loss
 from fedvpa.records import Progress
@@ -108,11 +108,10 @@ def evaluate(
     data = _evaluation_data(run.config.data, settings)
     trained = TrainingData([], [], Counter(), []) if elsewhere else training_data(run.config)
     everything = [*trained.train, *trained.validation]
-    raw_unseen, skipped = unseen_clients(
-        data, run.config.seed, settings.clients, settings.context, set(run.store.names)
-    )
-    unseen, dropped = without_overlap(raw_unseen, everything)
-    held_raw = [] if elsewhere else held_out_pairs(data, run.config.seed, trained.train)
+    source = source_of(data)
+    found = source.unseen(run.config.seed, settings.context, set(run.roster.names))
+    unseen, dropped = without_overlap(found.clients, everything)
+    held_raw = [] if elsewhere else source.held_out(run.config.seed, trained.train)
     held_out, dropped_seen = without_overlap(held_raw, everything)
     held_out = [replace(c, pairs=()) if t.corrupted else c for c, t in zip(held_out, trained.train)]
     cache = FeatureCache(run.config.features)
@@ -124,9 +123,9 @@ def evaluate(
         if held_out
         else None
     )
-    names = run.store.group_index()[0]  # a model that knows groups knows these, in this order
+    names = run.roster.group_index()[0]  # a model that knows groups knows these, in this order
     names += sorted({g for g in unseen_store.groups if g is not None} - set(names))
-    seen_group, unseen_group = _group_of(run.store, names), _group_of(unseen_store, names)
+    seen_group, unseen_group = _group_of(run.roster, names), _group_of(unseen_store.roster, names)
     predictor = run.predictor
 
     trials = split_trials(unseen_store, settings.context, settings.repeats, settings.seed)
@@ -136,7 +135,7 @@ def evaluate(
     unseen_part, scores = _part(predictor, trials, unseen_group, names, sizes, settings.seed)
     seen_part: dict[str, Any] | None = None
     held_out_pairs_scored = 0 if held_out_store is None else int(held_out_store.sizes.sum())
-    if held_out_store is not None and held_out_pairs_scored:
+    if run.store is not None and held_out_store is not None and held_out_pairs_scored:
         seen_part, _ = _part(
             predictor,
             [given_trial(run.store, held_out_store)],
@@ -150,7 +149,7 @@ def evaluate(
         "fedvpa": __version__,
         "run": {
             "method": run.config.method, "preset": run.config.preset, "seed": run.config.seed,
-            "rounds": run.checkpoint.state.round, "clients": len(run.store),
+            "rounds": run.checkpoint.state.round, "clients": len(run.roster.names),
             "config": run.config.model_dump(mode="json"),
         },
         "data": {
@@ -158,7 +157,7 @@ def evaluate(
             "unseen_pairs": int(unseen_store.sizes.sum()),
             "held_out_pairs_of_seen_clients": held_out_pairs_scored,
             "dropped_because_trained_on": None if elsewhere else dropped + dropped_seen,
-            "skipped": dict(skipped),
+            "skipped": dict(found.skipped),
             "groups": names,
         },
         "protocol": {
@@ -174,11 +173,11 @@ def evaluate(
     seen = unseen_posterior = prototypes = None
     algorithm = run.algorithm
     if (
-        not elsewhere
+        run.store is not None
         and isinstance(algorithm, FederatedVariational)
         and isinstance(predictor, VariationalPredictor)
     ):
-        seen = algorithm.posteriors(run.checkpoint.state)
+        seen = predictor.amortised(_all_pairs(run.store))
         unseen_posterior = predictor.amortised(trials[0].context)
         prototypes = _prototypes(run)
         everything_known = [concatenate(t.context, t.target) for t in trials]
@@ -291,7 +290,7 @@ def _evaluation_data(trained: DataConfig, settings: EvaluationSettings) -> DataC
             "evaluate: the pairs of a federation are its clients'; say which data to evaluate on,"
             " --data"
         )
-    elif settings.split is None and trained.source != "personas":
+    elif settings.split is None and not source_of(trained).generates:
         raise BadInputError(
             "evaluate: say which data, --data (and --split NAME); the training pairs must not be"
             " scored"
@@ -299,9 +298,9 @@ def _evaluation_data(trained: DataConfig, settings: EvaluationSettings) -> DataC
     return trained.model_copy(update=update)
 
 
-def _group_of(store: ClientStore, names: list[str]) -> Int[Tensor, "k"]:
+def _group_of(roster: Roster, names: list[str]) -> Int[Tensor, "k"]:
     return torch.tensor(
-        [-1 if g is None else names.index(g) for g in store.groups], dtype=torch.long
+        [-1 if g is None else names.index(g) for g in roster.groups], dtype=torch.long
     )
 
 
@@ -338,11 +337,13 @@ def _prior_weights(
     algorithm: FederatedVariational, run: Run, group: Int[Tensor, "k"]
 ) -> dict[str, float] | None:
     state = run.checkpoint.state
-    prior = algorithm.prior(state)
-    if prior is None or algorithm.by_sums:
+    if not isinstance(algorithm.prior, PeersPrior):
         return None
-    everyone = torch.arange(len(run.store))
-    log_weight = algorithm.objective.log_weight(
+    prior = algorithm.prior.broadcast(state)
+    if prior is None:
+        return None
+    everyone = torch.arange(len(run.roster.names))
+    log_weight = algorithm.prior.mixture_kl.log_weight(
         state.clients.get("prior_logit"), prior, everyone, None
     )
     return prior_weight_diagnostics(log_weight, group[prior.client], group)

@@ -26,8 +26,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from fedvpa.config import METHODS, Section, build_config, explain, merged, read_yaml, settings_for
+from fedvpa.config import Section, build_config, explain, merged, read_yaml, settings_for
 from fedvpa.errors import BadInputError
+from fedvpa.methods import METHODS
 
 
 class TestSettings(Section):

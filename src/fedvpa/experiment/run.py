@@ -14,23 +14,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 
 from fedvpa.checkpoint import Checkpoint, load_checkpoint
-from fedvpa.config import Config, build_config, read_yaml
+from fedvpa.config import Config, build_config, flatten, read_yaml
+from fedvpa.data.partition import ClientPairs
 from fedvpa.errors import BadInputError, CheckpointError
-from fedvpa.experiment.build import build_algorithm, build_reward
-from fedvpa.experiment.dataset import Whitener, features_of, to_store, training_data
+from fedvpa.experiment.build import build_algorithm, needs_common
+from fedvpa.experiment.dataset import features_of, to_store, training_data
 from fedvpa.features.cache import FeatureCache
+from fedvpa.features.whitening import Whitener
 from fedvpa.federated.algorithm import Algorithm, Predictor
-from fedvpa.federated.batch import ClientStore, build_store
+from fedvpa.federated.batch import ClientStore, Roster
 from fedvpa.files import plain_json, write_atomically
 from fedvpa.records import Progress
 from fedvpa.types import PairBatch
@@ -92,48 +93,18 @@ def load_config(paths: RunPaths) -> Config:
         ) from error
 
 
-def whitener_bytes(whitener: Whitener) -> bytes:
-    """The whitening as a safetensors file."""
-    return save({"centre": whitener.centre, "projection": whitener.projection})
-
-
-def save_whitener(paths: RunPaths, whitener: Whitener) -> None:
-    """Write the whitening."""
-    write_atomically(paths.whitening, whitener_bytes(whitener))
-
-
-def load_whitener_file(path: Path) -> Whitener:
-    """Read a whitening.
-
-    Raises:
-        CheckpointError: missing or damaged.
-    """
-    try:
-        return Whitener(**load_file(path))
-    except (OSError, SafetensorError, TypeError) as error:
-        raise CheckpointError(f"{path}: missing or damaged: {error}") from error
-
-
-def load_whitener(paths: RunPaths) -> Whitener:
-    """Read a run's whitening.
-
-    Raises:
-        CheckpointError: missing or damaged.
-    """
-    return load_whitener_file(paths.whitening)
-
-
 @dataclass(frozen=True)
 class Run:
-    """A trained run, opened for use. `store` holds the training clients when it was opened with
-    them."""
+    """A trained run, opened for use. `store` holds the training clients, when the run was opened
+    with them; else it is None."""
 
     config: Config
     paths: RunPaths
     whitener: Whitener
     checkpoint: Checkpoint
     algorithm: Algorithm
-    store: ClientStore
+    roster: Roster
+    store: ClientStore | None = None
 
     @property
     def predictor(self) -> Predictor:
@@ -143,7 +114,7 @@ class Run:
     @property
     def needs_common(self) -> bool:
         """Whether the reward reads more than differences of features."""
-        return build_reward(self.config).needs_common
+        return needs_common(self.config)
 
 
 def open_run(
@@ -165,39 +136,41 @@ def open_run(
             f" {config.federation.rounds}; finish it with `fedvpa train --resume --out"
             f" {paths.root}`"
         )
-    whitener = load_whitener(paths)
+    whitener = Whitener.read(paths.whitening)
+    store = None
     if with_clients:
         clients = training_data(config).train
         features, _, signature = features_of(clients, FeatureCache(config.features), progress)
-        store = to_store(clients, features, whitener, build_reward(config).needs_common)
-        if fingerprint(config, store, signature) != checkpoint.fingerprint:
+        if fingerprint(config, clients, signature) != checkpoint.fingerprint:
             raise BadInputError(
                 f"{paths.root}: its training data, or the backbone that reads them, have changed"
-                " since it was trained; what it was trained on is no longer known, so nothing can"
-                " be evaluated honestly"
+                " since it was trained (or an earlier version of fedvpa trained it); what it was"
+                " trained on is no longer known, so nothing can be evaluated honestly"
             )
-    else:
-        store = _named_only(json.loads((paths.root / "data.json").read_text()), config.model.inputs)
-    return Run(config, paths, whitener, checkpoint, build_algorithm(config, store), store)
+        store = to_store(clients, features, whitener, needs_common(config))
+    roster = roster_of(paths.root)
+    algorithm = build_algorithm(config, len(roster.names))
+    return Run(config, paths, whitener, checkpoint, algorithm, roster, store)
 
 
-def fingerprint(config: Config, store: ClientStore, signature: str) -> str:
-    """Hash of settings, clients, whitened features and backbone: what a checkpoint belongs to."""
+def fingerprint(config: Config, clients: Sequence[ClientPairs], signature: str) -> str:
+    """Hash of settings, clients, their comparisons and the backbone: what a checkpoint belongs to.
+
+    Features are not in it: computed again in other batches, they differ in their last bits.
+    """
     settings = config.model_dump(mode="json", exclude=ELSEWHERE)
-    digest = hashlib.sha256(
-        json.dumps([settings, signature, store.names, store.offset.tolist()]).encode()
-    )
-    digest.update(store.difference.contiguous().numpy().tobytes())
+    digest = hashlib.sha256(json.dumps([settings, signature]).encode())
+    for client in clients:
+        digest.update(json.dumps([client.name, client.group, len(client.pairs)]).encode())
+        for pair in client.pairs:
+            digest.update(f"{pair.content_key()}{pair.chosen_is_first():d}".encode())
     return digest.hexdigest()
 
 
-def _named_only(data: dict[str, Any], inputs: int) -> ClientStore:
-    """A store that knows the clients' names and groups but holds no pairs."""
-    names = [c["name"] for c in data["clients"]]
-    empty = [torch.zeros(0, inputs)] * len(names)
-    return build_store(
-        names, [c["group"] for c in data["clients"]], empty, empty, [torch.zeros(0)] * len(names)
-    )
+def roster_of(root: Path) -> Roster:
+    """Names and groups of a run's clients, as it wrote them down."""
+    rows = json.loads((root / "data.json").read_text())["clients"]
+    return Roster(tuple(row["name"] for row in rows), tuple(row["group"] for row in rows))
 
 
 def pairs_to_batch(run: Run, features: torch.Tensor, orders: torch.Tensor) -> PairBatch:
@@ -211,7 +184,5 @@ def pairs_to_batch(run: Run, features: torch.Tensor, orders: torch.Tensor) -> Pa
 
 def changed_settings(saved: Config, explicit: dict[str, Any]) -> list[str]:
     """Explicit settings that differ from a saved configuration."""
-    from fedvpa.config import flatten
-
     given, old = flatten(build_config(explicit).model_dump()), flatten(saved.model_dump())
     return sorted(name for name in flatten(explicit) if given.get(name) != old.get(name))

@@ -11,34 +11,28 @@ from typing import Any
 
 import torch
 
+from fedvpa import __version__
 from fedvpa.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedvpa.config import Config, FederationConfig
 from fedvpa.errors import BadInputError
-from fedvpa.evaluation.protocol import Scores, given_trial
-from fedvpa.evaluation.statistics import interval
-from fedvpa.experiment.build import build_algorithm, build_privacy, build_reward
+from fedvpa.evaluation.protocol import validation
+from fedvpa.experiment.build import build_method, needs_common
 from fedvpa.experiment.dataset import (
     TrainingData,
-    Whitener,
     features_of,
     public_whitener,
     to_store,
     training_data,
 )
-from fedvpa.experiment.run import (
-    ELSEWHERE,
-    RunPaths,
-    fingerprint,
-    load_config,
-    save_config,
-    save_whitener,
-)
+from fedvpa.experiment.run import ELSEWHERE, RunPaths, fingerprint, load_config, save_config
 from fedvpa.experiment.tracking import Tracker, open_tracker
 from fedvpa.features.cache import FeatureCache
+from fedvpa.features.whitening import Whitener
+from fedvpa.federated.accounting import BudgetError, privacy_of
 from fedvpa.federated.algorithm import Algorithm, poisson_cohort, sample_cohort
-from fedvpa.federated.batch import ClientStore
-from fedvpa.federated.draws import stream
-from fedvpa.federated.privacy import BudgetError
+from fedvpa.federated.exchanges import ONCE, payload_rows
+from fedvpa.federated.random import stream
+from fedvpa.files import claim, write_atomically
 from fedvpa.records import Progress
 from fedvpa.types import ServerState
 
@@ -77,65 +71,78 @@ def train(
         CheckpointError: the checkpoint to resume from is damaged or belongs to other settings or
             data.
     """
+    # 1. Nothing is written before data and settings are known to be usable.
     start = time.perf_counter()
     paths = RunPaths(Path(config.out))
-    _check_directory(paths, config, resume)
+    _claim(paths, config, resume)
     data = training_data(config)
     if on_data is not None:
         on_data(data)
+    # 2. Features, and their whitening, of the training pairs alone.
     cache = FeatureCache(config.features)
     features, backbone, signature = features_of([*data.train, *data.validation], cache, on_features)
-    train_features, validation_features = features[: len(data.train)], features[len(data.train) :]
-    whitener = public_whitener(config, cache, on_features) or Whitener.fit(
-        torch.cat(train_features), config.model.inputs
-    )
-    needs_common = build_reward(config).needs_common
-    store = to_store(data.train, train_features, whitener, needs_common)
-    validation = to_store(data.validation, validation_features, whitener, needs_common)
-    algorithm = build_algorithm(config, store)
-    identity = fingerprint(config, store, signature)
-
+    train_features, held_features = features[: len(data.train)], features[len(data.train) :]
+    identity = fingerprint(config, data.train, signature)
+    found = None
     if resume and paths.checkpoint.is_file():
         found = load_checkpoint(paths.checkpoint, identity)
+        whitener = Whitener.read(paths.whitening)
+    else:
+        whitener = public_whitener(config, cache, on_features) or Whitener.fit(
+            torch.cat(train_features), config.model.inputs
+        )
+    # 3. The method and its clients.
+    common = needs_common(config)
+    store = to_store(data.train, train_features, whitener, common)
+    validation_store = to_store(data.validation, held_features, whitener, common)
+    algorithm, clients = build_method(config, store)
+    # 4. Where to begin.
+    if found is None:
+        state, history = algorithm.init(store.roster), list[dict[str, Any]]()
+        save_config(paths, config)
+        write_atomically(paths.whitening, whitener.to_bytes())
+        paths.write_json("data.json", _describe(data, backbone, signature))
+    else:
         state, history = found.state, found.history
         if found.finished:
             logger.info("%s is finished already", paths.root)
-            paths.write_json("history.json", history)
-            paths.write_json("manifest.json", manifest(algorithm, state, whitener))
-            return TrainResult(paths.root, config, history, 0.0)
-    else:
-        state, history = algorithm.init(), []
-        save_config(paths, config)
-        save_whitener(paths, whitener)
-        paths.write_json("data.json", _describe(data, backbone, signature))
     paths.write_json("manifest.json", manifest(algorithm, state, whitener))
-    everyone = len(store)
+    # 5. The rounds.
+    if found is None or not found.finished:
+        group = store.roster.group_index()[1]
 
-    privacy = build_privacy(config, everyone)
+        def validate(reached: ServerState) -> dict[str, float]:
+            predictor = algorithm.predictor(reached)
+            return validation(predictor, store, validation_store, group).row()
 
-    def cohort(round_number: int) -> list[int]:
-        if privacy is not None:
-            return poisson_cohort(
-                stream(config.seed, "cohort", round_number), everyone, privacy.rate
-            )
-        return sample_cohort(config.seed, round_number, everyone, config.federation.cohort)
-
-    def validate(reached: ServerState) -> dict[str, Any]:
-        return _validate(algorithm, reached, store, validation)
-
-    with open_tracker(config.tracker, paths.root, config) as tracker:
-        journal = Journal(paths, identity, tracker, on_round)
-        state, history = run_rounds(
-            config.federation, algorithm, (state, history), cohort, validate, journal
-        )
+        with open_tracker(config.tracker, paths.root, config) as tracker:
+            journal = Journal(paths, identity, tracker, on_round)
+            state, history = run_rounds(
+                config.federation, algorithm, clients, (state, history),
+                _cohorts(config, len(store)), validate, journal,
+            )  # fmt: skip
+    # 6. What a reader of the run wants to see without opening the checkpoint.
     paths.write_json("history.json", history)
     paths.write_json("manifest.json", manifest(algorithm, state, whitener))
     return TrainResult(paths.root, config, history, time.perf_counter() - start)
 
 
+def _cohorts(config: Config, everyone: int) -> Callable[[int], list[int]]:
+    """Draws the clients of a round; with privacy as its accounting presumes."""
+    privacy = privacy_of(config, everyone)
+    if privacy is None:
+        return lambda number: sample_cohort(config.seed, number, everyone, config.federation.cohort)
+    rate = privacy.rate
+    return lambda number: poisson_cohort(stream(config.seed, "cohort", number), everyone, rate)
+
+
 def manifest(algorithm: Algorithm, state: ServerState, whitener: Whitener) -> list[dict[str, Any]]:
     """All that travels between a client and the server, as plain rows."""
-    return [row._asdict() for row in (*whitener.payload(), *algorithm.payload(state))]
+    h, p = whitener.projection.shape
+    once: dict[str, tuple[str, dict[str, int]]] = dict.fromkeys(
+        ("whitening", "prepare"), (ONCE, {"h": h, "p": p})
+    )
+    return [row._asdict() for row in (*payload_rows(once, set(), {}), *algorithm.payload(state))]
 
 
 @dataclass(frozen=True)
@@ -150,9 +157,9 @@ class Journal:
 
 
 def run_rounds(
-    f: FederationConfig, algorithm: Algorithm, start: tuple[ServerState, list[dict[str, Any]]],
-    cohort: Callable[[int], list[int]], validate: Callable[[ServerState], dict[str, Any]],
-    journal: Journal,
+    f: FederationConfig, algorithm: Algorithm, clients: Any,
+    start: tuple[ServerState, list[dict[str, Any]]], cohort: Callable[[int], list[int]],
+    validate: Callable[[ServerState], dict[str, float]], journal: Journal,
 ) -> tuple[ServerState, list[dict[str, Any]]]:  # fmt: skip
     """The rounds that are left, and what is to be done after the last; the same for clients in this
     process and elsewhere.
@@ -171,7 +178,7 @@ def run_rounds(
         while now[0].round < f.rounds:
             began = time.perf_counter()
             try:
-                state, diagnostics = algorithm.apply(now[0], cohort(now[0].round))
+                state, diagnostics = algorithm.apply(now[0], clients, cohort(now[0].round))
             except BudgetError as error:
                 logger.warning("%s; training ends after round %d", error, now[0].round)
                 break
@@ -180,7 +187,7 @@ def run_rounds(
                 row |= validate(state)
             # what is served is validated: for some methods, after a last exchange
             elif state.round == f.rounds:
-                final = algorithm.finalise(state)
+                final = algorithm.finalise(state, clients)
                 row |= validate(final)
             now = (state, [*now[1], row])
             seconds = time.perf_counter() - began
@@ -195,51 +202,23 @@ def run_rounds(
         if saved != now[0].round:
             save(finished=False)
         raise
-    now = (algorithm.finalise(now[0]) if final is None else final, now[1])
+    now = (algorithm.finalise(now[0], clients) if final is None else final, now[1])
     save(finished=True)
     return now
 
 
-def _validate(
-    algorithm: Algorithm, state: ServerState, store: ClientStore, validation: ClientStore
-) -> dict[str, Any]:
-    """Accuracy and NLL on the clients' held-out pairs, z being inferred from their training
-    pairs."""
-    if int(validation.sizes.sum()) == 0:
-        return {}
-    predictor = algorithm.predictor(state)
-    trial = given_trial(store, validation)
-    group = store.group_index()[1]
-    scores = Scores.empty(len(store))
-    scores.add(
-        predictor.margin(predictor.adapt(trial.context, group), trial.target), trial.target.mask
-    )
-    return {
-        "validation_accuracy": interval(scores.accuracy())["mean"],
-        "validation_nll": interval(scores.mean_nll())["mean"],
-    }
-
-
-def _check_directory(paths: RunPaths, config: Config, resume: bool) -> None:
-    if paths.root.exists() and not paths.root.is_dir():
-        raise BadInputError(f"{paths.root}: is a file; --out must name a directory")
-    if resume:
-        if load_config(paths).model_dump(exclude=ELSEWHERE) != config.model_dump(exclude=ELSEWHERE):
-            raise BadInputError(
-                f"{paths.root}: was trained with other settings; resume it with --resume --out"
-                " alone"
-            )
-    elif paths.root.is_dir() and any(
-        not p.name.startswith(".config.yaml-") for p in paths.root.iterdir()
-    ):
+def _claim(paths: RunPaths, config: Config, resume: bool) -> None:
+    if not resume:
+        claim(paths.root, "continue an interrupted run with --resume, or choose another --out")
+    elif load_config(paths).model_dump(exclude=ELSEWHERE) != config.model_dump(exclude=ELSEWHERE):
         raise BadInputError(
-            f"{paths.root}: not empty; continue an interrupted run with --resume, or choose another"
-            " --out"
+            f"{paths.root}: was trained with other settings; resume it with --resume --out alone"
         )
 
 
 def _describe(data: TrainingData, backbone: str, signature: str) -> dict[str, Any]:
     return {
+        "fedvpa": __version__,
         "backbone": backbone,
         "signature": signature,
         "clients": [

@@ -21,7 +21,7 @@ from fedvpa.experiment.dataset import presentation_order, training_data
 from fedvpa.experiment.run import Run, RunPaths, load_config, open_run, pairs_to_batch
 from fedvpa.features.cache import FeatureCache
 from fedvpa.features.loading import location_stamp
-from fedvpa.federated.objective import PROTOTYPES
+from fedvpa.federated.messages import PROTOTYPES
 from fedvpa.records import Item, PreferencePair
 from fedvpa.selector.predictor import VariationalPredictor
 from fedvpa.types import PairBatch
@@ -292,7 +292,7 @@ def untrained_pairs(
 def _component_groups(run: Run, prototypes: Tensor | None) -> list[str | None]:
     """True group of most training clients nearest to each component (for naming it; nothing is
     inferred from it)."""
-    if prototypes is None or all(g is None for g in run.store.groups):
+    if prototypes is None or all(g is None for g in run.roster.groups):
         return []
     tables = run.checkpoint.state.clients
     own = (
@@ -304,7 +304,7 @@ def _component_groups(run: Run, prototypes: Tensor | None) -> list[str | None]:
     out: list[str | None] = []
     for component in range(prototypes.shape[0]):
         groups = Counter(
-            g for g, n in zip(run.store.groups, nearest) if n == component and g is not None
+            g for g, n in zip(run.roster.groups, nearest) if n == component and g is not None
         )
         out.append(groups.most_common(1)[0][0] if groups else None)
     return out

@@ -1,46 +1,87 @@
-"""From clients' updates to the next shared model: a weighted mean, then a server optimiser
-(Reddi et al., 2021)."""
+"""From clients' updates to the next shared model: an aggregator, then a server optimiser (Reddi et
+al., 2021)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fedvpa.config import Config
+from fedvpa.parts import AGGREGATORS, builder, part
 from fedvpa.types import Params
 
 
-@dataclass
-class WeightedMean:
-    """Running sum of weighted updates; chunks are added in the order of the cohort (FedAvg,
-    McMahan et al., 2017)."""
+@dataclass(frozen=True)
+class Total:
+    """What an aggregator knows of the updates so far: their weighted sum, or each of them."""
 
     sums: Params = field(default_factory=dict)
-    total: float = 0.0
+    weight: float = 0.0
+    each: tuple[Params, ...] = ()
+
+
+@runtime_checkable
+class Aggregator(Protocol):
+    """Makes one update of many; chunks of clients are added in the order of the cohort.
+
+    A builder of one is called with ``config=`` alone.
+    """
+
+    def add(
+        self, total: Total, start: Params, trained: Params, weight: Float[Tensor, "c"]
+    ) -> Total:
+        """The total with `trained` - `start` of the c clients of a chunk, `trained` [c, ...]."""
+        ...
+
+    def result(self, total: Total) -> Params:
+        """The update of all.
+
+        Raises:
+            ValueError: nothing was added.
+        """
+        ...
+
+
+def build_aggregator(config: Config) -> Aggregator:
+    """The aggregator that the settings name (`federation.aggregator`)."""
+    name = config.federation.aggregator
+    aggregator: Aggregator = builder(part("aggregator", AGGREGATORS, name))(config=config)
+    return aggregator
+
+
+@dataclass(frozen=True)
+class WeightedMean:
+    """Weighted mean (FedAvg, McMahan et al., 2017), of updates of at most `max_norm` (0:
+    of any norm)."""
+
     max_norm: float = 0.0
 
-    def add(self, start: Params, trained: Params, weight: Float[Tensor, "c"]) -> None:
+    def add(
+        self, total: Total, start: Params, trained: Params, weight: Float[Tensor, "c"]
+    ) -> Total:
         """Add weight_c (trained_c - start) of every client c of a chunk."""
         if self.max_norm:
             trained = bounded(start, trained, self.max_norm)
+        sums: Params = {}
         for name, origin in start.items():
             flat = trained[name].flatten(1)
             update = (weight @ flat).view_as(origin) - weight.sum() * origin
-            self.sums[name] = update if name not in self.sums else self.sums[name] + update
-        self.total += float(weight.sum())
+            sums[name] = total.sums[name] + update if name in total.sums else update
+        return Total(sums, total.weight + float(weight.sum()))
 
-    def mean(self) -> Params:
+    def result(self, total: Total) -> Params:
         """The mean update.
 
         Raises:
             ValueError: nothing was added.
         """
-        if self.total <= 0:
+        if total.weight <= 0:
             raise ValueError("no client sent an update")
-        return {name: value / self.total for name, value in self.sums.items()}
+        return {name: value / total.weight for name, value in total.sums.items()}
 
 
 def bounded(start: Params, trained: Params, norm: float) -> Params:
@@ -59,48 +100,68 @@ def bounded(start: Params, trained: Params, norm: float) -> Params:
     }
 
 
-@dataclass
+@dataclass(frozen=True)
 class RobustMean:
-    """A mean that a share of attackers cannot carry away; every client counts the same.
+    """A mean that a `share` of attackers cannot carry away; every client counts the same, and every
+    update is kept until the end of the round."""
 
-    * `trimmed-mean`: of each coordinate, without its highest and lowest `share` (Yin et al., 2018,
-      definition 2);
-    * `median`: of each coordinate (the same, definition 1);
-    * `krum`: of the clients that are nearest to their neighbours, all but `share` of them
-      (Multi-Krum; Blanchard et al., 2017).
-    """
-
-    kind: Literal["trimmed-mean", "median", "krum"]
     share: float = 0.2
     max_norm: float = 0.0
-    _updates: list[Params] = field(default_factory=list)
 
-    def add(self, start: Params, trained: Params, weight: Float[Tensor, "c"]) -> None:
+    def add(
+        self, total: Total, start: Params, trained: Params, weight: Float[Tensor, "c"]
+    ) -> Total:
         """Keep trained_c - start of every client c of a chunk; weights are not read."""
         if self.max_norm:
             trained = bounded(start, trained, self.max_norm)
-        self._updates.append({name: trained[name] - origin for name, origin in start.items()})
+        update = {name: trained[name] - origin for name, origin in start.items()}
+        return Total(weight=total.weight + float(weight.sum()), each=(*total.each, update))
 
-    def mean(self) -> Params:
+    def result(self, total: Total) -> Params:
         """The robust mean update.
 
         Raises:
             ValueError: nothing was added.
         """
-        if not self._updates:
+        if not total.each:
             raise ValueError("no client sent an update")
-        all_of = {name: torch.cat([u[name] for u in self._updates]) for name in self._updates[0]}
-        clients = next(iter(all_of.values())).shape[0]
-        cut = min(int(self.share * clients), (clients - 1) // 2)
-        if self.kind == "median":
-            return {name: value.quantile(0.5, 0) for name, value in all_of.items()}
-        if self.kind == "trimmed-mean":
-            return {
-                name: value.sort(0).values[cut : clients - cut].mean(0)
-                for name, value in all_of.items()
-            }
-        kept = nearest_to_others(torch.cat([value.flatten(1) for value in all_of.values()], 1), cut)
-        return {name: value[kept].mean(0) for name, value in all_of.items()}
+        updates = {name: torch.cat([u[name] for u in total.each]) for name in total.each[0]}
+        clients = next(iter(updates.values())).shape[0]
+        return self.of(updates, min(int(self.share * clients), (clients - 1) // 2))
+
+    def of(self, updates: Params, attackers: int) -> Params:
+        """The mean of all clients' updates [c, ...], of which so many may be attacks."""
+        raise NotImplementedError
+
+
+class TrimmedMean(RobustMean):
+    """Of each coordinate, without its highest and lowest `share` (Yin et al., 2018, def. 2)."""
+
+    def of(self, updates: Params, attackers: int) -> Params:
+        """The mean of what is left."""
+        return {
+            name: value.sort(0).values[attackers : value.shape[0] - attackers].mean(0)
+            for name, value in updates.items()
+        }
+
+
+class Median(RobustMean):
+    """Of each coordinate (Yin et al., 2018, def. 1)."""
+
+    def of(self, updates: Params, attackers: int) -> Params:
+        """The medians."""
+        return {name: value.quantile(0.5, 0) for name, value in updates.items()}
+
+
+class Krum(RobustMean):
+    """Of the clients that are nearest to their neighbours, all but `share` of them (Multi-Krum;
+    Blanchard et al., 2017)."""
+
+    def of(self, updates: Params, attackers: int) -> Params:
+        """The mean of these clients."""
+        flat = torch.cat([value.flatten(1) for value in updates.values()], 1)
+        kept = nearest_to_others(flat, attackers)
+        return {name: value[kept].mean(0) for name, value in updates.items()}
 
 
 def nearest_to_others(updates: Float[Tensor, "c p"], attackers: int) -> Tensor:
@@ -112,6 +173,27 @@ def nearest_to_others(updates: Float[Tensor, "c p"], attackers: int) -> Tensor:
     distance = torch.cdist(updates, updates).square().fill_diagonal_(torch.inf)
     score = distance.sort(1).values[:, : clients - attackers - 2].sum(1)
     return score.argsort()[: clients - attackers].sort().values
+
+
+def build_mean(*, config: Config) -> WeightedMean:
+    """The weighted mean, of updates within the bound of the settings and that of privacy."""
+    clip = config.privacy.clip if config.privacy.enabled else 0.0
+    return WeightedMean(min((b for b in (config.federation.max_norm, clip) if b), default=0.0))
+
+
+def build_trimmed_mean(*, config: Config) -> TrimmedMean:
+    """The trimmed mean of the settings."""
+    return TrimmedMean(config.federation.trim, config.federation.max_norm)
+
+
+def build_median(*, config: Config) -> Median:
+    """The median of the settings."""
+    return Median(max_norm=config.federation.max_norm)
+
+
+def build_krum(*, config: Config) -> Krum:
+    """Multi-Krum of the settings."""
+    return Krum(config.federation.trim, config.federation.max_norm)
 
 
 @dataclass(frozen=True)
@@ -157,3 +239,9 @@ class ServerOptimiser:
         return new, {f"m/{n}": v for n, v in first.items()} | {
             f"v/{n}": v for n, v in second.items()
         }
+
+
+def build_server(config: Config) -> ServerOptimiser:
+    """The server optimiser of the settings."""
+    f = config.federation
+    return ServerOptimiser(f.server_optimiser, f.server_learning_rate)

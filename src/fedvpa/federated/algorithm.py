@@ -1,5 +1,8 @@
-"""The shape of a federated algorithm: `init` and `apply(state, cohort) -> state, diagnostics`
-(after fedjax).
+"""The shape of a federated algorithm, after fedjax: pure functions of a state and of clients.
+
+`init(roster)` gives the first state and `apply(state, clients, cohort)` one round. An algorithm
+knows how many clients there are and nothing else of them: clients are an argument, simulated in
+this process or reached across a network.
 
 A predictor is what is left after training: it turns a user's context into a state (a latent,
 fine-tuned weights, or nothing) and a state into reward margins. Swapping users' states is how one
@@ -8,26 +11,56 @@ asks whether a method uses them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fedvpa.federated.draws import stream
-from fedvpa.types import PairBatch, Params, Posterior, ServerState
+from fedvpa.federated.batch import Roster
+from fedvpa.federated.components import Moments
+from fedvpa.federated.exchanges import Payload
+from fedvpa.federated.messages import Broadcast, Scores, Update
+from fedvpa.federated.random import stream
+from fedvpa.types import PairBatch, Params, Population, Posterior, ServerState
 
 
-class Payload(NamedTuple):
-    """One tensor that travels: its name, shape, bytes, and which way (`down` to the client, `up` to
-    the server)."""
+@runtime_checkable
+class Clients(Protocol):
+    """The clients of a variational method, wherever they are.
 
-    name: str
-    shape: tuple[int, ...]
-    bytes: int
-    direction: str
-    when: str = "every round"
+    A client is known by its place in the roster. `tables` holds one row per client of what is
+    private to it, where that is kept here.
+    """
+
+    def train(
+        self, broadcast: Broadcast, cohort: Sequence[int], tables: Params
+    ) -> Iterator[tuple[Int[Tensor, "c"], Update]]:
+        """Local rounds of the cohort, in chunks; those who did not answer are missing."""
+        ...
+
+    def posteriors(
+        self, params: Params, *, withhold: bool = False
+    ) -> tuple[Int[Tensor, "c"], Posterior]:
+        """Who answered, and their posteriors under a model (`withhold`: without the choices kept
+        out of training)."""
+        ...
+
+    def moments(
+        self, params: Params, centre: Float[Tensor, "t m d"], *, withhold: bool = False
+    ) -> Moments:
+        """Sum over clients of their moments under given centres."""
+        ...
+
+    def scores(self, params: Params, populations: Sequence[Population]) -> Scores:
+        """Sum over clients of the log-probabilities of their withheld choices."""
+        ...
+
+    def settle(self, params: Params, population: Population) -> Params:
+        """Let every client note which component it belongs to; its row of the tables, where these
+        are kept here."""
+        ...
 
 
 @runtime_checkable
@@ -35,8 +68,7 @@ class Predictor(Protocol):
     """Predicts users' choices."""
 
     def adapt(self, context: PairBatch, group: Int[Tensor, "u"]) -> Float[Tensor, "u s"]:
-        """State of every user given its context; only the `oracle-group` bound reads the true
-        group."""
+        """State of every user given its context; only `oracle-group` reads the true group."""
         ...
 
     def margin(self, state: Float[Tensor, "u s"], target: PairBatch) -> Float[Tensor, "u n"]:
@@ -44,7 +76,7 @@ class Predictor(Protocol):
         ...
 
     def neutral(self, users: int) -> Float[Tensor, "u s"]:
-        """State of a user of whom nothing is known (the prior mean)."""
+        """State of a user without context (the prior mean)."""
         ...
 
 
@@ -63,19 +95,19 @@ class LatentPredictor(Predictor, Protocol):
 
 @runtime_checkable
 class Algorithm(Protocol):
-    """A federated algorithm over the clients it was built with."""
+    """A federated algorithm; `clients` are of the kind that its method builds."""
 
-    def init(self) -> ServerState:
+    def init(self, roster: Roster) -> ServerState:
         """State before the first round."""
         ...
 
     def apply(
-        self, state: ServerState, cohort: Sequence[int]
+        self, state: ServerState, clients: Any, cohort: Sequence[int]
     ) -> tuple[ServerState, dict[str, float]]:
-        """One round with these clients; the given state is left as it was."""
+        """One round with the clients of the cohort; the given state is left as it was."""
         ...
 
-    def finalise(self, state: ServerState) -> ServerState:
+    def finalise(self, state: ServerState, clients: Any) -> ServerState:
         """What remains to be done after the last round."""
         ...
 
@@ -89,8 +121,7 @@ class Algorithm(Protocol):
 
 
 def sample_cohort(seed: int, round_number: int, clients: int, size: int) -> list[int]:
-    """Clients of a round, drawn without replacement (all of them if `size` is 0), in ascending
-    order."""
+    """Clients of a round, drawn without replacement (all if `size` is 0), in ascending order."""
     if size == 0 or size >= clients:
         return list(range(clients))
     generator = stream(seed, "cohort", round_number)
@@ -98,14 +129,7 @@ def sample_cohort(seed: int, round_number: int, clients: int, size: int) -> list
 
 
 def poisson_cohort(generator: torch.Generator, clients: int, rate: float) -> list[int]:
-    """Clients of a round, each of them with probability `rate`, independently: what privacy's
-    accounting asks for."""
-    return (torch.rand(clients, generator=generator) < rate).nonzero().squeeze(-1).tolist()
-
-
-def tensor_payload(params: Params, direction: str, prefix: str = "") -> list[Payload]:
-    """A row for each tensor."""
-    return [
-        Payload(prefix + name, tuple(value.shape), value.numel() * value.element_size(), direction)
-        for name, value in params.items()
-    ]
+    """Clients of a round, each with probability `rate`, independently, as the accounting of
+    differential privacy presumes."""
+    drawn = torch.rand(clients, generator=generator) < rate
+    return drawn.nonzero().squeeze(-1).tolist()

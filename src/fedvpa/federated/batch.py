@@ -5,12 +5,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from fedvpa.types import PairBatch
+
+
+class Roster(NamedTuple):
+    """Who takes part: the clients' names in a fixed order, and their true groups where known."""
+
+    names: tuple[str, ...]
+    groups: tuple[str | None, ...]
+
+    def group_index(self) -> tuple[list[str], Int[Tensor, "clients"]]:
+        """Sorted group names, and each client's index into them (-1: it has none)."""
+        names = sorted({g for g in self.groups if g is not None})
+        index = [-1 if g is None else names.index(g) for g in self.groups]
+        return names, torch.tensor(index, dtype=torch.long)
 
 
 @dataclass(frozen=True)
@@ -48,12 +62,10 @@ class ClientStore:
             self.difference[row].masked_fill_(padding, 0.0), common, self.order[row] * mask, mask
         )
 
-    def group_index(self) -> tuple[list[str], Int[Tensor, "clients"]]:
-        """Sorted group names, and each client's index into them (-1: it has none)."""
-        names = sorted({g for g in self.groups if g is not None})
-        return names, torch.tensor(
-            [-1 if g is None else names.index(g) for g in self.groups], dtype=torch.long
-        )
+    @property
+    def roster(self) -> Roster:
+        """Names and groups of the clients."""
+        return Roster(self.names, self.groups)
 
 
 def build_store(

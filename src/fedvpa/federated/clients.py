@@ -1,8 +1,8 @@
-"""The clients' side of the federation: all that a client answers when the server asks, for one
-client or for many.
+"""The clients' side of the federation: all that clients answer when the server asks, for one client
+or for many.
 
-The simulator holds every client in one `ClientSide`; a networked client holds itself alone in one
-of its own. Whatever is not in an answer stays: pairs, features, prior logits, labels, optimiser
+The simulator holds every client in one `SimulatedClients`; a networked client holds itself alone in
+one of its own. Whatever is not in an answer stays: pairs, features, prior logits, labels, optimiser
 state.
 """
 
@@ -10,159 +10,80 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
+from fedvpa.config import Config, settings_read
+from fedvpa.errors import BadInputError
+from fedvpa.federated.accounting import Privacy, privacy_of
 from fedvpa.federated.aggregators import bounded
-from fedvpa.federated.batch import ClientStore, first_pairs, select
+from fedvpa.federated.batch import ClientStore, Roster, first_pairs, select
 from fedvpa.federated.components import Moments, assignments, moments, summed_moments
-from fedvpa.federated.draws import local_draws
-from fedvpa.federated.local import LocalSettings, require_finite, stack, train_locally
-from fedvpa.federated.objective import (
-    PRIOR_LOGIT,
-    PROTOTYPES,
-    RoundContext,
-    VariationalObjective,
-    WithFixed,
-)
-from fedvpa.federated.population import Scores, summed_scores
-from fedvpa.federated.privacy import Privacy
-from fedvpa.federated.simulation import Simulation
-from fedvpa.functional.preference import mean_choice_loss, predictive_margin
-from fedvpa.selector.selector import Selector
-from fedvpa.types import MixturePrior, PairBatch, Params, Population, Posterior
+from fedvpa.federated.episodes import local_draws
+from fedvpa.federated.local import LocalSettings, build_local, require_finite, stack, train_locally
+from fedvpa.federated.messages import PRIOR_LOGIT, Broadcast, Contract, Scores, Update
+from fedvpa.federated.objective import RoundContext, VariationalObjective
+from fedvpa.federated.population import modes_of, summed_scores
+from fedvpa.federated.priors import build_prior
+from fedvpa.federated.release import clipped_latent
+from fedvpa.federated.simulation import Simulation, build_simulation
+from fedvpa.federated.variational import contract_of
+from fedvpa.functional.preference import mean_choice_loss
+from fedvpa.selector.heads import DirectionalHead
+from fedvpa.selector.predictor import VariationalPredictor
+from fedvpa.selector.selector import Selector, build_selector
+from fedvpa.types import PairBatch, Params, Population, Posterior
 
 WITHHELD = 0.2
 """Share of a client's pairs by which the number of components is chosen."""
 SMALLEST_DIVIDED = 4
 """Clients with fewer pairs withhold none."""
+BLOCK = 1000
+"""Clients whose answers are computed side by side, outside of training."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """When the prior, the prototypes and the KL weight switch on (rounds), and how strongly."""
+    """Weights of the KL and of the pull by round."""
 
     kl_weight: float = 0.002
     kl_schedule: Literal["constant", "linear", "cyclical"] = "constant"
     kl_warmup_rounds: int = 10
-    prior: Literal["gaussian", "peers", "components"] = "gaussian"
-    prior_start: int = 0
-    prior_members: Literal["known", "last-round"] = "known"
-    prototypes: Literal["none", "learned", "fixed", "anchored"] = "none"
-    prototypes_start: int = 0
+    pull_start: int = 0
     pull_weight: float = 1.0
 
     def beta(self, round_number: int) -> float:
         """KL weight of a round: constant, a linear warm-up, or one that starts anew every cycle
         (Fu et al., 2019)."""
+        warmup = self.kl_warmup_rounds
         if self.kl_schedule == "constant":
             return self.kl_weight
-        position = (
-            round_number % self.kl_warmup_rounds if self.kl_schedule == "cyclical" else round_number
-        )
-        ramp = (
-            self.kl_warmup_rounds / 2 if self.kl_schedule == "cyclical" else self.kl_warmup_rounds
-        )
-        return self.kl_weight * min(1.0, position / ramp)
-
-    @property
-    def anchored(self) -> bool:
-        """Whether fitted components are frozen and act in training."""
-        return self.prototypes == "anchored"
-
-    @property
-    def orthogonal(self) -> bool:
-        """Whether there are orthogonal prototypes."""
-        return self.prototypes in ("learned", "fixed")
-
-    @property
-    def sends_posterior(self) -> bool:
-        """Whether the server needs every client's posterior each round: for the peers' prior, or to
-        label clients itself."""
-        return self.prior == "peers" or (self.orthogonal and self.prior != "components")
-
-
-class Broadcast(NamedTuple):
-    """What every client of a round is sent. `fixed` parameters are not trained; with `summed`,
-    clients answer with moments of their latent under the prior's components."""
-
-    round: int
-    params: Params
-    prior: MixturePrior | None = None
-    anchors: Population | None = None
-    price: Float[Tensor, "m"] | None = None
-    fixed: tuple[str, ...] = ()
-    summed: bool = False
-
-    @property
-    def trainable(self) -> Params:
-        """Parameters that clients change."""
-        return {name: value for name, value in self.params.items() if name not in self.fixed}
-
-
-class Update(NamedTuple):
-    """What a chunk of clients answers to a broadcast, and what it keeps (`private`: rows of its
-    tables).
-
-    `moments` are each client's own, under the components that were broadcast; `labelled` its choice
-    among them. With `together`, this is one row for that many clients: means of parameters and
-    losses, sums of the rest (a secure sum).
-    """
-
-    params: Params
-    posterior: Posterior | None
-    losses: dict[str, Float[Tensor, "c"]]
-    private: Params
-    size: Float[Tensor, "c"] | None = None
-    moments: Moments | None = None
-    labelled: Float[Tensor, "c m"] | None = None
-    together: int = 0
-
-
-@runtime_checkable
-class Participants(Protocol):
-    """The clients, wherever they are. `tables` holds one row a client of what is private to it,
-    where it is kept here."""
-
-    def __len__(self) -> int: ...
-
-    def train(
-        self, broadcast: Broadcast, cohort: Sequence[int], tables: Params
-    ) -> Iterator[tuple[Int[Tensor, "c"], Update]]:
-        """Local rounds of the cohort, in chunks; those who did not answer are missing."""
-        ...
-
-    def posteriors(
-        self, params: Params, *, withhold: bool = False
-    ) -> tuple[Int[Tensor, "c"], Posterior]:
-        """Who answered, and their posteriors under a model (`withhold`: without the choices kept
-        out of training)."""
-        ...
-
-    def moments(
-        self, params: Params, centre: Float[Tensor, "t m d"], *, withhold: bool = False
-    ) -> Moments:
-        """Sum over clients of their moments under given centres."""
-        ...
-
-    def scores(self, params: Params, populations: Sequence[Population]) -> Scores:
-        """Sum over clients of the log-probabilities of their withheld choices."""
-        ...
-
-    def settle(self, params: Params, population: Population) -> Params:
-        """Let every client note which component it belongs to; its row of the tables, where
-        these are kept here."""
-        ...
+        if self.kl_schedule == "linear":
+            return self.kl_weight * min(1.0, round_number / warmup)
+        return self.kl_weight * min(1.0, (round_number % warmup) / (warmup / 2))
 
 
 @dataclass(frozen=True)
-class ClientSide:
-    """The clients of `store`. `centralised` pools them: one model takes every step on all of
-    them at once."""
+class SimulatedClients:
+    """The clients of `store`, in this process.
+
+    Args:
+        store: their pairs.
+        selector: encoder and reward head.
+        objective: what they minimise.
+        local: how they train.
+        simulation: how many of them side by side.
+        schedule: weights by round.
+        contract: what they send.
+        posterior_from: a posterior is that under the `broadcast` model, or after `local` steps.
+        withhold_until: the last round in which a fifth of the pairs are kept from training, by
+            which the number of anchors is found (None: no pairs are).
+        identity: by what number the server knows them (None: their place in the store).
+        privacy: bounds of their contributions.
+    """
 
     store: ClientStore
     selector: Selector
@@ -170,14 +91,19 @@ class ClientSide:
     local: LocalSettings
     simulation: Simulation
     schedule: Schedule
+    contract: Contract
     posterior_from: Literal["broadcast", "local"] = "broadcast"
-    withholds: bool = False
+    withhold_until: int | None = None
     identity: Int[Tensor, "c"] | None = None
     privacy: Privacy | None = None
-    centralised: bool = False
 
     def __len__(self) -> int:
         return len(self.store)
+
+    @property
+    def roster(self) -> Roster:
+        """Names and groups of the clients."""
+        return self.store.roster
 
     def train(
         self, broadcast: Broadcast, cohort: Sequence[int], tables: Params
@@ -188,67 +114,69 @@ class ClientSide:
             NonFiniteUpdateError: a client's update holds NaN or Inf.
         """
         per_client = sum(value.numel() for value in broadcast.params.values())
-        chunks = [list(cohort)] if self.centralised else self.simulation.chunks(cohort, per_client)
-        for chunk, update in zip(
-            chunks, self.simulation.map(lambda c: self._round(broadcast, c, tables), chunks)
-        ):
+        chunks = self._chunks(cohort, per_client)
+        answers = self.simulation.map(lambda c: self._round(broadcast, c, tables), chunks)
+        for chunk, update in zip(chunks, answers):
             yield torch.tensor(chunk), update
+
+    def _chunks(self, cohort: Sequence[int], per_client: int) -> list[list[int]]:
+        return self.simulation.chunks(cohort, per_client)
 
     def _round(self, broadcast: Broadcast, chunk: Sequence[int], tables: Params) -> Update:
         """Train these clients side by side from the broadcast parameters."""
-        clients = torch.tensor(chunk)
-        names = [self.store.names[c] for c in chunk]
+        # 1. The clients' own pairs; those that are withheld do not take part at all.
+        clients, names = torch.tensor(chunk), [self.store.names[c] for c in chunk]
         pairs, held = self.divided(clients, broadcast.round + 1)
         if held.any():
             kept = pairs.mask & ~held
             pairs = first_pairs(pairs._replace(mask=kept), int(kept.sum(-1).max()))
+        # 2. Where each client stands under the model that was sent.
         with torch.no_grad():
             before = self.selector.posterior(broadcast.params, pairs, pairs.mask)
         private, labelled = self._labels(broadcast, before, tables["label"][clients])
-        context = self._context(broadcast, clients, pairs, private["label"])
-        fixed = {PROTOTYPES} if self.schedule.prototypes == "fixed" else set()
-        params = stack(broadcast.params, 1 if self.centralised else len(chunk))
-        trainable = {name: value for name, value in params.items() if name not in fixed}
-        if "prior_logit" in tables and context.prior is not None:
-            trainable[PRIOR_LOGIT] = tables["prior_logit"][clients]
-        objective = WithFixed(
-            self.objective, {name: params[name] for name in fixed if name in params}
-        )
+        loss = self.objective.given(self._context(broadcast, clients, pairs, private["label"]))
+        # 3. The local steps; the logits of the mixture's weights are trained, and stay.
+        start = self._stacked(broadcast.trainable, len(chunk))
+        if "prior_logit" in tables and broadcast.prior is not None:
+            start[PRIOR_LOGIT] = tables["prior_logit"][clients]
+        fixed = {n: v for n, v in broadcast.params.items() if n in broadcast.fixed}
         result = train_locally(
-            objective,
-            trainable,
-            pairs,
-            names,
-            broadcast.round,
-            self.local,
-            context,
-            check_each_step=self.simulation.debug,
-        )
+            loss, start, pairs, names, broadcast.round, self.local,
+            fixed=self._stacked(fixed, len(chunk)), check_each_step=self.simulation.debug,
+        )  # fmt: skip
         trained = dict(result.params)
         logit = trained.pop(PRIOR_LOGIT, None)
-        if self.privacy is not None:
-            trained = bounded(broadcast.trainable, trained, self.privacy.clip)
         if logit is not None:
             private["prior_logit"] = logit
+        if self.privacy is not None:
+            trained = bounded(broadcast.trainable, trained, self.privacy.clip)
+        # 4. What is answered; NaN is refused here, where the client is known.
         posterior = before
         if self.posterior_from == "local":
             with torch.no_grad():
-                posterior = self.selector.posterior(trained, pairs, pairs.mask)
-        checked = dict(posterior._asdict()) | (trained if not self.centralised else {})
-        require_finite(checked, names, broadcast.round)
-        return Update(
-            trained,
-            posterior if self.schedule.sends_posterior else None,
-            result.losses,
-            private,
+                posterior = self.selector.posterior(broadcast.params | trained, pairs, pairs.mask)
+        require_finite(dict(posterior._asdict()), names, broadcast.round)
+        self._check(trained, names, broadcast.round)
+        update = Update(
+            trained, result.losses, torch.ones(len(chunk)), private,
+            posterior if self.contract.posterior else None,
             self.store.sizes[clients].float(),
-            self._own_moments(broadcast, posterior),
-            labelled,
-        )
+            self._own_moments(broadcast, posterior), labelled,
+        )  # fmt: skip
+        return self._answered(update)
+
+    def _stacked(self, params: Params, clients: int) -> Params:
+        return stack(params, clients)
+
+    def _check(self, trained: Params, names: Sequence[str], round_number: int) -> None:
+        require_finite(trained, names, round_number)
+
+    def _answered(self, update: Update) -> Update:
+        return update
 
     def _labels(
-        self, broadcast: Broadcast, posterior: Posterior, label: Tensor
-    ) -> tuple[Params, Tensor | None]:
+        self, broadcast: Broadcast, posterior: Posterior, label: Int[Tensor, "c"]
+    ) -> tuple[Params, Float[Tensor, "c m"] | None]:
         """The prototype that pulls each client (M6): the server's choice, or by prices its own
         among the components."""
         if broadcast.price is None or broadcast.prior is None:
@@ -257,7 +185,7 @@ class ClientSide:
         return {"label": chosen.argmax(-1)}, chosen
 
     def _own_moments(self, broadcast: Broadcast, posterior: Posterior) -> Moments | None:
-        if self.schedule.prior != "components" or broadcast.prior is None:
+        if not self.contract.moments or broadcast.prior is None:
             return None
         mean, variance = self._bounded(posterior)
         return moments(assignments(mean, broadcast.prior.mean), mean, variance)
@@ -269,34 +197,28 @@ class ClientSide:
         return (
             (mean, variance)
             if self.privacy is None
-            else self.privacy.clipped_latent(mean, variance)
+            else clipped_latent(self.privacy, mean, variance)
         )
 
     def _context(
-        self, broadcast: Broadcast, clients: Tensor, pairs: PairBatch, label: Tensor
-    ) -> RoundContext:
+        self, broadcast: Broadcast, clients: Int[Tensor, "c"], pairs: PairBatch,
+        label: Int[Tensor, "c"],
+    ) -> RoundContext:  # fmt: skip
         """What the clients make of what they were sent besides the parameters."""
-        started = broadcast.round >= self.schedule.prototypes_start
-        with torch.no_grad():
-            anchors = broadcast.anchors
-            evidence = (
-                None
-                if anchors is None
-                else self.selector.evidence(broadcast.params, anchors, pairs)
-            )
+        pulled = broadcast.round >= self.schedule.pull_start
+        evidence = None
+        if broadcast.anchors is not None:
+            with torch.no_grad():
+                evidence = self.selector.evidence(broadcast.params, broadcast.anchors, pairs)
         return RoundContext(
             prior=broadcast.prior,
-            anchors=anchors,
+            anchors=broadcast.anchors,
             evidence=evidence,
-            label=label if started else torch.full_like(label, -1),
-            client=self._identity(clients),
+            label=label if pulled else torch.full_like(label, -1),
+            client=clients if self.identity is None else self.identity[clients],
             kl_weight=self.schedule.beta(broadcast.round),
-            pull_weight=self.schedule.pull_weight if started else 0.0,
+            pull_weight=self.schedule.pull_weight if pulled else 0.0,
         )
-
-    def _identity(self, clients: Int[Tensor, "c"]) -> Int[Tensor, "c"]:
-        """By what number the server knows these clients."""
-        return clients if self.identity is None else self.identity[clients]
 
     def divided(
         self, clients: Int[Tensor, "c"], round_number: int
@@ -305,15 +227,13 @@ class ClientSide:
         fitted: a fifth, drawn once, where the number of anchors has yet to be found. Withheld
         pairs come last."""
         pairs = self.store.batch(clients)
-        none = torch.zeros_like(pairs.mask)
-        if not self.withholds or round_number > self.schedule.prototypes_start or self.centralised:
-            return pairs, none
+        if self.withhold_until is None or round_number > self.withhold_until:
+            return pairs, torch.zeros_like(pairs.mask)
         sizes = pairs.mask.sum(-1)
         names = [self.store.names[c] for c in clients.tolist()]
-        order = local_draws(self.local.seed, -1, names, sizes, 1, 0, 0, 0).order[:, 0]
-        kept = sizes - torch.where(
-            sizes < SMALLEST_DIVIDED, 0, (WITHHELD * sizes).round().long().clamp_min(1)
-        )
+        order = local_draws(self.local.seed, -1, names, sizes, 1).order[:, 0]
+        withheld = (WITHHELD * sizes).round().long().clamp_min(1)
+        kept = sizes - torch.where(sizes < SMALLEST_DIVIDED, 0, withheld)
         column = torch.arange(order.shape[-1])
         held = (column >= kept.unsqueeze(-1)) & (column < sizes.unsqueeze(-1))
         return select(pairs, order, column < sizes.unsqueeze(-1)), held
@@ -321,12 +241,10 @@ class ClientSide:
     def _blocks(self, withhold: bool) -> Iterator[tuple[PairBatch, Bool[Tensor, "c n"]]]:
         """All clients in blocks: their pairs, and which of them are withheld (none unless
         asked)."""
-        for at in range(0, len(self.store), 1000):
-            clients = torch.arange(at, min(at + 1000, len(self.store)))
-            yield self.divided(
-                clients,
-                self.schedule.prototypes_start if withhold else self.schedule.prototypes_start + 1,
-            )
+        last = self.withhold_until or 0
+        for at in range(0, len(self.store), BLOCK):
+            clients = torch.arange(at, min(at + BLOCK, len(self.store)))
+            yield self.divided(clients, last if withhold else last + 1)
 
     @torch.no_grad()
     def posteriors(
@@ -351,19 +269,18 @@ class ClientSide:
     @torch.no_grad()
     def choice_scores(
         self, params: Params, populations: Sequence[Population]
-    ) -> tuple[Tensor, Tensor]:
-        """Mean log-probability [k, t] of every client's withheld choices under each population, and
-        who withheld any."""
+    ) -> tuple[Float[Tensor, "k t"], Bool[Tensor, "k"]]:
+        """Mean log-probability of every client's withheld choices under each population, and who
+        withheld any."""
         parts, counted = [], []
         for pairs, held in self._blocks(withhold=True):
-            mean = self.selector.posterior(params, pairs, pairs.mask & ~held).mean
+            context = pairs._replace(mask=pairs.mask & ~held)
+            nobody = torch.full((pairs.mask.shape[0],), -1)
             columns = []
             for population in populations:
-                margin = self.selector.component_margins(params, population, pairs)
-                share = self.selector.combine(
-                    population, logsigmoid(margin), mean, pairs.mask & ~held
-                )
-                columns.append(-mean_choice_loss(predictive_margin(share, margin), held.float()))
+                served = VariationalPredictor(self.selector, params, population, "population")
+                margin = served.margin(served.adapt(context, nobody), pairs)
+                columns.append(-mean_choice_loss(margin, held.float()))
             parts.append(torch.stack(columns, -1))
             counted.append(held.any(-1))
         return torch.cat(parts), torch.cat(counted)
@@ -381,3 +298,68 @@ class ClientSide:
             for pairs, _ in self._blocks(withhold=False)
         ]
         return {"label": torch.cat(labels)}
+
+
+class PooledClients(SimulatedClients):
+    """Clients whose pairs lie in one place: one model takes every step on all of them at once."""
+
+    def _chunks(self, cohort: Sequence[int], per_client: int) -> list[list[int]]:
+        return [list(cohort)]
+
+    def _stacked(self, params: Params, clients: int) -> Params:
+        return stack(params, 1)
+
+    def _check(self, trained: Params, names: Sequence[str], round_number: int) -> None:
+        require_finite(trained, ["all clients pooled"], round_number)
+
+    def _answered(self, update: Update) -> Update:
+        """One row that stands for everybody."""
+        losses = {name: value.mean().view(1) for name, value in update.losses.items()}
+        return update._replace(losses=losses, clients=update.clients.sum().view(1))
+
+
+def build(
+    *, config: Config, store: ClientStore, total: int, identity: Int[Tensor, "c"] | None = None
+) -> SimulatedClients:
+    """The clients of `store` (of `total` in all) under the settings.
+
+    Raises:
+        BadInputError: the settings do not go together.
+    """
+    return _build(SimulatedClients, config, store, total, identity, pooled=False)
+
+
+def build_pooled(
+    *, config: Config, store: ClientStore, total: int, identity: Int[Tensor, "c"] | None = None
+) -> PooledClients:
+    """The same with their pairs pooled."""
+    found = _build(PooledClients, config, store, total, identity, pooled=True)
+    assert isinstance(found, PooledClients)
+    return found
+
+
+def _build(
+    kind: type[SimulatedClients], config: Config, store: ClientStore, total: int,
+    identity: Int[Tensor, "c"] | None, *, pooled: bool,
+) -> SimulatedClients:  # fmt: skip
+    o, start = config.objective, config.prototypes_start
+    selector, prior = build_selector(config), build_prior(config, total)
+    decay = o.reward_decay if "objective.reward_decay" in settings_read(config) else 0.0
+    if decay and not isinstance(selector.reward, DirectionalHead):
+        raise BadInputError(
+            f"objective.reward_decay: '{config.model.conditioning}' has no direction to decay; set"
+            " it to 0, or choose model.conditioning bilinear"
+        )
+    objective = VariationalObjective(
+        selector, prior, o.orthonormal_weight, config.prototypes.radius,
+        config.federation.protocol == "single-pair", decay, o.samples,
+    )  # fmt: skip
+    schedule = Schedule(o.kl_weight, o.kl_schedule, o.kl_warmup_rounds, start, o.pull_weight)
+    anchored = config.prototypes.kind == "anchored"
+    withholds = anchored and modes_of(config) is None and start > 0 and not pooled
+    return kind(
+        store, selector, objective, build_local(config), build_simulation(config), schedule,
+        contract_of(config, prior), config.federation.posterior_from,
+        withhold_until=start if withholds else None, identity=identity,
+        privacy=privacy_of(config, total),
+    )  # fmt: skip

@@ -10,13 +10,13 @@ al., 1977; sufficient statistics as in Neal & Hinton, 1998).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedvpa.federated.draws import stream
+from fedvpa.federated.random import stream
 from fedvpa.types import MixturePrior, Population
 
 SMALLEST_VARIANCE = 1e-4
@@ -44,8 +44,12 @@ class Moments(NamedTuple):
         return Moments(*(a + b for a, b in zip(self, other)))
 
 
-Ask = Callable[[Float[Tensor, "t m d"]], Moments]
-"""Asks every client for its moments under given centres, and adds them up."""
+@runtime_checkable
+class Ask(Protocol):
+    """Asks every client for its moments under given centres, and adds them up; with `withhold`,
+    clients leave out the choices that are kept from training."""
+
+    def __call__(self, centre: Float[Tensor, "t m d"], withhold: bool = False) -> Moments: ...
 
 
 def assignments(
@@ -86,8 +90,8 @@ def summed_moments(
 
 
 def fit(
-    ask: Ask, latent: int, numbers: Sequence[int], seed: int, start: Tensor | None = None, *,
-    restarts: int = RESTARTS,
+    ask: Callable[[Float[Tensor, "t m d"]], Moments], latent: int, numbers: Sequence[int],
+    seed: int, start: Tensor | None = None, *, restarts: int = RESTARTS,
     iterations: int = ITERATIONS, least: float = 0.0,
 ) -> dict[int, Moments]:  # fmt: skip
     """Moments of the best components, for every number of them; `start` [m, d] gives the only

@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fedvpa.config import Config
 from fedvpa.errors import NonFiniteUpdateError
-from fedvpa.federated.draws import Episodes, local_draws
-from fedvpa.federated.objective import Objective, RoundContext
+from fedvpa.federated.episodes import Episodes, local_draws
+from fedvpa.federated.objective import Loss
 from fedvpa.types import PairBatch, Params
 
 
@@ -32,8 +33,6 @@ class LocalSettings:
     learning_rate: float = 0.003
     momentum: float = 0.0
     weight_decay: float = 0.0
-    samples: int = 1
-    latent: int = 0
 
 
 class LocalResult(NamedTuple):
@@ -45,45 +44,40 @@ class LocalResult(NamedTuple):
 
 
 def train_locally(
-    objective: Objective,
+    loss: Loss,
     params: Params,
     pairs: PairBatch,
     names: Sequence[str],
     round_number: int,
     settings: LocalSettings,
-    context: RoundContext,
     *,
+    fixed: Params | None = None,
     check_each_step: bool = False,
 ) -> LocalResult:
     """Run the local steps of c clients side by side; `params` hold a leading client axis (see
-    `stack`).
+    `stack`), and so do those that the loss reads but no step changes (`fixed`).
 
     The clients' losses are summed before the backward pass: they share no parameter, so each one's
-    gradient is its own, and an element-wise optimiser on the stack is c separate optimisers.
+    gradient is its own, and an element-wise optimiser on the stack is c separate optimisers. Where
+    all of them share one set of parameters (a leading axis of 1), the losses are averaged.
 
     Raises:
         NonFiniteUpdateError: with `check_each_step`, the first loss that is NaN or Inf, with
             client, round and step.
     """
-    components = 0 if context.prior is None else context.prior.client.numel()
-    draws = local_draws(
-        settings.seed,
-        round_number,
-        names,
-        pairs.mask.sum(-1),
-        settings.steps,
-        settings.samples,
-        settings.latent,
-        components,
-    )
+    # 1. All randomness of the round, each client's from a stream of its own.
+    sizes = pairs.mask.sum(-1)
+    draws = local_draws(settings.seed, round_number, names, sizes, settings.steps, loss.draws)
     episodes = Episodes(pairs, draws.order, settings.batch_size, settings.context_share)
+    # 2. Local copies that gradients flow to.
     leaves = {name: value.detach().clone().requires_grad_(True) for name, value in params.items()}
     optimiser = _optimiser(list(leaves.values()), settings)
-    # one model on everybody's pairs
     pooled = len(names) > 1 and all(value.shape[0] == 1 for value in params.values())
+    # 3. The steps; losses are kept, because a mean over them is what a client reports.
     losses: dict[str, list[Tensor]] = {}
     for step in range(settings.steps):
-        terms = objective(leaves, episodes[step], draws.latent[step], draws.gumbel[step], context)
+        read = leaves | fixed if fixed else leaves
+        terms = loss(read, episodes[step], draws.latent[step], draws.gumbel[step])
         optimiser.zero_grad(set_to_none=True)
         (terms["loss"].mean() if pooled else terms["loss"].sum()).backward()
         optimiser.step()
@@ -92,9 +86,7 @@ def train_locally(
         if check_each_step:
             _check(terms, names, round_number, step)
     trained = {name: leaf.detach() for name, leaf in leaves.items()}
-    return LocalResult(
-        trained, {name: torch.stack(values).mean(0) for name, values in losses.items()}
-    )
+    return LocalResult(trained, {name: torch.stack(each).mean(0) for name, each in losses.items()})
 
 
 def stack(params: Params, clients: int) -> Params:
@@ -121,6 +113,15 @@ def require_finite(params: Params, names: Sequence[str], round_number: int) -> N
                 " was not applied (lower federation.learning_rate, or look with"
                 " --federation.backend sequential)"
             )
+
+
+def build_local(config: Config) -> LocalSettings:
+    """Local training as the settings say."""
+    f = config.federation
+    return LocalSettings(
+        config.seed, f.local_steps, f.batch_size, f.context_share, f.optimiser, f.learning_rate,
+        f.momentum, f.weight_decay,
+    )  # fmt: skip
 
 
 def _optimiser(leaves: list[Tensor], settings: LocalSettings) -> torch.optim.Optimizer:

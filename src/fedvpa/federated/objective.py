@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fedvpa.federated.draws import Episode
-from fedvpa.functional.gaussian import standard_kl_per_dimension
-from fedvpa.functional.mixture import (
-    gumbel_noise,
-    gumbel_softmax_log_weight,
-    mixture_kl_bound,
-    mixture_prior_kl,
-)
+from fedvpa.federated.episodes import NO_NOISE, DrawSizes, Episode
+from fedvpa.federated.messages import PRIOR_LOGIT, PROTOTYPES
+from fedvpa.federated.priors import Prior
 from fedvpa.functional.preference import mean_choice_loss
 from fedvpa.functional.prototypes import orthonormality_loss, pull_loss
+from fedvpa.selector.heads import DirectionalHead
 from fedvpa.selector.reward import SharedReward
 from fedvpa.selector.selector import Selector
-from fedvpa.types import MixturePrior, Params, Population, Posterior
+from fedvpa.types import MixturePrior, Params, Population
 
-PRIOR_LOGIT = "private.prior_logit"
-PROTOTYPES = "prototypes"
+
+@runtime_checkable
+class Loss(Protocol):
+    """Loss terms [c] of one local step; the entry `loss` is what is minimised."""
+
+    @property
+    def draws(self) -> DrawSizes:
+        """How many random numbers a step reads."""
+        ...
+
+    def __call__(
+        self,
+        params: Params,
+        episode: Episode,
+        noise: Float[Tensor, "s c d"],
+        uniform: Float[Tensor, "c k"],
+    ) -> dict[str, Float[Tensor, "c"]]: ...
 
 
 class RoundContext(NamedTuple):
@@ -44,34 +55,46 @@ class RoundContext(NamedTuple):
     pull_weight: float
 
 
-@runtime_checkable
-class Objective(Protocol):
-    """Loss terms [c] of one step; the entry `loss` is what is minimised."""
-
-    def __call__(
-        self,
-        params: Params,
-        episode: Episode,
-        noise: Float[Tensor, "s c d"],
-        uniform: Float[Tensor, "c k"],
-        context: RoundContext,
-    ) -> dict[str, Float[Tensor, "c"]]: ...
-
-
 @dataclass(frozen=True)
 class VariationalObjective:
-    """L = L_recon + beta KL + lambda L_pull + gamma L_orthonorm (M7)."""
+    """L = L_recon + beta KL + lambda L_pull + gamma L_orthonorm (M7).
+
+    Args:
+        selector: encoder and reward head.
+        prior: the prior of z, which gives the KL.
+        orthonormal_weight: gamma.
+        radius: radius s of the prototypes.
+        single_pair: the published protocol, which LEAKS: z is inferred from the scored pair.
+        reward_decay: L2 penalty on the reward's direction under z; the head must have one.
+        samples: latent samples per step.
+    """
 
     selector: Selector
-    weights: Literal["gumbel", "uniform", "sample-size"] = "gumbel"
-    temperature: float = 1.0
-    estimator: Literal["monte-carlo", "hershey-olsen"] = "monte-carlo"
-    exclude_self: bool = True
-    free_bits: float = 0.0
+    prior: Prior
     orthonormal_weight: float = 0.0
     radius: float = 5.0
     single_pair: bool = False
     reward_decay: float = 0.0
+    samples: int = 1
+
+    def given(self, context: RoundContext) -> VariationalLoss:
+        """The loss of the clients of one round."""
+        return VariationalLoss(self, context)
+
+
+@dataclass(frozen=True)
+class VariationalLoss:
+    """The objective with a round's context."""
+
+    of: VariationalObjective
+    context: RoundContext
+
+    @property
+    def draws(self) -> DrawSizes:
+        """Samples of z, and a number per component for the Gumbel weights."""
+        prior = self.context.prior
+        components = 0 if prior is None else prior.client.numel()
+        return DrawSizes(self.of.samples, self.of.selector.encoder.latent, components)
 
     def __call__(
         self,
@@ -79,63 +102,54 @@ class VariationalObjective:
         episode: Episode,
         noise: Float[Tensor, "s c d"],
         uniform: Float[Tensor, "c k"],
-        context: RoundContext,
     ) -> dict[str, Float[Tensor, "c"]]:
         """Loss terms of one step."""
-        if self.single_pair:
-            return self._leaking(params, episode, noise, uniform, context)
+        if self.of.single_pair:
+            return self._leaking(params, episode, noise, uniform)
+        selector, context = self.of.selector, self.context
         target = episode.target.to(noise.dtype)
-        posterior = self.selector.posterior(params, episode.pairs, episode.context)
+        posterior = selector.posterior(params, episode.pairs, episode.context)
         if context.anchors is not None and context.evidence is not None:
             evidence = episode.of(context.evidence)
-            share = self.selector.combine(
+            share = selector.combine(
                 context.anchors, evidence, posterior.mean.detach(), episode.context
             )
             z = share @ context.anchors.mean
-            recon = mean_choice_loss(self.selector.margin(params, z, episode.pairs), target)
+            recon = mean_choice_loss(selector.margin(params, z, episode.pairs), target)
             pull = (posterior.mean - z).square().sum(-1)
-            return self._total(params, recon + self._decay(params, z), None, pull, context)
+            return self._total(params, recon + self._decay(params, z), None, pull)
         z = posterior.mean + (0.5 * posterior.log_var).exp() * noise
-        recon = mean_choice_loss(self.selector.margin(params, z, episode.pairs), target).mean(0)
-        if self.reward_decay:
+        recon = mean_choice_loss(selector.margin(params, z, episode.pairs), target).mean(0)
+        if self.of.reward_decay:
             recon = recon + self._decay(params, z).mean(0)
-        kl = self._kl(posterior, params, noise, uniform, context)
-        return self._total(params, recon, kl, self._pull(params, z, context.label), context)
+        logit = params.get(PRIOR_LOGIT)
+        kl = self.of.prior.kl(posterior, context.prior, logit, context.client, noise, uniform)
+        return self._total(params, recon, kl, self._pull(params, z, context.label))
 
     def _total(
-        self,
-        params: Params,
-        recon: Tensor,
-        kl: Tensor | None,
-        pull: Tensor | None,
-        context: RoundContext,
+        self, params: Params, recon: Tensor, kl: Tensor | None, pull: Tensor | None
     ) -> dict[str, Float[Tensor, "c"]]:
         """The weighted sum, and its terms; a term that is off is not computed."""
         terms = {"recon": recon}
         loss = recon
         if kl is not None:
             terms["kl"] = kl
-            loss = torch.add(loss, kl, alpha=context.kl_weight)
+            loss = torch.add(loss, kl, alpha=self.context.kl_weight)
         if pull is not None:
             terms["pull"] = pull
-            loss = torch.add(loss, pull, alpha=context.pull_weight)
+            loss = torch.add(loss, pull, alpha=self.context.pull_weight)
         if PROTOTYPES in params:
-            terms["orthonormality"] = orthonormality_loss(params[PROTOTYPES], self.radius)
-            loss = torch.add(loss, terms["orthonormality"], alpha=self.orthonormal_weight)
+            terms["orthonormality"] = orthonormality_loss(params[PROTOTYPES], self.of.radius)
+            loss = torch.add(loss, terms["orthonormality"], alpha=self.of.orthonormal_weight)
         return terms | {"loss": loss}
 
     def _leaking(
-        self,
-        params: Params,
-        episode: Episode,
-        noise: Tensor,
-        uniform: Tensor,
-        context: RoundContext,
+        self, params: Params, episode: Episode, noise: Tensor, uniform: Tensor
     ) -> dict[str, Float[Tensor, "c"]]:
-        """The published protocol: every pair's z is inferred from that pair. It LEAKS the label
-        that it then scores."""
+        """The published protocol: the z of every pair is inferred from that pair. It LEAKS the
+        label that it then scores."""
         one = {k: v.unsqueeze(1) for k, v in params.items()}
-        pairs = episode.pairs
+        pairs, context, selector = episode.pairs, self.context, self.of.selector
         single = type(pairs)(
             pairs.difference.unsqueeze(-2),
             None if pairs.common is None else pairs.common.unsqueeze(-2),
@@ -143,29 +157,27 @@ class VariationalObjective:
             pairs.mask.unsqueeze(-1),
         )
         weight = pairs.mask.to(noise.dtype)
-        posterior = self.selector.posterior(one, single, single.mask)
+        posterior = selector.posterior(one, single, single.mask)
         z = posterior.mean + (0.5 * posterior.log_var).exp() * noise.unsqueeze(-2)
-        margin = self.selector.margin(one, z, single).squeeze(-1)
+        margin = selector.margin(one, z, single).squeeze(-1)
         recon = mean_choice_loss(margin, weight).mean(0)
-        per_pair = RoundContext(
-            context.prior, None, None, context.label.unsqueeze(-1).expand_as(pairs.mask),
-            context.client.unsqueeze(-1),
-            context.kl_weight, context.pull_weight,
+        wide = noise.unsqueeze(-2).expand_as(z)
+        kl = self.of.prior.kl(
+            posterior, context.prior, one.get(PRIOR_LOGIT), context.client.unsqueeze(-1), wide,
+            uniform.unsqueeze(-2),
         )  # fmt: skip
-        kl = self._kl(
-            posterior, one, noise.unsqueeze(-2).expand_as(z), uniform.unsqueeze(-2), per_pair
-        )
         count = weight.sum(-1).clamp_min(1)
-        pull = self._pull(one, z, per_pair.label)
+        pull = self._pull(one, z, context.label.unsqueeze(-1).expand_as(pairs.mask))
         mean_pull = None if pull is None else (pull * weight).sum(-1) / count
-        return self._total(params, recon, (kl * weight).sum(-1) / count, mean_pull, context)
+        return self._total(params, recon, (kl * weight).sum(-1) / count, mean_pull)
 
     def _decay(self, params: Params, z: Float[Tensor, "*s c d"]) -> Float[Tensor, "*s c"]:
         """Gaussian prior on the reward that z picks: decay x |w + W^T z|^2, in whitened units; 0
         where it is off."""
-        if not self.reward_decay:
+        if not self.of.reward_decay:
             return torch.zeros(z.shape[:-1])
-        return self.reward_decay * self.selector.reward.direction(params, z).square().sum(-1)
+        head = cast(DirectionalHead, self.of.selector.reward)  # checked where it was built
+        return self.of.reward_decay * head.direction(params, z).square().sum(-1)
 
     def _pull(
         self, params: Params, z: Float[Tensor, "s *c d"], label: Int[Tensor, "*c"]
@@ -174,81 +186,22 @@ class VariationalObjective:
             return None
         return pull_loss(z, params[PROTOTYPES], label.expand(z.shape[:-1])).mean(0)
 
-    def _kl(
-        self,
-        posterior: Posterior,
-        params: Params,
-        noise: Float[Tensor, "s *c d"],
-        uniform: Tensor,
-        context: RoundContext,
-    ) -> Float[Tensor, "*c"]:
-        if context.prior is None:
-            each = standard_kl_per_dimension(*posterior)
-            return (each.clamp_min(self.free_bits) if self.free_bits else each).sum(-1)
-        prior = context.prior
-        log_weight = self.log_weight(params.get(PRIOR_LOGIT), prior, context.client, uniform)
-        if self.estimator == "hershey-olsen":
-            kl = mixture_kl_bound(*posterior, prior.mean, prior.log_var, log_weight)
-        else:
-            kl = mixture_prior_kl(*posterior, prior.mean, prior.log_var, log_weight, noise)
-        return kl.clamp_min(self.free_bits * posterior.mean.shape[-1]) if self.free_bits else kl
-
-    def log_weight(
-        self,
-        logit: Tensor | None,
-        prior: MixturePrior,
-        client: Int[Tensor, "*c"],
-        uniform: Float[Tensor, "*c k"] | None,
-    ) -> Float[Tensor, "*c k"]:
-        """Log-weights of the mixture (M4). Without `uniform` noise: the plain softmax of the
-        learned logits."""
-        base = (
-            torch.zeros(prior.client.shape)
-            if self.weights != "sample-size"
-            else prior.size.clamp_min(1e-6).log()
-        )
-        if self.exclude_self and prior.client.numel() > 1:
-            base = base.masked_fill(prior.client == client.unsqueeze(-1), -torch.inf)
-        if self.weights != "gumbel" or logit is None:
-            return torch.log_softmax(base.expand(*client.shape, -1), -1)
-        gumbel = torch.zeros(()) if uniform is None else gumbel_noise(uniform)
-        return gumbel_softmax_log_weight(base + logit[..., prior.slot], gumbel, self.temperature)
-
 
 @dataclass(frozen=True)
-class WithFixed:
-    """An objective some of whose parameters are given and not trained."""
-
-    objective: Objective
-    fixed: Params
-
-    def __call__(
-        self,
-        params: Params,
-        episode: Episode,
-        noise: Float[Tensor, "s c d"],
-        uniform: Float[Tensor, "c k"],
-        context: RoundContext,
-    ) -> dict[str, Float[Tensor, "c"]]:
-        """Loss terms of one step."""
-        return self.objective(params | self.fixed, episode, noise, uniform, context)
-
-
-@dataclass(frozen=True)
-class RewardObjective:
+class RewardLoss:
     """Bradley-Terry loss of a reward without a latent, on all pairs of the step."""
 
     reward: SharedReward
+    draws: DrawSizes = NO_NOISE
 
     def __call__(
         self,
         params: Params,
         episode: Episode,
-        noise: Float[Tensor, "s c d"],
-        uniform: Float[Tensor, "c k"],
-        context: RoundContext,
+        noise: Float[Tensor, "s c 0"],
+        uniform: Float[Tensor, "c 0"],
     ) -> dict[str, Float[Tensor, "c"]]:
-        """Loss of one step; noise and context are not read."""
+        """Loss of one step; it reads no noise."""
         weight = (episode.context | episode.target).to(episode.pairs.difference.dtype)
         loss = mean_choice_loss(self.reward.margin(params, episode.pairs), weight)
         return {"recon": loss, "loss": loss}

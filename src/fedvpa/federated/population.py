@@ -1,9 +1,13 @@
-"""What the server learns about the population from the clients' posterior means: components, and
-balanced labels (M6)."""
+"""What the server learns about the population: components, their number, and balanced labels (M6).
+
+`SeenFit` reads the clients' posteriors, `SummedFit` sums over clients alone.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -12,8 +16,15 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from fedvpa.types import Population
+from fedvpa.config import Config
+from fedvpa.federated.algorithm import Clients
+from fedvpa.federated.components import Ask, Moments, best_separated, fit, population
+from fedvpa.federated.messages import Scores
+from fedvpa.federated.release import Release
+from fedvpa.types import Params, Population, ServerState
 
+Fits = dict[int, Moments]
+"""Moments of the components of a fit, by their number."""
 MAX_MODES = 10
 SMALLEST_VARIANCE = 1e-4
 
@@ -64,15 +75,6 @@ def candidate_modes(mean: Float[Tensor, "k d"]) -> list[int]:
     distinct clients for each."""
     distinct = len(np.unique(mean.double().numpy(), axis=0))
     return list(range(2, min(MAX_MODES, distinct // 3) + 1)) or [1]
-
-
-class Scores(NamedTuple):
-    """Sums over clients of their log-probabilities s of withheld choices under t populations: how
-    many, s, and s s^T."""
-
-    clients: Float[Tensor, ""]
-    total: Float[Tensor, "t"]
-    outer: Float[Tensor, "t t"]
 
 
 def summed_scores(each: Float[Tensor, "k t"]) -> Scores:
@@ -127,3 +129,139 @@ def balanced_labels(
     to_prototype = torch.empty(modes, dtype=torch.long)
     to_prototype[torch.as_tensor(rows)] = torch.as_tensor(columns)
     return to_prototype[torch.from_numpy(np.asarray(fit.labels_, dtype=np.int64))]
+
+
+@runtime_checkable
+class PopulationFit(Protocol):
+    """Fits components to the clients under a state's model."""
+
+    def anchors(self, state: ServerState, clients: Clients, release: Release) -> Population:
+        """Components that will be frozen, as many as were asked for or as the clients' withheld
+        choices want."""
+        ...
+
+    def finalise(self, state: ServerState, clients: Clients, release: Release) -> ServerState:
+        """The population under the final model, unless there is one already."""
+        ...
+
+
+@dataclass(frozen=True)
+class SeenFit:
+    """By k-means on the posteriors that clients send. `modes`: how many components (None: to be
+    found)."""
+
+    modes: int | None
+    seed: int
+
+    def anchors(self, state: ServerState, clients: Clients, release: Release) -> Population:
+        """Components of everybody who has been seen; their number by withheld choices, else by
+        the silhouette."""
+        count = self.modes
+        if count is None:
+            mean = self._means(state, clients, withhold=True)
+            candidates = {n: fit_population(mean, n, self.seed) for n in candidate_modes(mean)}
+            count = predicted_modes(state.params, clients, candidates)
+            if count is None:
+                count = choose_modes(mean.double().numpy(), self.seed)
+                return fit_population(mean, count, self.seed)
+        return fit_population(self._means(state, clients), count, self.seed)
+
+    def _means(
+        self, state: ServerState, clients: Clients, *, withhold: bool = False
+    ) -> Float[Tensor, "k d"]:
+        """Fresh posterior means of those who have been seen."""
+        seen = (state.clients["seen"] >= 0).nonzero().squeeze(-1)
+        index, posterior = clients.posteriors(state.params, withhold=withhold)
+        return posterior.mean[torch.isin(index, seen)]
+
+    def finalise(self, state: ServerState, clients: Clients, release: Release) -> ServerState:
+        """Clients send their posteriors once more."""
+        index, posterior = clients.posteriors(state.params)
+        tables = {name: table.clone() for name, table in state.clients.items()}
+        tables["mean"][index], tables["log_var"][index] = posterior
+        tables["seen"][index] = state.round
+        state = replace(state, clients=tables)
+        if state.population:
+            return state
+        count = self.modes
+        if count is None:
+            count = choose_modes(posterior.mean.double().numpy(), self.seed)
+        found = fit_population(posterior.mean, count, self.seed)
+        return replace(state, population=found._asdict())
+
+
+@dataclass(frozen=True)
+class SummedFit:
+    """By distributed k-means on sums over clients, so that nobody's latent is seen.
+
+    Args:
+        modes: how many components (None: found).
+        seed: of the starts.
+        latent: dimensions d of z.
+        clients: how many there are, which bounds the number of components to try.
+    """
+
+    modes: int | None
+    seed: int
+    latent: int
+    clients: int
+
+    def anchors(self, state: ServerState, clients: Clients, release: Release) -> Population:
+        """Components of all clients; their number by withheld choices, else by how far apart they
+        are."""
+        ask = release.asking(state, clients)
+        return population(self.moments(ask, release, lambda f: _by_choices(state, clients, f)))
+
+    def moments(
+        self, ask: Ask, release: Release, choose: Callable[[Fits], int | None] = lambda fits: None
+    ) -> Moments:
+        """Moments of the best components; `choose` picks their number where it is to be found, or
+        leaves it to their separation."""
+        if self.modes is not None:
+            limits = release.limits._asdict()
+            return fit(ask, self.latent, [self.modes], self.seed, **limits)[self.modes]
+        numbers = list(range(2, min(MAX_MODES, self.clients // 3) + 1)) or [1]
+        fits = fit(lambda centre: ask(centre, True), self.latent, numbers, self.seed)
+        chosen = choose(fits)
+        if chosen is None:
+            chosen = best_separated(fits)
+        start = fits[chosen].total / fits[chosen].weight.clamp_min(1e-9).unsqueeze(-1)
+        return fit(lambda centre: ask(centre), self.latent, [chosen], self.seed, start)[chosen]
+
+    def finalise(self, state: ServerState, clients: Clients, release: Release) -> ServerState:
+        """A last fit if there is none, then every client notes for itself where it belongs."""
+        if not state.population:
+            release.require(state.round)
+            found = population(self.moments(release.asking(state, clients), release))
+            state = replace(state, population=found._asdict())
+        own = clients.settle(state.params, Population(**state.population))
+        return replace(state, clients=state.clients | own)
+
+
+def _by_choices(state: ServerState, clients: Clients, fits: Fits) -> int | None:
+    return predicted_modes(state.params, clients, {n: population(f) for n, f in fits.items()})
+
+
+def predicted_modes(
+    params: Params, clients: Clients, candidates: dict[int, Population]
+) -> int | None:
+    """Number of components whose posterior predictive gives the clients' withheld choices the most
+    probability: the fewest within two standard errors of it, from sums over clients. None where
+    nobody withheld any."""
+    scores = clients.scores(params, list(candidates.values()))
+    if float(scores.clients) == 0:
+        return None
+    return list(candidates)[fewest_within_error(scores)]
+
+
+def modes_of(config: Config) -> int | None:
+    """The number of modes in the settings; None where it is to be found."""
+    return None if config.prototypes.modes == "auto" else config.prototypes.modes
+
+
+def build_fit(config: Config, clients: int, summed: bool) -> PopulationFit:
+    """The fit of the settings, for so many clients."""
+    modes = modes_of(config)
+    if summed:
+        return SummedFit(modes, config.seed, config.model.latent, clients)
+    return SeenFit(modes, config.seed)

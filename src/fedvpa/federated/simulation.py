@@ -19,6 +19,8 @@ from typing import Literal, TypeVar
 
 import torch
 
+from fedvpa.config import Config
+
 T = TypeVar("T")
 
 CHUNK_BYTES = 100 << 20
@@ -75,6 +77,12 @@ class Simulation:
                 finally:
                     for future in ahead:
                         future.cancel()
+
+
+def build_simulation(config: Config) -> Simulation:
+    """The simulator as the settings say."""
+    f = config.federation
+    return Simulation(f.backend, f.chunk, f.workers)
 
 
 @contextmanager

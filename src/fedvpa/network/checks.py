@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import torch
 
-from fedvpa.federated.clients import Broadcast
-from fedvpa.federated.objective import PROTOTYPES
+from fedvpa.federated.exchanges import Layout, update_layout
+from fedvpa.federated.messages import Broadcast, Contract
 from fedvpa.network.wire import Packet, WireError
 from fedvpa.types import Params
 
@@ -16,9 +16,7 @@ MOST_PAIRS = 1e6
 LARGEST_LATENT = 1e3
 
 
-def expected(
-    tensors: Params, shapes: dict[str, tuple[tuple[int, ...], torch.dtype]], client: str
-) -> Params:
+def expected(tensors: Params, shapes: Layout, client: str) -> Params:
     """The tensors, if they are those of `shapes` and sane.
 
     Raises:
@@ -47,10 +45,9 @@ def expected(
 
 
 def checked_update(
-    packet: Packet, broadcast: Broadcast, client: str, counted: bool, latent: int, private: bool
+    packet: Packet, broadcast: Broadcast, client: str, contract: Contract, latent: int
 ) -> Packet:
-    """A reply to a training request, if it answers this round and holds what it should: with
-    `latent`, a posterior of so many dimensions too.
+    """A reply to a training request, if it answers this round and holds what it should.
 
     Raises:
         WireError: naming the client and what is wrong.
@@ -60,45 +57,16 @@ def checked_update(
             f"client '{client}': answers round {packet.header.get('round')}, but this is round"
             f" {broadcast.round}"
         )
-    shapes = update_shapes(broadcast, counted, private)
-    sent = packet.tensors
-    if latent:
-        shapes |= {f"posterior/{n}": ((latent,), torch.float32) for n in ("mean", "log_var")}
-    found = expected(sent, shapes, client)
+    shapes = update_layout(broadcast, contract, {"d": latent})
+    found = expected(packet.tensors, shapes, client)
     for name in ("moments/weight", "labelled"):
         if name in found and (
             float(found[name].min()) < 0 or abs(float(found[name].sum()) - 1) > 1e-4
         ):
             raise WireError(f"client '{client}': '{name}' is not one client's share")
-    if counted and not 1 <= float(found["size"]) <= MOST_PAIRS:
+    if contract.size and not 1 <= float(found["size"]) <= MOST_PAIRS:
         raise WireError(f"client '{client}': says it holds {float(found['size']):g} pairs")
     return Packet(packet.header, found)
-
-
-def update_shapes(
-    broadcast: Broadcast, counted: bool, private: bool = False
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Names, shapes and types of what every client answers to a broadcast, but for a posterior; no
-    losses where they are to be private."""
-    f32 = torch.float32
-    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        f"delta/{name}": (tuple(value.shape), f32) for name, value in broadcast.trainable.items()
-    }
-    losses = ["recon", "loss"]
-    losses += ["pull"] if broadcast.anchors is not None or PROTOTYPES in broadcast.params else []
-    losses += ["kl"] if broadcast.anchors is None else []
-    losses += ["orthonormality"] if PROTOTYPES in broadcast.params else []
-    shapes |= {} if private else {f"loss/{name}": ((), f32) for name in losses}
-    if broadcast.summed and broadcast.prior is not None:
-        m, d = broadcast.prior.mean.shape
-        shapes |= {f"moments/{n}": ((m, d), f32) for n in ("total", "squared", "variance")} | {
-            "moments/weight": ((m,), f32)
-        }
-    if broadcast.price is not None and broadcast.prior is not None:
-        shapes["labelled"] = (tuple(broadcast.price.shape), f32)
-    if counted:
-        shapes["size"] = ((), f32)
-    return shapes
 
 
 def sensible(kind: str, found: Params, client: str) -> None:

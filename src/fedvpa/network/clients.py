@@ -16,14 +16,23 @@ from torch import Tensor
 
 from fedvpa.config import Config
 from fedvpa.errors import BadInputError, RunError
-from fedvpa.experiment.dataset import Whitener, WhiteningSums
-from fedvpa.federated.clients import Broadcast, Update
+from fedvpa.evaluation.protocol import Validation
+from fedvpa.features.whitening import Whitener, WhiteningSums
 from fedvpa.federated.components import Moments
-from fedvpa.federated.population import Scores
-from fedvpa.network.checks import checked_update, expected, sensible, update_shapes
-from fedvpa.network.records import numbered, opened, update
+from fedvpa.federated.exchanges import EXCHANGES, Layout, field_of, layout, update_layout
+from fedvpa.federated.messages import (
+    Broadcast,
+    Contract,
+    Scores,
+    Update,
+    tensors_of,
+    under,
+    update_of,
+)
+from fedvpa.network.checks import checked_update, expected, sensible
+from fedvpa.network.records import numbered, opened
 from fedvpa.network.settings import ServerSettings
-from fedvpa.network.wire import NOT_READY, UNGREETED, Packet, WireError, pack, under, unflatten
+from fedvpa.network.wire import NOT_READY, UNGREETED, Packet, WireError, pack, unflatten
 from fedvpa.types import Params, Population, Posterior
 
 logger = logging.getLogger("fedvpa")
@@ -72,9 +81,8 @@ class NetworkedClients:
     config: Config
     transport: Transport
     run: str
+    contract: Contract
     columns: int = 0
-    counted: bool = False
-    posterior: bool = False
     whitener: Whitener | None = None
     _place: dict[int, int] = field(default_factory=dict)
     _again: dict[int, float] = field(default_factory=dict)
@@ -185,14 +193,9 @@ class NetworkedClients:
 
     def fit_whitening(self) -> Whitener:
         """From the sums of everybody who is connected; handed out to them."""
-        h, wide = self.width, torch.float64
-        shapes: dict[str, Any] = {
-            "moment": ((h, h), wide),
-            "total": ((h,), wide),
-            "pairs": ((), wide),
-        }
+        shapes = self._layout("whitening")
         if self.settings.secure:  # a secure sum carries numbers of a known size
-            count, logs = self._secure_sum("scale", {}, {}, {"scale": ((2, h), wide)})
+            count, logs = self._secure_sum("scale", {}, {}, self._layout("scale"))
             scale = (logs["scale"] / count).exp()
             found = self._sum("whitening", {}, {"scale": scale}, shapes)
             found |= {
@@ -232,46 +235,35 @@ class NetworkedClients:
         Raises:
             CohortError: fewer than `min_replies` usable replies, after all attempts.
         """
-        tensors = under("params", broadcast.params)
-        if broadcast.prior is not None:
-            tensors |= under("prior", broadcast.prior._asdict())
-        if broadcast.anchors is not None:
-            tensors |= under("anchors", broadcast.anchors._asdict())
-        if broadcast.price is not None:
-            tensors["price"] = broadcast.price
-        header = {"round": broadcast.round, "counted": self.counted}
+        tensors, header = tensors_of(broadcast), {"round": broadcast.round}
         if self.settings.secure:
             yield self._train_secretly(broadcast, header, cohort, tensors)
             return
-        latent, private = (
-            self.config.model.latent if self.posterior else 0,
-            self.config.privacy.enabled,
-        )
-        own = (
-            {place: {"label": tables["label"][place]} for place in cohort}
-            if broadcast.price is None
-            else {}
-        )
+        own: dict[int, Params] = {}
+        if broadcast.price is None:
+            own = {place: {"label": tables["label"][place]} for place in cohort}
+        latent, names = self.config.model.latent, self.settings.clients
         found = self._answers(
             "train", header, cohort, tensors, own,
             check=lambda place, p: checked_update(
-                p, broadcast, self.settings.clients[place], self.counted, latent, private
+                p, broadcast, names[place], self.contract, latent
             ),
         )  # fmt: skip
         most = self._most_pairs([packet for _, packet in found])
         for place, packet in found:
-            if self.counted and float(packet.tensors["size"]) > most:
-                name, size = self.settings.clients[place], float(packet.tensors["size"])
+            sent = packet.tensors
+            if self.contract.size and float(sent["size"]) > most:
+                name, size = names[place], float(sent["size"])
                 logger.warning(
                     "client '%s' says it holds %g pairs; it counts as %g", name, size, most
                 )
-                packet = Packet(packet.header, packet.tensors | {"size": torch.tensor(most)})
-            yield torch.tensor([place]), update(packet, broadcast.params)
+                sent = sent | {"size": torch.tensor(most)}
+            yield torch.tensor([place]), update_of(sent, broadcast.params)
 
     def _most_pairs(self, packets: Sequence[Packet]) -> float:
         """The largest number of pairs that counts: a few times the cohort's median, so that nobody
         outweighs it by a lie."""
-        if not self.counted:
+        if not self.contract.size:
             return math.inf
         return MOST_TIMES_MEDIAN * float(torch.stack([p.tensors["size"] for p in packets]).median())
 
@@ -279,49 +271,40 @@ class NetworkedClients:
         self, broadcast: Broadcast, header: dict[str, Any], cohort: Sequence[int], tensors: Params
     ) -> tuple[Int[Tensor, "c"], Update]:
         """The cohort's answers added up: one row for all of it."""
-        shapes = update_shapes(broadcast, self.counted, self.config.privacy.enabled)
+        shapes = update_layout(broadcast, self.contract, {"d": self.config.model.latent})
         taken: list[int] = []
         count, found = self._secure_sum("train", header, tensors, shapes, cohort, taken)
         means = {
-            n: v / count if n.partition("/")[0] in ("delta", "loss") else v
-            for n, v in found.items()
+            name: value / count if field_of("train", name).reduce == "mean" else value
+            for name, value in found.items()
         }
-        summed = update(Packet({}, means), broadcast.params)
-        return torch.tensor(taken), summed._replace(together=count)
+        return torch.tensor(taken), update_of(means, broadcast.params, count)
 
     def posteriors(
         self, params: Params, *, withhold: bool = False
     ) -> tuple[Int[Tensor, "c"], Posterior]:
         """Those of everybody who is connected and answers."""
-        shape = {
-            "mean": ((self.config.model.latent,), torch.float32),
-            "log_var": ((self.config.model.latent,), torch.float32),
-        }
-        found = self._everybody("posterior", {"withhold": withhold}, under("params", params), shape)
+        header, shapes = {"withhold": withhold}, self._layout("posterior")
+        found = self._everybody("posterior", header, under("params", params), shapes)
         index = torch.tensor([place for place, _ in found])
         return index, Posterior(
-            *(torch.stack([t[name] for _, t in found]) for name in ("mean", "log_var"))
+            *(torch.stack([t[name] for _, t in found]) for name in Posterior._fields)
         )
 
     def moments(
         self, params: Params, centre: Float[Tensor, "t m d"], *, withhold: bool = False
     ) -> Moments:
         """Sum over everybody who is connected and answers."""
-        t, m, d = centre.shape
-        shapes: dict[str, Any] = dict.fromkeys(
-            ("total", "squared", "variance"), ((t, m, d), torch.float32)
-        )
-        shapes = {"weight": ((t, m), torch.float32)} | shapes
+        t, m, _ = centre.shape
         tensors = under("params", params) | {"centre": centre}
+        shapes = self._layout("moments", t=t, m=m)
         return Moments(**self._sum("moments", {"withhold": withhold}, tensors, shapes))
 
     def scores(self, params: Params, populations: Sequence[Population]) -> Scores:
         """Sum over everybody who is connected and answers."""
-        t = len(populations)
-        shapes = {"clients": (), "total": (t,), "outer": (t, t)}
         tensors = under("params", params) | numbered(populations)
         return Scores(
-            **self._sum("scores", {}, tensors, {k: (v, torch.float64) for k, v in shapes.items()})
+            **self._sum("scores", {}, tensors, self._layout("scores", t=len(populations)))
         )
 
     def settle(self, params: Params, population: Population) -> Params:
@@ -332,26 +315,22 @@ class NetworkedClients:
     def validate(self, params: Params, population: Population | None) -> dict[str, float]:
         """Mean accuracy and NLL of the clients on pairs that they hold out."""
         tensors = under("params", params) | ({} if population is None else numbered([population]))
-        shapes: dict[str, Any] = dict.fromkeys(("clients", "accuracy", "nll"), ((), torch.float64))
-        total = self._sum("validate", {}, tensors, shapes)
-        count = float(total["clients"])
-        if count == 0:
-            return {}
-        return {
-            "validation_accuracy": float(total["accuracy"]) / count,
-            "validation_nll": float(total["nll"]) / count,
-        }
+        found = self._sum("validate", {}, tensors, self._layout("validate"))
+        return Validation(**found).row()
 
-    def _sum(
-        self, kind: str, header: dict[str, Any], tensors: Params, shapes: dict[str, Any]
-    ) -> Params:
+    def _layout(self, kind: str, **sizes: int) -> Layout:
+        """Names, shapes and types of a reply."""
+        known = {"d": self.config.model.latent, "h": self.width}
+        return layout(EXCHANGES[kind].reply, known | sizes)
+
+    def _sum(self, kind: str, header: dict[str, Any], tensors: Params, shapes: Layout) -> Params:
         if self.settings.secure:
             return self._secure_sum(kind, header, tensors, shapes)[1]
         found = self._everybody(kind, header, tensors, shapes)
         return {name: torch.stack([t[name] for _, t in found]).sum(0) for name in shapes}
 
     def _secure_sum(
-        self, kind: str, header: dict[str, Any], tensors: Params, shapes: dict[str, Any],
+        self, kind: str, header: dict[str, Any], tensors: Params, shapes: Layout,
         places: Sequence[int] | None = None,
         taken: list[int] | None = None,
     ) -> tuple[int, Params]:  # fmt: skip
@@ -361,7 +340,6 @@ class NetworkedClients:
             CohortError: no sum could be opened in all attempts.
         """
         size = sum(math.prod(shape) for shape, _ in shapes.values())
-        dtype = next(iter(shapes.values()))[1]
         for _ in range(self.settings.attempts):
             online = set(self.wait(self.settings.timeout))
             node_of = {place: node for node, place in self._place.items()}
@@ -380,7 +358,7 @@ class NetworkedClients:
             self.traffic["up"] += 8 * (size + 1) * len(nodes)  # masked numbers travel as int64
             if taken is not None:
                 taken[:] = sorted(p for p in chosen if node_of[p] in nodes)
-            found = unflatten(vector, {name: shape for name, (shape, _) in shapes.items()}, dtype)
+            found = unflatten(kind, vector, shapes)
             return len(nodes), expected(found, shapes, "the sum over all")
         raise CohortError(
             f"'{kind}': no secure sum in {self.settings.attempts} attempts; nothing of this round"
@@ -388,7 +366,7 @@ class NetworkedClients:
         )
 
     def _everybody(
-        self, kind: str, header: dict[str, Any], tensors: Params, shapes: dict[str, Any]
+        self, kind: str, header: dict[str, Any], tensors: Params, shapes: Layout
     ) -> list[tuple[int, Params]]:
         """Ask everybody who is connected; their tensors, checked."""
         clients = self.settings.clients

@@ -12,10 +12,8 @@ import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -26,53 +24,29 @@ from fedvpa.config import Config
 from fedvpa.data.partition import ClientPairs, split_off, without_duplicates
 from fedvpa.data.reading import read_pairs
 from fedvpa.errors import BadInputError, FedvpaError
-from fedvpa.evaluation.protocol import Scores as Choices
-from fedvpa.evaluation.protocol import given_trial
-from fedvpa.experiment.build import build_clients, build_reward, build_variational
-from fedvpa.experiment.dataset import Whitener, WhiteningSums, to_store
-from fedvpa.experiment.run import load_whitener_file, whitener_bytes
+from fedvpa.evaluation.protocol import validation
+from fedvpa.experiment.build import build_algorithm, build_clients, needs_common
+from fedvpa.experiment.dataset import to_store
 from fedvpa.experiment.train import manifest
 from fedvpa.features.cache import FeatureCache
-from fedvpa.federated.batch import build_store
-from fedvpa.federated.clients import Broadcast, ClientSide
-from fedvpa.federated.objective import PROTOTYPES
+from fedvpa.features.whitening import Whitener, WhiteningSums
+from fedvpa.federated.batch import Roster
+from fedvpa.federated.clients import SimulatedClients
+from fedvpa.federated.exchanges import EXCHANGES, may_hold
+from fedvpa.federated.messages import PROTOTYPES, broadcast_of, reply_of, section, under
 from fedvpa.files import write_atomically
+from fedvpa.network.records import populations_of
 from fedvpa.network.serve import describe
 from fedvpa.network.settings import ClientSettings
-from fedvpa.network.wire import (
-    NOT_READY,
-    UNGREETED,
-    Packet,
-    WireError,
-    flatten,
-    pack,
-    section,
-    under,
-    unpack,
-)
+from fedvpa.network.wire import NOT_READY, UNGREETED, Packet, WireError, flatten, pack, unpack
 from fedvpa.selector.predictor import VariationalPredictor
-from fedvpa.types import MixturePrior, Params, Population
+from fedvpa.types import Params
 
 logger = logging.getLogger("fedvpa")
 
 READING_SECONDS = 20.0
 """How long a greeting waits for features; less than the server's timeout."""
-REPLIES: dict[str, tuple[str, ...]] = {
-    "hello": (),
-    "scale": ("scale",),
-    "whitening": ("moment", "total", "pairs"),
-    "prepare": (),
-    "train": ("delta", "loss", "posterior", "size", "moments", "labelled"),
-    "posterior": ("mean", "log_var"),
-    "moments": ("weight", "total", "squared", "variance"),
-    "scores": ("clients", "total", "outer"),
-    "settle": (),
-    "validate": ("clients", "accuracy", "nll"),
-}
-"""What a reply to each request may hold; nothing else is sent."""
-
-
-IN_THE_CLEAR = frozenset({"hello", "prepare", "settle"})
+IN_THE_CLEAR = frozenset(kind for kind, e in EXCHANGES.items() if e.tells_nothing)
 """Requests whose answers say nothing of a client's pairs."""
 
 
@@ -89,7 +63,7 @@ class Client:
         self._index, self._columns, self._clients = 0, 0, 1
         self._features: tuple[ClientPairs, ClientPairs, list[Tensor], str] | None = None
         self._reading: Future[tuple[ClientPairs, ClientPairs, list[Tensor], str]] | None = None
-        self._side: tuple[str, ClientSide, ClientSide] | None = None
+        self._side: tuple[str, SimulatedClients, SimulatedClients] | None = None
         self._one_at_a_time = Lock()
         self._told = ""
 
@@ -105,7 +79,7 @@ class Client:
             packet = unpack(blob)
             kind, secure = str(packet.header.get("kind")), bool(packet.header.get("secure"))
             handler: Callable[[Packet], Packet] | None = getattr(self, f"_on_{kind}", None)
-            if kind not in REPLIES or handler is None:
+            if kind not in EXCHANGES or handler is None:
                 raise WireError(f"unknown request '{kind}'")
             if self.settings.secure_only and not secure and kind not in IN_THE_CLEAR:
                 raise WireError(
@@ -113,15 +87,13 @@ class Client:
                     " (secure_only)"
                 )
             reply = handler(packet)
-            strange = [
-                name for name in reply.tensors if name.partition("/")[0] not in REPLIES[kind]
-            ]
-            if strange:
-                raise WireError(
-                    f"refused to send '{strange[0]}', which the reply to '{kind}' does not hold"
-                )
+            for name in reply.tensors:
+                if not may_hold(kind, name):
+                    raise WireError(
+                        f"refused to send '{name}', which the reply to '{kind}' does not hold"
+                    )
             if secure:  # a flat vector that is masked before it leaves this machine
-                return b"\x01" + flatten(reply.tensors)
+                return b"\x01" + flatten(kind, reply.tensors)
             return pack(Packet({"ok": True, **reply.header}, reply.tensors))
         except FedvpaError as error:
             reason = f"{type(error).__name__}: {error}"
@@ -178,11 +150,10 @@ class Client:
     def _leaves(self, names: Sequence[str], width: int) -> list[str]:
         """The payload manifest of these settings, in words."""
         config = self._known()
-        empty = [torch.zeros(0, config.model.inputs)] * len(names)
-        store = build_store(names, [None] * len(names), empty, None, [torch.zeros(0)] * len(names))
-        algorithm = build_variational(config, build_clients(config, store))
+        algorithm = build_algorithm(config, len(names))
+        state = algorithm.init(Roster(tuple(names), (None,) * len(names)))
         whitener = Whitener(torch.zeros(width), torch.zeros(width, config.model.inputs))
-        return describe(manifest(algorithm, algorithm.init(), whitener), self.settings.secure_only)
+        return describe(manifest(algorithm, state, whitener), self.settings.secure_only)
 
     def _on_scale(self, packet: Packet) -> Packet:
         """Logarithms of the size of every dimension of dh and of h, so that secure sums of them
@@ -207,41 +178,21 @@ class Client:
     def _on_prepare(self, packet: Packet) -> Packet:
         """Keep the whitening."""
         whitener = Whitener(packet.tensors["centre"], packet.tensors["projection"])
-        write_atomically(self._file("whitening"), whitener_bytes(whitener))
+        write_atomically(self._file("whitening"), whitener.to_bytes())
         self._side = None
         return Packet({"whitening": self._whitening_digest()}, {})
 
     def _on_train(self, packet: Packet) -> Packet:
         """One local round. Asked for the same round again, it starts from the same private state
         and answers the same."""
-        side = self._sides()[0]
-        params, t = section(packet.tensors, "params"), packet.tensors
-        number = int(packet.header["round"])
-        prior = section(t, "prior")
-        anchors = section(t, "anchors")
-        broadcast = Broadcast(
-            number,
-            params,
-            MixturePrior(**prior) if prior else None,
-            Population(**anchors) if anchors else None,
-            t.get("price"),
-            (PROTOTYPES,) if side.schedule.prototypes == "fixed" else (),
-        )
+        side, number = self._sides()[0], int(packet.header["round"])
+        fixed = (PROTOTYPES,) if self._known().prototypes.kind == "fixed" else ()
+        broadcast = broadcast_of(number, packet.tensors, fixed)
         tables = self._tables_before(number)
-        if "label" in t:
-            tables["label"] = t["label"].view(1)
+        if "label" in packet.tensors:
+            tables["label"] = packet.tensors["label"].view(1)
         ((_, update),) = side.train(broadcast, [0], tables)
-        sent = {f"delta/{name}": value[0] - params[name] for name, value in update.params.items()}
-        if not self._known().privacy.enabled:
-            sent |= {f"loss/{name}": value[0] for name, value in update.losses.items()}
-        if update.posterior is not None:
-            sent |= under("posterior", {k: v[0] for k, v in update.posterior._asdict().items()})
-        if update.moments is not None:
-            sent |= under("moments", {k: v[0] for k, v in update.moments._asdict().items()})
-        if update.labelled is not None:
-            sent["labelled"] = update.labelled[0]
-        if packet.header.get("counted") and update.size is not None:
-            sent["size"] = update.size[0]
+        sent = reply_of(update, broadcast.params, side.contract)
         self._save_tables(number, tables, tables | update.private)
         return Packet({"round": number}, sent)
 
@@ -257,12 +208,12 @@ class Client:
         return Packet({}, dict(found._asdict()))
 
     def _on_scores(self, packet: Packet) -> Packet:
-        found = self._sides()[0].scores(section(packet.tensors, "params"), _populations(packet))
+        found = self._sides()[0].scores(section(packet.tensors, "params"), populations_of(packet))
         return Packet({}, dict(found._asdict()))
 
     def _on_settle(self, packet: Packet) -> Packet:
         """Note which component this client belongs to; the answer stays here."""
-        own = self._sides()[0].settle(section(packet.tensors, "params"), _populations(packet)[0])
+        own = self._sides()[0].settle(section(packet.tensors, "params"), populations_of(packet)[0])
         write_atomically(self._file("settled"), save(own))
         return Packet({}, {})
 
@@ -270,29 +221,15 @@ class Client:
         """Accuracy and negative log-likelihood on the pairs that this client holds out of training;
         zeros if it has none."""
         train, held = self._sides()
-        populations = _populations(packet)
-        assert self._config is not None
+        populations = populations_of(packet)
         predictor = VariationalPredictor(
             train.selector,
             section(packet.tensors, "params"),
             populations[0] if populations else None,
-            self._config.inference.kind,
+            self._known().inference.kind,
         )
-        zero = torch.zeros((), dtype=torch.float64)
-        if int(held.store.sizes.sum()) == 0:
-            return Packet({}, {"clients": zero, "accuracy": zero, "nll": zero})
-        trial = given_trial(train.store, held.store)
-        scores = Choices.empty(1)
-        state = predictor.adapt(trial.context, torch.full((1,), -1))
-        scores.add(predictor.margin(state, trial.target), trial.target.mask)
-        return Packet(
-            {},
-            {
-                "clients": zero + 1,
-                "accuracy": zero + scores.accuracy()[0],
-                "nll": zero + scores.mean_nll()[0],
-            },
-        )
+        found = validation(predictor, train.store, held.store, torch.full((1,), -1))
+        return Packet({}, dict(found._asdict()))
 
     def _known(self) -> Config:
         if self._config is None:
@@ -319,22 +256,19 @@ class Client:
             self._features = (train, held, parts, table.signature)
         return self._features
 
-    def _sides(self) -> tuple[ClientSide, ClientSide]:
+    def _sides(self) -> tuple[SimulatedClients, SimulatedClients]:
         """The client's side of the algorithm over its training pairs, and over those it holds
         out."""
         config, digest = self._known(), self._whitening_digest()
         if not digest:
             raise WireError(f"{UNGREETED}: the client has not been sent the whitening")
         if self._side is None or self._side[0] != digest:
-            whitener = load_whitener_file(self._file("whitening"))
+            whitener = Whitener.read(self._file("whitening"))
             train, held, (own, rest), _ = self._own_features()
-            common = build_reward(config).needs_common
+            common = needs_common(config)
             stores = [to_store([c], [f], whitener, common) for c, f in ((train, own), (held, rest))]
             me = torch.tensor([self._index])
-            sides = [
-                replace(build_clients(config, store, self._clients), identity=me)
-                for store in stores
-            ]
+            sides = [build_clients(config, store, self._clients, identity=me) for store in stores]
             self._side = (digest, sides[0], sides[1])
         return self._side[1], self._side[2]
 
@@ -378,10 +312,3 @@ class Client:
         write_atomically(
             self._file("private"), save({k: v.contiguous().clone() for k, v in tensors.items()})
         )
-
-
-def _populations(packet: Packet) -> list[Population]:
-    found: list[Any] = []
-    while table := section(packet.tensors, f"population{len(found)}"):
-        found.append(Population(**table))
-    return found

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from fedvpa.errors import BadInputError
-from fedvpa.files import write_atomically
+from fedvpa.files import claim, write_atomically
 
 _APP = """# The Flower app of this federation. Install fedvpa on every machine: its parts are there.
 [build-system]
@@ -56,8 +56,7 @@ def init_project(
     Raises:
         BadInputError: the folder is in use, or names that cannot be file names.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BadInputError(f"{folder}: exists and is not empty; choose another folder")
+    claim(folder, "choose another folder")
     for name in clients:
         if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
             raise BadInputError(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from fedvpa.federated.clients import Update
-from fedvpa.federated.components import Moments
-from fedvpa.network.wire import Packet, WireError, section, unpack
-from fedvpa.types import Params, Population, Posterior
+from fedvpa.federated.messages import section
+from fedvpa.network.wire import Packet, WireError, unpack
+from fedvpa.types import Params, Population
 
 
 def opened(reply: bytes | str) -> Packet:
@@ -24,24 +24,6 @@ def opened(reply: bytes | str) -> Packet:
     return packet
 
 
-def update(packet: Packet, params: Params) -> Update:
-    """One client's answer in the form that the simulator's clients answer in."""
-    delta, t = section(packet.tensors, "delta"), packet.tensors
-    trained = {name: (params[name] + value).unsqueeze(0) for name, value in delta.items()}
-    losses = {name: value.unsqueeze(0) for name, value in section(t, "loss").items()}
-    posterior = section(t, "posterior")
-    moments = section(t, "moments")
-    return Update(
-        trained,
-        Posterior(**{k: v.unsqueeze(0) for k, v in posterior.items()}) if posterior else None,
-        losses,
-        {},
-        t["size"].view(1) if "size" in t else None,
-        Moments(**{k: v.unsqueeze(0) for k, v in moments.items()}) if moments else None,
-        t["labelled"].unsqueeze(0) if "labelled" in t else None,
-    )
-
-
 def numbered(populations: Sequence[Population]) -> Params:
     """Populations as tensors of one packet."""
     return {
@@ -49,3 +31,11 @@ def numbered(populations: Sequence[Population]) -> Params:
         for i, p in enumerate(populations)
         for name, value in p._asdict().items()
     }
+
+
+def populations_of(packet: Packet) -> list[Population]:
+    """Inverse of `numbered`."""
+    found: list[Any] = []
+    while table := section(packet.tensors, f"population{len(found)}"):
+        found.append(Population(**table))
+    return found

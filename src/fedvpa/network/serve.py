@@ -14,23 +14,21 @@ from pathlib import Path
 from random import SystemRandom
 from typing import Any
 
+from fedvpa import __version__
 from fedvpa.checkpoint import load_checkpoint
 from fedvpa.config import Config
 from fedvpa.errors import BadInputError, FedvpaError
-from fedvpa.experiment.build import build_variational
 from fedvpa.experiment.dataset import public_whitener
-from fedvpa.experiment.run import (
-    ELSEWHERE,
-    RunPaths,
-    load_config,
-    load_whitener,
-    save_config,
-    save_whitener,
-)
+from fedvpa.experiment.run import ELSEWHERE, RunPaths, load_config, save_config
 from fedvpa.experiment.tracking import open_tracker
 from fedvpa.experiment.train import Journal, manifest, run_rounds
 from fedvpa.features.cache import FeatureCache
+from fedvpa.features.whitening import Whitener
+from fedvpa.federated.accounting import privacy_of
 from fedvpa.federated.algorithm import sample_cohort
+from fedvpa.federated.batch import Roster
+from fedvpa.federated.release import PrivateRelease, secret_noise
+from fedvpa.federated.variational import build
 from fedvpa.files import write_atomically
 from fedvpa.network.clients import NetworkedClients, Transport
 from fedvpa.network.settings import ServerSettings, read_settings, training_config
@@ -114,21 +112,23 @@ def _serve(
     identity = _identity(paths, settings, config)
     bound = paths.root.parent / BOUND
     nodes = json.loads(bound.read_text()) if bound.is_file() else {}
-    clients = NetworkedClients(settings, config, transport, identity["run"], bound=nodes)
-    algorithm = build_variational(config, clients, secret=True, together=settings.secure)
-    clients.columns = algorithm.most_components if algorithm.gumbel else 0
-    clients.counted, clients.posterior = algorithm.counted, algorithm.sends_posterior
+    algorithm = build(config=config, clients=len(settings.clients), noise=secret_noise)
+    clients = NetworkedClients(
+        settings, config, transport, identity["run"], algorithm.contract,
+        algorithm.prior.columns, bound=nodes,
+    )  # fmt: skip
     if paths.whitening.is_file():
-        clients.whitener = load_whitener(paths)
+        clients.whitener = Whitener.read(paths.whitening)
     status.say("waiting", round=0)
     clients.wait(PATIENCE)
     clients.check_backbone(identity.get("signature", ""))
     if clients.whitener is None:
         public = public_whitener(config, FeatureCache(config.features))
         whitener = clients.fit_whitening() if public is None else clients.hand_out(public)
-        save_whitener(paths, whitener)
+        write_atomically(paths.whitening, whitener.to_bytes())
         _save_identity(paths, identity | {"signature": clients.signature})
     assert clients.whitener is not None
+    roster = Roster(settings.clients, (None,) * len(settings.clients))
     fingerprint = _fingerprint(config, settings, identity["run"])
     ledger = Ledger(paths.root / "ledger.json")
     if paths.checkpoint.is_file():
@@ -139,14 +139,13 @@ def _serve(
             status.say("finished", round=state.round)
             return {"run": str(paths.root), "rounds": state.round}
     else:
-        state, history = algorithm.init(), []
-    if algorithm.privacy is not None:
+        state, history = algorithm.init(roster), []
+    privacy = privacy_of(config, len(settings.clients))
+    if isinstance(algorithm.release, PrivateRelease):
         lost = ledger.lost(state.round)
         # a fit may have been part of any of them
         lost_fits = 0 if state.population or not lost else lost
-        algorithm = replace(
-            algorithm, privacy=replace(algorithm.privacy, lost_rounds=lost, lost_fits=lost_fits)
-        )
+        algorithm = replace(algorithm, release=algorithm.release.with_lost(lost, lost_fits))
     paths.write_json("manifest.json", manifest(algorithm, state, clients.whitener))
     paths.write_json("data.json", _described(settings, clients.signature))
     for line in describe(manifest(algorithm, state, clients.whitener), settings.secure):
@@ -155,16 +154,16 @@ def _serve(
     def cohort(round_number: int) -> list[int]:
         online = clients.wait(PATIENCE)
         # whoever is not connected does not take part: the chance of everybody stays within q
-        if algorithm.privacy is not None:
+        if privacy is not None:
             chance = SystemRandom()
             ledger.begin()
-            return [place for place in online if chance.random() < algorithm.privacy.rate]
+            return [place for place in online if chance.random() < privacy.rate]
         return [
             online[i]
             for i in sample_cohort(config.seed, round_number, len(online), config.federation.cohort)
         ]
 
-    def validate(reached: ServerState) -> dict[str, Any]:
+    def validate(reached: ServerState) -> dict[str, float]:
         if config.privacy.enabled:
             return {}  # it would be a release that nobody accounts for
         return clients.validate(
@@ -194,7 +193,7 @@ def _serve(
         # clients remember one round back
         every_round = config.federation.model_copy(update={"checkpoint_every": 1})
         state, history = run_rounds(
-            every_round, algorithm, (state, history), cohort, validate, journal
+            every_round, algorithm, clients, (state, history), cohort, validate, journal
         )
     paths.write_json("history.json", history)
     paths.write_json("manifest.json", manifest(algorithm, state, clients.whitener))
@@ -203,7 +202,7 @@ def _serve(
         "seconds": time.perf_counter() - started,
         "seconds_per_round": sorted(seconds)[len(seconds) // 2] if seconds else None,
         # they tell how many took part
-        "bytes": None if algorithm.privacy is not None else clients.traffic,
+        "bytes": None if privacy is not None else clients.traffic,
     }  # fmt: skip
     paths.write_json("federation.json", result | {"history_rounds": len(history)})
     status.say("finished", round=state.round)
@@ -266,6 +265,7 @@ def _described(settings: ServerSettings, signature: str) -> dict[str, Any]:
         for name in settings.clients
     ]
     return {
+        "fedvpa": __version__,
         "backbone": None,
         "signature": signature,
         "clients": rows,

@@ -8,17 +8,9 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, ValidationError
 
-from fedvpa.config import (
-    FEDERATION,
-    VARIATIONAL,
-    Config,
-    Section,
-    build_config,
-    explain,
-    merged,
-    read_yaml,
-)
+from fedvpa.config import FEDERATION, Config, Section, build_config, explain, merged, read_yaml
 from fedvpa.errors import BadInputError
+from fedvpa.methods import method
 
 T = TypeVar("T", bound=Section)
 
@@ -120,7 +112,7 @@ def training_config(settings: ServerSettings) -> Config:
         "data": {"source": FEDERATION, "clients": len(settings.clients), **data}
     }
     # nobody's latent is shown to anybody, unless asked for
-    if settings.training.get("method", "fedvpa-gp") in VARIATIONAL:
+    if method(settings.training.get("method", "fedvpa-gp")).latent:
         given = merged({"prior": {"kind": "components"}}, given)
     config = build_config(given)
     if not config.variational or config.method == "centralised-vpl":

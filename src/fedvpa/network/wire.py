@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import safetensors.torch
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fedvpa.errors import RunError
+from fedvpa.federated.exchanges import Layout, field_of
 from fedvpa.types import Params
 
 
@@ -65,61 +65,32 @@ def unpack(blob: bytes) -> Packet:
         raise WireError(f"not a fedvpa message: {type(error).__name__}: {error}") from error
 
 
-def section(tensors: Params, name: str) -> Params:
-    """The tensors called ``name/...``, by the rest of their names."""
-    return {
-        key.partition("/")[2]: value
-        for key, value in tensors.items()
-        if key.partition("/")[0] == name
-    }
-
-
-def under(name: str, tensors: Params) -> Params:
-    """Inverse of `section`."""
-    return {f"{name}/{key}": value for key, value in tensors.items()}
-
-
-SCALES: dict[str, float] = {
-    "delta": 4.0, "loss": 64.0, "size": 4096.0, "labelled": 1.0, "weight": 1.0, "total": 64.0,
-    "squared": 256.0,
-    "variance": 64.0, "scale": 64.0, "moment": 4096.0, "pairs": 4096.0, "clients": 1.0,
-    "accuracy": 1.0, "nll": 64.0,
-    "outer": 1024.0,
-}  # fmt: skip
-"""Largest magnitude, in a secure sum, of one client's numbers of each name; they are rounded to
-2^-21 of it."""
-
-
-def _scale(name: str) -> float:
-    first, _, last = name.partition("/")
-    return SCALES[last if first == "moments" else first]
-
-
-def flatten(tensors: Params) -> bytes:
-    """All numbers in the order of their names, divided by their scales, as float32.
+def flatten(kind: str, tensors: Params) -> bytes:
+    """All numbers of a reply in the order of their names, divided by their bounds, as float32.
 
     Raises:
-        WireError: a number is not finite or exceeds its scale; it would be cut off, and the sum
+        WireError: a number is not finite or exceeds its bound; it would be cut off, and the sum
             would be wrong.
     """
     parts = []
     for name in sorted(tensors):
-        value = tensors[name].double() / _scale(name)
+        bound = field_of(kind, name).bound
+        value = tensors[name].double() / bound
         if not value.isfinite().all() or (value.numel() and float(value.abs().max()) > 1):
             raise WireError(
-                f"'{name}' holds a number that is not finite or beyond {_scale(name):g}, what a"
-                " secure sum carries"
+                f"'{name}' holds a number that is not finite or beyond {bound:g}, what a secure sum"
+                " carries"
             )
         parts.append(value.reshape(-1))
     return torch.cat(parts).float().numpy().astype("<f4").tobytes()
 
 
-def unflatten(
-    vector: Float[Tensor, "n"], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
-) -> Params:
+def unflatten(kind: str, vector: Float[Tensor, "n"], shapes: Layout) -> Params:
     """Inverse of `flatten`, for a sum over clients."""
     names = sorted(shapes)
-    parts = vector.split([math.prod(shapes[name]) for name in names])
-    return {
-        name: (part * _scale(name)).to(dtype).view(shapes[name]) for name, part in zip(names, parts)
-    }
+    parts = vector.split([math.prod(shapes[name][0]) for name in names])
+    found: Params = {}
+    for name, part in zip(names, parts):
+        shape, dtype = shapes[name]
+        found[name] = (part * field_of(kind, name).bound).to(dtype).view(shape)
+    return found

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fedvpa import files
 from fedvpa.errors import BadInputError, RunError
 from fedvpa.experiment.use import Selector, open_selector
 from fedvpa.files import plain_json, write_atomically
@@ -315,7 +316,5 @@ def claim(root: Path, wanted: dict[str, Any], resume: bool) -> None:
                 f"{root}: was begun with other settings, prompts or selector; resume it with the"
                 " same ones"
             )
-    elif root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise BadInputError(
-            f"{root}: not empty; continue an interrupted run with --resume, or choose another --out"
-        )
+    else:
+        files.claim(root, "continue an interrupted run with --resume, or choose another --out")

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
-from fedvpa.errors import BadInputError
+from fedvpa.files import claim
 from fedvpa.policy.policy import Policy
 
 
@@ -33,7 +33,7 @@ def export_merged(policy: Policy, z: Float[Tensor, "d"], folder: Path) -> None:
     Raises:
         BadInputError: the directory is in use.
     """
-    check_free(folder)
+    claim(folder)
     form, extra = _effect(policy, z)
     if form == "gate":
         weights = get_peft_model_state_dict(policy.model)
@@ -62,7 +62,7 @@ def export_adapter(policy: Policy, z: Float[Tensor, "d"], folder: Path) -> None:
     Raises:
         BadInputError: the directory is in use.
     """
-    check_free(folder)
+    claim(folder)
     form, extra = _effect(policy, z)
     weights = get_peft_model_state_dict(policy.model)
     config: Any = policy.model.peft_config["default"]
@@ -119,16 +119,6 @@ tokens = model.generate(**inputs, generation_config=config)
 print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 """
-
-
-def check_free(folder: Path) -> None:
-    """Refuse a directory that holds something.
-
-    Raises:
-        BadInputError: it does; the message names it.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BadInputError(f"{folder}: not empty; choose another --out")
 
 
 @contextmanager

@@ -9,8 +9,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from fedvpa.config import Config
 from fedvpa.selector.encoder import Encoder
-from fedvpa.selector.reward import ConditionedReward
+from fedvpa.selector.heads import Head, build_head
 from fedvpa.types import PairBatch, Params, Population, Posterior
 
 
@@ -19,7 +20,7 @@ class Selector:
     """Composes an encoder and a reward that share their latent; parameters are passed in."""
 
     encoder: Encoder
-    reward: ConditionedReward
+    reward: Head
     latent_evidence: float = 0.1
 
     def init(self, generator: torch.Generator) -> Params:
@@ -93,3 +94,10 @@ def refined_posterior(responsibility: Float[Tensor, "*b m"], population: Populat
     mean = responsibility @ population.mean
     second = responsibility @ (population.mean.square() + population.variance.unsqueeze(-1))
     return Posterior(mean, (second - mean.square()).clamp_min(1e-8).log())
+
+
+def build_selector(config: Config) -> Selector:
+    """The selector of the settings: its encoder (M1) and its reward head (M2)."""
+    m = config.model
+    encoder = Encoder(m.inputs, m.latent, m.encoder_hidden, m.pooling, m.odd_mean, m.shrinkage)
+    return Selector(encoder, build_head(config=config), config.inference.latent_evidence)

@@ -25,7 +25,7 @@ from torch import Tensor
 from fedvpa.data.personas import ATTRIBUTES, measure
 from fedvpa.errors import BadInputError, RunError
 from fedvpa.evaluation.statistics import interval
-from fedvpa.files import plain_json, write_atomically
+from fedvpa.files import claim, plain_json, write_atomically
 from fedvpa.policy.policy import WEIGHTS, Policy, PolicyCard, Sampling, load_card, load_policy
 from fedvpa.policy.prompts import Prompt, in_style, read_prompts
 from fedvpa.winrate.judges import Judge, JudgeError
@@ -242,10 +242,8 @@ def _claim(root: Path, asked: dict[str, Any], resume: bool) -> None:
                 f"{root}: was begun with other settings or another policy; resume it with the same"
                 " ones"
             )
-    elif root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise BadInputError(
-            f"{root}: not empty; take its responses up again with --resume, or choose another --out"
-        )
+    else:
+        claim(root, "take its responses up again with --resume, or choose another --out")
     (root / "responses").mkdir(parents=True, exist_ok=True)
     write_atomically(file, plain_json(asked))
 

@@ -7,7 +7,6 @@ without any generator state.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,13 +15,21 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fedvpa.federated.batch import select
+from fedvpa.federated.random import stream
 from fedvpa.types import PairBatch
 
 
-def stream(seed: int, *name: object) -> torch.Generator:
-    """A generator for one named purpose."""
-    digest = hashlib.blake2b("|".join(map(str, (seed, *name))).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+class DrawSizes(NamedTuple):
+    """How many random numbers a local step reads: samples of a latent of so many dimensions, and
+    numbers for Gumbel weights of so many components."""
+
+    samples: int = 1
+    latent: int = 0
+    components: int = 0
+
+
+NO_NOISE = DrawSizes()
+"""For a step that reads no random numbers but the order of the pairs."""
 
 
 class LocalDraws(NamedTuple):
@@ -36,10 +43,10 @@ class LocalDraws(NamedTuple):
 
 def local_draws(
     seed: int, round_number: int, names: Sequence[str], sizes: Int[Tensor, "c"], steps: int,
-    samples: int, latent: int,
-    components: int,
+    draws: DrawSizes = NO_NOISE,
 ) -> LocalDraws:  # fmt: skip
     """Draw for every client from its own stream; padding pairs come last in the order."""
+    samples, latent, components = draws
     width = int(sizes.max())
     keys = torch.full((len(names), steps, width), 2.0)
     noise = torch.empty(len(names), steps, samples, latent)

@@ -1,41 +1,43 @@
-"""Every setting, once: names, types, defaults and help. YAML files and the command line are derived
-from this.
+"""Every setting: name, type, default and help, once. YAML files and flags are derived from this.
 
-Settings are layered: built-in defaults < preset < method < YAML file < flags. Unknown names are
-errors, and so is a setting that nothing would read. Its main switches are printed, and all of the
-effective configuration is saved in the run.
+`BASIC` are those that ``--help`` shows; ``--help-all`` shows the rest too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from fedvpa.errors import BadInputError
-
-Method = Literal[
-    "fedvpa-gp", "fedvpl", "fedvpl+mix", "fedvpl+ortho", "fedavg-btl", "fedavg-btl-mlp",
-    "fedavg-btl+finetune",
-    "fedbiscuit", "local", "centralised-vpl", "oracle-group", "oracle-bayes",
-]  # fmt: skip
-METHODS: tuple[str, ...] = get_args(Method)
-FEDERATION = "federation"
-"""Stands for a source of data that the clients of a federation keep."""
-VARIATIONAL: tuple[str, ...] = (
-    "fedvpa-gp",
-    "fedvpl",
-    "fedvpl+mix",
-    "fedvpl+ortho",
-    "centralised-vpl",
-)
+from fedvpa.methods import Method, method
+from fedvpa.parts import AGGREGATORS, HEADS, PRIORS, Known
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+PriorName = Annotated[str, AfterValidator(Known("prior", PRIORS))]
+HeadName = Annotated[str, AfterValidator(Known("reward head", HEADS))]
+AggregatorName = Annotated[str, AfterValidator(Known("aggregator", AGGREGATORS))]
+FEDERATION = "federation"
+"""The data source of pairs that the clients of a federation keep."""
+
+BASIC = (
+    "method", "seed", "out", "data.source", "data.split", "data.clients", "data.partition",
+    "data.personas.groups", "data.personas.pairs", "features.backbone", "features.layer",
+    "features.device", "model.inputs", "model.latent", "model.conditioning", "prior.kind",
+    "prototypes.kind", "prototypes.modes", "federation.rounds", "federation.cohort",
+    "federation.local_steps", "federation.learning_rate", "federation.aggregation",
+    "privacy.enabled", "privacy.noise", "privacy.clip",
+)  # fmt: skip
+
+
+def _method_name(name: str) -> str:
+    try:
+        method(name)
+    except BadInputError as error:
+        raise ValueError(str(error)) from error
+    return name
 
 
 class Section(BaseModel):
@@ -151,9 +153,7 @@ class ModelConfig(Section):
     shrinkage: NonNegative = Field(
         4.0, description="with pooling=mean: as many pairs' worth of pull towards z = 0"
     )
-    conditioning: Literal["bilinear", "concat", "film", "additive"] = Field(
-        "bilinear", description="how z steers r"
-    )
+    conditioning: HeadName = Field("bilinear", description="reward head: how z steers r")
     rank: Annotated[int, Field(ge=0)] = Field(0, description="rank of the bilinear form (0: full)")
     reward_hidden: Positive = Field(64, description="hidden units of an MLP reward")
     decoder_scale: Annotated[float, Field(gt=0)] = Field(
@@ -164,7 +164,7 @@ class ModelConfig(Section):
 class PriorConfig(Section):
     """The prior of the latent preference in training (M3-M5)."""
 
-    kind: Literal["gaussian", "peers", "components"] = Field(
+    kind: PriorName = Field(
         "gaussian",
         description=(
             "N(0, I); the mixture of peers' posteriors; or of components that are fitted, as the"
@@ -254,7 +254,7 @@ class FederationConfig(Section):
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="with optimiser=sgd")
     weight_decay: NonNegative = Field(0.0, description="L2 penalty in the clients' optimiser")
     aggregation: Literal["uniform", "samples"] = Field("uniform", description="weights of FedAvg")
-    aggregator: Literal["mean", "trimmed-mean", "median", "krum"] = Field(
+    aggregator: AggregatorName = Field(
         "mean",
         description=(
             "how clients' updates are brought together; all but mean withstand some attackers"
@@ -340,10 +340,13 @@ class PrivacyConfig(Section):
     )
 
 
+MethodName = Annotated[str, AfterValidator(_method_name)]
+
+
 class Config(Section):
     """Everything a run depends on."""
 
-    method: Method = Field("fedvpa-gp", description="what is trained")
+    method: MethodName = Field("fedvpa-gp", description="what is trained")
     preset: Literal["default", "paper"] = Field(
         "default", description="paper: the published configuration"
     )
@@ -372,284 +375,9 @@ class Config(Section):
     @property
     def variational(self) -> bool:
         """Whether the method infers a latent preference."""
-        return self.method in VARIATIONAL
+        return self.entry.latent
 
-
-_MIX: dict[str, Any] = {"inference": {"kind": "population"}}
-_ORTHO: dict[str, Any] = {"prototypes": {"kind": "anchored"}, "objective": {"pull_weight": 0.01}}
-_GP: dict[str, Any] = _MIX | {
-    "prototypes": {"kind": "anchored"},
-    "objective": {"pull_weight": 0.01, "reward_decay": 0.03},
-}
-METHOD_SETTINGS: dict[str, dict[str, Any]] = {
-    "fedvpl+mix": _MIX,
-    "fedvpl+ortho": _ORTHO,
-    "fedvpa-gp": _GP,
-}
-
-_PAPER: dict[str, Any] = {
-    "model": {"latent": 32, "encoder_hidden": (512, 256, 128), "odd_mean": False, "shrinkage": 0.0,
-    "conditioning": "additive"},
-    "objective": {"kl_weight": 0.1, "pull_weight": 1.0, "orthonormal_weight": 0.1},
-    "federation": {
-        "cohort": 10, "batch_size": 8, "protocol": "single-pair", "posterior_from": "local",
-        "learning_rate": 0.001,
-    },
-}  # fmt: skip
-_PAPER_MIX = {"prior": {"kind": "peers", "weights": "gumbel", "members": "last-round"}}
-_PAPER_ORTHO = {"prototypes": {"kind": "learned", "modes": 2}}
-PAPER_METHOD_SETTINGS: dict[str, dict[str, Any]] = {
-    "fedvpl+mix": _PAPER_MIX, "fedvpl+ortho": _PAPER_ORTHO, "fedvpa-gp": _PAPER_MIX | _PAPER_ORTHO,
-}  # fmt: skip
-
-
-def build_config(*layers: Mapping[str, Any]) -> Config:
-    """Merge explicit settings (later wins) over the defaults of their preset and method, and check
-    the result.
-
-    Raises:
-        BadInputError: an unknown name, a bad value, or a setting that nothing would read.
-    """
-    explicit: dict[str, Any] = {}
-    for layer in layers:
-        explicit = merged(explicit, layer)
-    method, preset = explicit.get("method", "fedvpa-gp"), explicit.get("preset", "default")
-    base: dict[str, Any] = {}
-    if preset == "paper":
-        base = merged(_PAPER, PAPER_METHOD_SETTINGS.get(method, {}))
-    elif preset == "default":
-        base = METHOD_SETTINGS.get(method, {})
-    try:
-        config = Config.model_validate(merged(base, explicit))
-    except ValidationError as error:
-        raise BadInputError("; ".join(explain(e) for e in error.errors())) from error
-    _refuse_unused(config, set(flatten(explicit)))
-    return config
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Settings of a YAML file.
-
-    Raises:
-        BadInputError: no such file, not YAML, or not a mapping.
-    """
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInputError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInputError(f"{path}: not YAML: {' '.join(str(error).split())[:200]}") from error
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise BadInputError(
-            f"{path}: expected a mapping of settings, found {type(loaded).__name__}"
-        )
-    return loaded
-
-
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"data": {"clients": 3}}`` to ``{"data.clients": 3}``."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat.update(
-            flatten(value, f"{prefix}{key}.")
-            if isinstance(value, Mapping)
-            else {f"{prefix}{key}": value}
-        )
-    return flat
-
-
-def merged(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings of both; where both have one, that of `high`."""
-    out = dict(low)
-    for key, value in high.items():
-        old = out.get(key)
-        out[key] = (
-            merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-        )
-    return out
-
-
-def explain(error: Any, model: type[BaseModel] = Config) -> str:
-    """One validation error of `model` in words: which setting, what is wrong, and what is known
-    there."""
-    place = (
-        ".".join(str(p) for p in error["loc"] if p not in ("int", "literal['auto']"))
-        or "configuration"
-    )
-    if error["type"] == "extra_forbidden":
-        section: Any = model
-        for part in error["loc"][:-1]:
-            fields = getattr(section, "model_fields", {})
-            section = (
-                fields[part].annotation if part in fields else (get_args(section) or (section,))[-1]
-            )
-        known = (
-            f" (known here: {', '.join(section.model_fields)})"
-            if hasattr(section, "model_fields")
-            else ""
-        )
-        return f"{place}: unknown setting{known}"
-    return f"{place}: {error['msg']} (got {error['input']!r})"
-
-
-def settings_for(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that several methods share, without those that this method, having no latent,
-    would not read."""
-    if method in VARIATIONAL:
-        return dict(given)
-    return {
-        section: {k: v for k, v in value.items() if f"{section}.{k}" not in _LATENT_SETTINGS}
-        if isinstance(value, Mapping)
-        else value
-        for section, value in given.items()
-        if section not in _LATENT_SECTIONS
-    }  # fmt: skip
-
-
-_LATENT_SECTIONS = ("prior", "prototypes", "inference", "objective")
-_LATENT_SETTINGS = (
-    *(
-        f"model.{n}"
-        for n in (
-            "latent",
-            "encoder_hidden",
-            "odd_mean",
-            "pooling",
-            "shrinkage",
-            "conditioning",
-            "rank",
-            "decoder_scale",
-        )
-    ),
-    *(f"federation.{n}" for n in ("protocol", "posterior_from", "context_share")),
-)
-
-
-def _check_privacy(config: Config) -> None:
-    """Differential privacy is of sums over clients, with what they depend on fixed beforehand."""
-    wrong = [
-        (
-            config.variational and config.method != "centralised-vpl",
-            f"method {config.method} has no private rounds",
-        ),
-        (
-            config.prior.kind == "components",
-            "prior.kind must be components: others show every client's posterior",
-        ),
-        (
-            config.prototypes.modes != "auto",
-            "prototypes.modes must be a number: finding it reads the clients' choices",
-        ),
-        (
-            config.data.public is not None,
-            "data.public must name public pairs, by which the features are whitened",
-        ),
-        (
-            config.federation.aggregator == "mean",
-            "federation.aggregator must be mean: a noised sum is all that is known",
-        ),
-        (
-            config.federation.aggregation == "uniform",
-            "federation.aggregation must be uniform: the number of pairs is private",
-        ),
-    ]
-    for fine, why in wrong:
-        if not fine:
-            raise BadInputError(f"privacy: {why}")
-
-
-def _refuse_unused(config: Config, explicit: set[str]) -> None:
-    """A setting that was given on purpose must matter."""
-    d, f, variational = config.data, config.federation, config.variational
-    anchored = config.prototypes.kind == "anchored"
-    mixes = config.prior.kind == "peers" or (config.prior.kind == "components" and not anchored)
-    rules: list[tuple[str, bool, str]] = [
-        ("data.personas.", d.source == "personas", "data.source is not personas"),
-        *((f"data.{name}", d.source != "personas", "personas come divided into users") for name in
-          ("split", "partition", "group_ratio", "dirichlet_alpha", "mixing", "protocol",
-          "max_pairs", "on_bad_record")),
-        *((name, variational, f"{config.method} has no latent") for name in _LATENT_SETTINGS),
-        *((f"{name}.", variational, f"{config.method} has no latent") for name in _LATENT_SECTIONS),
-        ("model.reward_hidden", config.method == "fedavg-btl-mlp" or (
-            variational and config.model.conditioning in ("concat", "film")),
-            "the reward has no hidden layer"),
-        ("data.group_ratio", d.partition in ("auto", "group", "mixed"),
-        "it goes with partition=group or mixed"),
-        ("data.dirichlet_alpha", d.partition == "dirichlet", "it goes with partition=dirichlet"),
-        ("data.mixing", d.partition == "mixed", "it goes with partition=mixed"),
-        ("data.corruption", d.corrupted > 0, "data.corrupted is 0"),
-        *((f"prior.{name}", mixes, "the prior of the KL is no mixture") for name in
-          ("weights", "temperature", "estimator", "start_round")),
-        ("prior.temperature", config.prior.weights == "gumbel", "prior.weights is not gumbel"),
-        *((f"prior.{name}", config.prior.kind == "peers", "prior.kind is not peers") for name in
-          ("exclude_self", "max_components", "members")),
-        ("inference.latent_evidence",
-        config.inference.kind == "population" or config.prototypes.kind == "anchored",
-         "no components are weighed"),
-        ("prototypes.radius", config.prototypes.kind in ("learned", "fixed"),
-        "only orthogonal prototypes have one"),
-        ("prototypes.start_round", config.prototypes.kind != "none", "prototypes.kind is none"),
-        ("objective.orthonormal_weight", config.prototypes.kind == "learned",
-        "only learned prototypes are kept so"),
-        ("objective.pull_weight", config.prototypes.kind != "none", "prototypes.kind is none"),
-        ("objective.kl_warmup_rounds", config.objective.kl_schedule != "constant",
-        "kl_schedule is constant"),
-        ("model.shrinkage", config.model.pooling == "mean", "it belongs to pooling=mean"),
-        ("objective.reward_decay",
-        config.model.conditioning == "bilinear" or config.objective.reward_decay == 0,
-         "only the bilinear reward has a direction"),
-        ("model.rank", config.model.conditioning == "bilinear", "only the bilinear reward has one"),
-        ("privacy.", config.privacy.enabled, "privacy.enabled is false"),
-        ("federation.aggregator", variational, f"{config.method} has no latent"),
-        ("federation.max_norm", variational, f"{config.method} has no latent"),
-        ("federation.trim", f.aggregator in ("trimmed-mean", "krum"),
-        "it goes with aggregator=trimmed-mean or krum"),
-        ("federation.momentum", f.optimiser == "sgd", "optimiser is adam"),
-        ("federation.selectors", config.method == "fedbiscuit", "it belongs to fedbiscuit"),
-        ("federation.regroup_every", config.method == "fedbiscuit", "it belongs to fedbiscuit"),
-        ("federation.finetune_steps", config.method == "fedavg-btl+finetune",
-        "nothing is fine-tuned"),
-    ]  # fmt: skip
-    for prefix, used, why in rules:
-        hit = next(
-            (
-                s
-                for s in sorted(explicit)
-                if s == prefix or (prefix.endswith(".") and s.startswith(prefix))
-            ),
-            None,
-        )
-        if hit and not used:
-            raise BadInputError(
-                f"{hit} is set but would not be read: {why}; remove it, or change what it"
-                " depends on"
-            )
-    if config.privacy.enabled:
-        _check_privacy(config)
-    if config.prototypes.kind == "anchored":
-        if config.prototypes_start >= f.rounds:
-            raise BadInputError(
-                f"prototypes.start_round: {config.prototypes_start} of {f.rounds} rounds leaves"
-                " none in which the anchors act"
-            )
-        if f.protocol == "single-pair":
-            raise BadInputError(
-                "federation.protocol: single-pair has no context that could weigh anchors"
-            )
-    if config.objective.kl_schedule == "cyclical" and config.objective.kl_warmup_rounds < 2:
-        raise BadInputError("objective.kl_warmup_rounds: a cycle needs at least 2 rounds")
-    if config.prototypes.kind in ("learned", "fixed"):
-        modes = config.prototypes.modes
-        if modes == "auto":
-            raise BadInputError(
-                "prototypes.modes: orthogonal prototypes need a number of modes, not auto"
-            )
-        if modes > config.model.latent:
-            raise BadInputError(
-                f"prototypes.modes: {modes} orthogonal prototypes do not fit a latent of"
-                f" {config.model.latent} dimensions"
-            )
-    if isinstance(config.prototypes.modes, int) and config.prototypes.modes < 1:
-        raise BadInputError("prototypes.modes: at least 1")
+    @property
+    def entry(self) -> Method:
+        """What the method is."""
+        return method(self.method)

@@ -1,57 +1,26 @@
-"""Client-level differential privacy: what one client contributes is clipped, sums over clients are
-noised, and the privacy loss of everything that is released is accounted for together.
+"""Client-level differential privacy in numbers: bounds, noise, and what they cost.
 
 The mechanism of a round is that of DP-FedAvg (McMahan et al., 2018, arXiv 1710.06963): every client
 takes part with the same probability q, independently; the sum of the clipped contributions gets
 Gaussian noise and is divided by the *expected* number of clients. With a prior of components the
 moments of the latent are part of the same contribution. Fitting the components asks everybody,
 several times; these releases are composed with the rounds. Neighbours differ in one client, added
-or removed.
+or removed. The tensors are in `fedvpa.federated.release`.
 """
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-import numpy as np
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
+from fedvpa.config import Config
 from fedvpa.errors import BadInputError, RunError
-from fedvpa.federated.components import Moments
-from fedvpa.types import Params
 
 MOMENT_BLOCKS = 4
 """Parts of a set of moments (weight, total, squared, variance), each clipped to its own bound."""
-
-
-Normal = Callable[[torch.Size], Tensor]
-"""Draws independent standard normal numbers of a shape."""
-
-
-def secret_normal(shape: torch.Size) -> Tensor:
-    """Standard normal numbers that nobody can draw again: Box-Muller in float64 on 53 bits each of
-    the system's entropy.
-
-    (Torch's generator on the CPU keeps 32 bits of its seed, which can be tried out: the sum would
-    tell.)
-    """
-    half = (math.prod(shape) + 1) // 2
-    raw = np.frombuffer(os.urandom(16 * half), dtype="<u8").reshape(2, half) >> np.uint64(11)
-    first, second = (raw.astype(np.float64) + 0.5) * 2.0**-53
-    radius, angle = np.sqrt(-2 * np.log(first)), 2 * np.pi * second
-    both = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[: math.prod(shape)]
-    return torch.from_numpy(both).float().view(shape)
-
-
-def seeded_normal(generator: torch.Generator) -> Normal:
-    """Repeatable normal numbers, for a simulation."""
-    return lambda shape: torch.randn(shape, generator=generator)
+FLOOR = 3.0
+"""A component of no more clients than so many standard deviations of the noise may be noise."""
 
 
 class BudgetError(RunError):
@@ -60,10 +29,11 @@ class BudgetError(RunError):
 
 @dataclass(frozen=True)
 class Privacy:
-    """Bounds and noise; `rate` is the probability with which a client takes part in a round.
+    """Bounds and noise of a run; `rate` is the probability that a client takes part in a round.
 
     Noise is in multiples of the bound of what it is added to: of a round's contributions, and
-    (`fit_noise`) of those to a fit. `lost_rounds` and `lost_fits` were begun before a crash and may
+    (`fit_noise`) of those to a fit; a whole run makes `fits` of them, which count from the first
+    round on. `lost_rounds` and `lost_fits` were begun before a crash and may
     have been released: they count as if they had been.
     """
 
@@ -76,6 +46,7 @@ class Privacy:
     fit_noise: float = 40.0
     fit_starts: int = 2
     fit_iterations: int = 3
+    fits: int = 2
     delta: float = 1e-5
     budget: float = math.inf
     moments_every_round: bool = False
@@ -99,30 +70,6 @@ class Privacy:
         """Sums over all clients that a fit releases: the spread, every iteration, and the
         result."""
         return self.fit_iterations + 2
-
-    def clipped_latent(
-        self, mean: Float[Tensor, "c d"], variance: Float[Tensor, "c d"]
-    ) -> tuple[Float[Tensor, "c d"], Float[Tensor, "c d"]]:
-        """Means within `latent_clip` and variances within `variance_clip` (L2 norms)."""
-        return _within(mean, self.latent_clip), _within(variance, self.variance_clip)
-
-    def noised_params(self, sums: Params, draw: Normal) -> Params:
-        """The round's sum of clipped updates, with noise."""
-        std = self.noise * self.clip
-        return {n: v + std * draw(v.shape) for n, v in sums.items()}
-
-    def noised_moments(self, found: Moments, draw: Normal, *, fit: bool) -> Moments:
-        """Moments of a round or of a fit, with noise; a sum of no clients is possible, a
-        negative one is not."""
-        noise = self.fit_noise if fit else self.noise
-        bounds = (1.0, self.latent_clip, self.latent_clip**2, self.variance_clip)
-        noised = [v + noise * b * draw(v.shape) for v, b in zip(found, bounds)]
-        weight = noised[0].clamp_min(0.0)
-        return Moments(weight, noised[1], noised[2].clamp_min(0.0), noised[3].clamp_min(0.0))
-
-    def noised_choices(self, labelled: Float[Tensor, "m"], draw: Normal) -> Float[Tensor, "m"]:
-        """How many clients chose each component, with noise."""
-        return (labelled + self.noise * draw(labelled.shape)).clamp_min(0.0)
 
     def epsilon(self, rounds: int, fits: int) -> float:
         """Epsilon at `delta` of so many rounds and fits together."""
@@ -154,8 +101,38 @@ class Privacy:
             )
 
 
-def _within(x: Float[Tensor, "c d"], bound: float) -> Float[Tensor, "c d"]:
-    return x * (bound / x.norm(dim=-1, keepdim=True).clamp_min(1e-12)).clamp_max(1.0)
+def privacy_of(config: Config, clients: int) -> Privacy | None:
+    """Bounds and noise that the settings ask for, with so many clients; None where it is off.
+
+    Raises:
+        BadInputError: the noise of a fit would hide the components.
+    """
+    p = config.privacy
+    if not p.enabled:
+        return None
+    modes = 1 if config.prototypes.modes == "auto" else config.prototypes.modes
+    if FLOOR * p.fit_noise * modes >= clients:
+        raise BadInputError(
+            f"privacy.fit_noise: noise of {p.fit_noise:g} hides components of about"
+            f" {clients / modes:g} clients each; at most {clients / modes / FLOOR:.3g} for"
+            f" {clients} clients and {modes} components (epsilon grows), or more clients"
+        )
+    anchored = config.prototypes.kind == "anchored"
+    summed = config.prior.kind == "components" and not anchored
+    return Privacy(
+        rate=min(1.0, (config.federation.cohort or clients) / clients),
+        clients=clients,
+        clip=p.clip,
+        noise=p.noise,
+        latent_clip=p.latent_clip,
+        variance_clip=p.variance_clip,
+        fit_noise=p.fit_noise,
+        fits=1 if anchored else 2,
+        delta=p.delta,
+        budget=p.budget or math.inf,
+        moments_every_round=summed,
+        choices_every_round=summed and config.prototypes.kind in ("learned", "fixed"),
+    )
 
 
 @lru_cache(maxsize=4096)

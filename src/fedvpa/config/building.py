@@ -1,0 +1,208 @@
+"""Layers of settings become one checked configuration: built-in defaults < preset < method < file <
+flags."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from fedvpa.config.reads import settings_readable, unread, why_unread
+from fedvpa.config.sections import Config
+from fedvpa.errors import BadInputError
+from fedvpa.methods import METHODS, PAPER, method
+
+
+def build_config(*layers: Mapping[str, Any]) -> Config:
+    """Merge explicit settings (later wins) over the defaults of their preset and method, and check
+    the result.
+
+    Raises:
+        BadInputError: an unknown name, a bad value, or a setting that nothing would read.
+
+    Example:
+        >>> config = build_config({"method": "fedvpl"}, {"federation": {"rounds": 3}})
+        >>> config.federation.rounds, config.inference.kind
+        (3, 'amortised')
+    """
+    explicit: dict[str, Any] = {}
+    for layer in layers:
+        explicit = merged(explicit, layer)
+    base = defaults_of(explicit.get("method", "fedvpa-gp"), explicit.get("preset", "default"))
+    try:
+        config = Config.model_validate(merged(base, explicit))
+    except ValidationError as error:
+        raise BadInputError("; ".join(explain(e) for e in error.errors())) from error
+    for name in unread(config, flatten(explicit)):
+        raise BadInputError(
+            f"{name} is set but would not be read: {why_unread(config, name)}; remove it, or change"
+            " what it depends on"
+        )
+    _check(config)
+    return config
+
+
+def defaults_of(name: str, preset: str = "default") -> dict[str, Any]:
+    """A method's settings under a preset, where they differ from the built-in ones."""
+    if name not in METHODS:  # validation says so
+        return {}
+    if preset == "paper":
+        return merged(PAPER, method(name).paper)
+    return dict(method(name).defaults)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Settings of a YAML file.
+
+    Raises:
+        BadInputError: no such file, not YAML, or not a mapping.
+    """
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInputError(f"{path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadInputError(f"{path}: not YAML: {' '.join(str(error).split())[:200]}") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise BadInputError(
+            f"{path}: expected a mapping of settings, found {type(loaded).__name__}"
+        )
+    return loaded
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"data": {"clients": 3}}`` to ``{"data.clients": 3}``."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        nested = isinstance(value, Mapping)
+        flat.update(flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
+    return flat
+
+
+def merged(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings of both; where both have one, that of `high`."""
+    out = dict(low)
+    for key, value in high.items():
+        old = out.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        out[key] = merged(old, value) if both else value  # type: ignore[arg-type]
+    return out
+
+
+def explain(error: Any, model: type[BaseModel] = Config) -> str:
+    """One validation error of `model` in words: which setting, what is wrong, and what is known
+    there."""
+    place = ".".join(str(p) for p in error["loc"] if p not in ("int", "literal['auto']"))
+    place = place or "configuration"
+    if error["type"] == "extra_forbidden":
+        section: Any = model
+        for part in error["loc"][:-1]:
+            fields = getattr(section, "model_fields", {})
+            known_part = part in fields
+            section = (
+                fields[part].annotation if known_part else (get_args(section) or (section,))[-1]
+            )
+        has_fields = hasattr(section, "model_fields")
+        known = f" (known here: {', '.join(section.model_fields)})" if has_fields else ""
+        return f"{place}: unknown setting{known}"
+    if error["type"] == "value_error":
+        return f"{place}: {error['msg'].removeprefix('Value error, ')}"
+    return f"{place}: {error['msg']} (got {error['input']!r})"
+
+
+def settings_for(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of settings that several methods share, those that this method can read.
+
+    Names that no method knows are kept: validation refuses them.
+    """
+    if name not in METHODS:
+        return dict(given)
+    every = {s for m in METHODS for s in settings_readable(m)}
+    foreign = every - settings_readable(name)
+    return _without(given, foreign, "")
+
+
+def _without(given: Mapping[str, Any], names: set[str], prefix: str) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in given.items():
+        if isinstance(value, Mapping):
+            kept = _without(value, names, f"{prefix}{key}.")
+            if kept or not value:
+                out[key] = kept
+        elif f"{prefix}{key}" not in names:
+            out[key] = value
+    return out
+
+
+def _check(config: Config) -> None:
+    """Combinations of settings that each are fine alone.
+
+    Raises:
+        BadInputError: saying which.
+    """
+    if config.privacy.enabled:
+        _check_privacy(config)
+    prototypes, rounds = config.prototypes, config.federation.rounds
+    if config.prototypes.kind == "anchored":
+        if config.prototypes_start >= rounds:
+            raise BadInputError(
+                f"prototypes.start_round: {config.prototypes_start} of {rounds} rounds leaves none"
+                " in which the anchors act"
+            )
+        if config.federation.protocol == "single-pair":
+            raise BadInputError(
+                "federation.protocol: single-pair has no context that could weigh anchors"
+            )
+    if config.objective.kl_schedule == "cyclical" and config.objective.kl_warmup_rounds < 2:
+        raise BadInputError("objective.kl_warmup_rounds: a cycle needs at least 2 rounds")
+    if prototypes.kind in ("learned", "fixed"):
+        if prototypes.modes == "auto":
+            raise BadInputError(
+                "prototypes.modes: orthogonal prototypes need a number of modes, not auto"
+            )
+        if prototypes.modes > config.model.latent:
+            raise BadInputError(
+                f"prototypes.modes: {prototypes.modes} orthogonal prototypes do not fit a latent of"
+                f" {config.model.latent} dimensions"
+            )
+    if isinstance(prototypes.modes, int) and prototypes.modes < 1:
+        raise BadInputError("prototypes.modes: at least 1")
+
+
+def _check_privacy(config: Config) -> None:
+    """Differential privacy is of sums over clients, with what they depend on fixed beforehand.
+
+    Raises:
+        BadInputError: saying which setting has to be another.
+    """
+    f = config.federation
+    wrong = [
+        (
+            config.prior.kind == "components",
+            "prior.kind must be components: others show every client's posterior",
+        ),
+        (
+            config.prototypes.modes != "auto",
+            "prototypes.modes must be a number: finding it reads the clients' choices",
+        ),
+        (
+            config.data.public is not None,
+            "data.public must name public pairs, by which the features are whitened",
+        ),
+        (
+            f.aggregator == "mean",
+            "federation.aggregator must be mean: a noised sum is all that is known",
+        ),
+        (
+            f.aggregation == "uniform",
+            "federation.aggregation must be uniform: the number of pairs is private",
+        ),
+    ]
+    for fine, why in wrong:
+        if not fine:
+            raise BadInputError(f"privacy: {why}")
