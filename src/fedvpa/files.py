@@ -47,12 +47,13 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
-def claim(folder: Path, otherwise: str = "choose another --out") -> None:
+def claim(folder: Path, otherwise: str = "choose another --out", ignored: str = "") -> None:
     """Refuse a folder that holds something: results are never written over.
 
     Args:
         folder: where something is to be written; it need not exist.
         otherwise: what the user may do instead.
+        ignored: name of an entry that may be there.
 
     Raises:
         BadInputError: a file, or a folder that is in use.
@@ -60,5 +61,6 @@ def claim(folder: Path, otherwise: str = "choose another --out") -> None:
     if folder.exists() and not folder.is_dir():
         raise BadInputError(f"{folder}: is a file; name a directory")
     # what an interrupted `write_atomically` has left is nothing
-    if folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):
+    entries = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    if any(name != ignored and not name.startswith(".") for name in entries):
         raise BadInputError(f"{folder}: not empty; {otherwise}")

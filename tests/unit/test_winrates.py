@@ -13,7 +13,10 @@ from sklearn.linear_model import LogisticRegression
 from fedvpa.config import FeaturesConfig
 from fedvpa.errors import BadInputError
 from fedvpa.records import Message, PreferencePair
-from fedvpa.winrate.judges import EndpointJudge, ExactJudge, JudgeError, RewardJudge
+from fedvpa.winrate.endpoint import EndpointJudge
+from fedvpa.winrate.exact import ExactJudge
+from fedvpa.winrate.judges import JudgeError
+from fedvpa.winrate.reward import RewardJudge
 from fedvpa.winrate.statistics import (
     bootstrap,
     difference,

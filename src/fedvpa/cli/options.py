@@ -1,77 +1,124 @@
-"""Command-line flags derived from the configuration: every setting has a flag, its help and its
-default from one place."""
+"""Command-line flags derived from the settings: name, help and choices of every flag come from one
+place, and a command's help shows what that command reads, with the defaults that it will use.
+
+``--help`` shows the basic settings and ``--help-all`` every one. A setting that the method does not
+read still has a flag, so that it can be refused with a reason.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from fedvpa.config import Config, explain, merged, read_yaml
+from fedvpa.config import (
+    BASIC,
+    build_config,
+    explain,
+    leaf_settings,
+    merged,
+    read_yaml,
+    short_names,
+    value_of,
+)
+from fedvpa.config.reads import PARTS
 from fedvpa.errors import BadInputError
+from fedvpa.methods import METHODS
 
 T = TypeVar("T", bound=BaseModel)
 
-_RENAMED = {"data.source": "data"}
-"""Settings whose short flag is not the last part of their name."""
+
+@dataclass(frozen=True)
+class Asked:
+    """What a command line says before it is parsed: which help is wanted, and of which method."""
+
+    everything: bool = False
+    method: str = "fedvpa-gp"
+    preset: str = "default"
+
+    @staticmethod
+    def of(arguments: Sequence[str]) -> Asked:
+        """Read off the arguments; a method that does not exist is refused later, with a reason."""
+        method, preset = _value(arguments, "--method"), _value(arguments, "--preset")
+        return Asked(
+            "--help-all" in arguments,
+            method if method in METHODS else "fedvpa-gp",
+            "paper" if preset == "paper" else "default",
+        )
 
 
-def leaf_settings(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, FieldInfo]:
-    """Dotted name of every setting."""
-    out: dict[str, FieldInfo] = {}
-    for name, info in model.model_fields.items():
-        kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            out.update(leaf_settings(kind, f"{prefix}{name}."))
-        else:
-            out[f"{prefix}{name}"] = info
+def _value(arguments: Sequence[str], flag: str) -> str:
+    for at, argument in enumerate(arguments):
+        if argument.startswith(f"{flag}="):
+            return argument.partition("=")[2]
+        if argument == flag and at + 1 < len(arguments):
+            return arguments[at + 1]
+    return ""
+
+
+def kebab(arguments: Sequence[str]) -> list[str]:
+    """The arguments with flags of settings in their one spelling: ``--federation.local_steps`` is
+    ``--federation.local-steps``."""
+    out = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        setting = name.startswith("--") and name[2:] in leaf_settings()
+        out.append((name.replace("_", "-") if setting else name) + equals + value)
     return out
 
 
-def short_flags() -> dict[str, str]:
-    """Dotted name to short flag, for the settings whose last part is unique."""
-    settings = leaf_settings()
-    counts = Counter(name.rsplit(".", 1)[-1] for name in settings)
-    out = {}
-    for name in settings:
-        last = name.rsplit(".", 1)[-1]
-        if name in _RENAMED:
-            out[name] = f"--{_RENAMED[name]}"
-        elif counts[last] == 1:
-            out[name] = f"--{last.replace('_', '-')}"
-    return out
+def add_settings(
+    parser: argparse.ArgumentParser, asked: Asked, shown: Collection[str],
+    skip: Collection[str] = (), basic: Collection[str] = BASIC,
+    given: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Add ``--config FILE`` and a flag per setting.
 
-
-def add_settings(parser: argparse.ArgumentParser, skip: tuple[str, ...] = ()) -> None:
-    """Add ``--config FILE`` and a flag for every setting but those in `skip`."""
+    Args:
+        parser: the command's.
+        asked: which help is wanted.
+        shown: names of the settings that the command reads.
+        skip: names that get no flag at all.
+        basic: names that ``--help`` shows.
+        given: settings that the command chooses otherwise than the method does.
+    """
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="YAML file of settings; flags go before it"
     )
-    short = short_flags()
-    groups: dict[str, Any] = {}
+    defaults = build_config({"method": asked.method, "preset": asked.preset}, given or {})
+    visible = [n for n in shown if n not in skip and (asked.everything or n in basic)]
+    short, groups = short_names(), dict[str, Any]()
     for name, info in leaf_settings().items():
         if name in skip:
             continue
         section = name.rpartition(".")[0] or "run"
-        group = groups.setdefault(section, parser.add_argument_group(section))
-        flags = [short[name]] if name in short else []
-        if "." in name and f"--{name}" not in flags:
-            flags.append(f"--{name}")
-        choices = _choices(info.annotation)
-        group.add_argument(
-            *flags,
-            dest=name,
-            default=argparse.SUPPRESS,
-            metavar="{" + ",".join(choices) + "}" if choices else name.rsplit(".", 1)[-1].upper(),
-            help=f"{info.description or ''} (default: {_shown(info.default)})".replace(
-                "%", "%%"
-            ).strip(),
-        )
+        if section not in groups:
+            groups[section] = parser.add_argument_group(section)
+        text = _help(info, value_of(defaults, name)) if name in visible else argparse.SUPPRESS
+        groups[section].add_argument(
+            *_flags(name, short), dest=name, default=argparse.SUPPRESS, help=text,
+            metavar=_metavar(name, info),
+        )  # fmt: skip
+    add_help_all(parser, asked)
+
+
+def _flags(name: str, short: Mapping[str, str]) -> list[str]:
+    """Short name first."""
+    flags = [f"--{short[name]}"] if name in short else []
+    long = f"--{name.replace('_', '-')}"
+    return flags if long in flags else [*flags, long]
+
+
+def add_help_all(parser: argparse.ArgumentParser, asked: Asked) -> None:
+    """The flag that shows all settings."""
+    parser.add_argument(
+        "--help-all", action="help", help="show this message with every setting, and exit"
+    )
 
 
 def settings_given(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -100,16 +147,10 @@ def add_flat_settings(parser: argparse.ArgumentParser, model: type[BaseModel]) -
     """A flag for every setting of a model without sections."""
     group = parser.add_argument_group("settings")
     for name, info in model.model_fields.items():
-        choices = _choices(info.annotation)
         group.add_argument(
-            f"--{name.replace('_', '-')}",
-            dest=name,
-            default=argparse.SUPPRESS,
-            metavar="{" + ",".join(choices) + "}" if choices else name.upper(),
-            help=f"{info.description or ''} (default: {_shown(info.default)})".replace(
-                "%", "%%"
-            ).strip(),
-        )
+            f"--{name.replace('_', '-')}", dest=name, default=argparse.SUPPRESS,
+            metavar=_metavar(name, info), help=_help(info, info.default),
+        )  # fmt: skip
 
 
 def flat_settings_given(arguments: argparse.Namespace, model: type[T]) -> T:
@@ -127,6 +168,20 @@ def flat_settings_given(arguments: argparse.Namespace, model: type[T]) -> T:
         raise BadInputError("; ".join(explain(e, model) for e in error.errors())) from error
 
 
+def add_json(parser: argparse.ArgumentParser, what: str) -> None:
+    """``--json [FILE]``."""
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE",
+        help=f"write {what} as JSON (to standard output without FILE)",
+    )  # fmt: skip
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Flags of every command."""
+    parser.add_argument("--quiet", action="store_true", help="print results and errors only")
+    parser.add_argument("--debug", action="store_true", help="verbose log, and tracebacks")
+
+
 def _parsed(info: FieldInfo, value: str) -> Any:
     """Text as given; lists by commas; 'none' where a setting may be None. Everything else is
     pydantic's to check."""
@@ -137,14 +192,21 @@ def _parsed(info: FieldInfo, value: str) -> Any:
     return value
 
 
-def _choices(annotation: Any) -> list[str]:
+def _metavar(name: str, info: FieldInfo) -> str:
+    choices = _choices(name, info.annotation)
+    return "{" + ",".join(choices) + "}" if choices else name.rsplit(".", 1)[-1].upper()
+
+
+def _choices(name: str, annotation: Any) -> list[str]:
+    if name == "method":
+        return list(METHODS)
+    if name in PARTS and name != "data.source":
+        return list(PARTS[name][1])
     arguments = get_args(annotation)
-    return (
-        [str(a) for a in arguments]
-        if arguments and all(isinstance(a, str) for a in arguments)
-        else []
-    )
+    named = bool(arguments) and all(isinstance(a, str) for a in arguments)
+    return [str(a) for a in arguments] if named else []
 
 
-def _shown(default: Any) -> str:
-    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+def _help(info: FieldInfo, default: Any) -> str:
+    shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    return f"{info.description or ''} (default: {shown or 'none'})".replace("%", "%%").strip()

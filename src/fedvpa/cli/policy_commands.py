@@ -1,19 +1,15 @@
-"""``fedvpa align``, ``feddpo``, ``generate``, ``export`` and ``chat``: train a policy that z
-steers, and use it."""
+"""``fedvpa generate``, ``export`` and ``chat``: use a policy that z steers."""
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from fedvpa.cli.console import Reporter, add_common, emit_json
-from fedvpa.cli.options import add_flat_settings, flat_settings_given
+from fedvpa.console import Reporter
 from fedvpa.data.reading import read_pairs
 from fedvpa.errors import BadInputError
 from fedvpa.experiment.use import PreferenceModel
@@ -21,170 +17,7 @@ from fedvpa.files import claim, write_atomically
 from fedvpa.policy.export import export_adapter, export_merged
 from fedvpa.policy.policy import PolicyCard, Sampling, load_card, load_policy
 from fedvpa.policy.prompts import read_prompts
-from fedvpa.policy.settings import AlignConfig, FedDPOConfig, TrainingConfig
 from fedvpa.records import Message
-
-_MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD = -4, -1, -2  # malloc.h
-
-
-def register(commands: Any) -> None:
-    """Add the commands."""
-    one = commands.add_parser(
-        "align", help="train a policy that a selector's preferences steer", allow_abbrev=False
-    )
-    one.add_argument("directory", metavar="RUN", help="a trained run with prototypes (fedvpa-gp)")
-    one.add_argument(
-        "--prompts",
-        required=True,
-        metavar="SOURCE",
-        help="public: personas, .txt, .jsonl, or preference pairs",
-    )
-    one.add_argument("--split", help="only files called SPLIT.*")
-    _training_flags(one, AlignConfig)
-    one.set_defaults(run=run_align)
-
-    fed = commands.add_parser(
-        "feddpo",
-        help="baseline: one policy by federated DPO on the clients' pairs",
-        allow_abbrev=False,
-    )
-    fed.add_argument("directory", metavar="RUN", help="a run whose clients and pairs are used")
-    _training_flags(fed, FedDPOConfig)
-    fed.set_defaults(run=run_feddpo)
-
-    many = commands.add_parser(
-        "generate", help="responses of a policy under a preference", allow_abbrev=False
-    )
-    many.add_argument("directory", metavar="DIR", help="what `fedvpa align` made")
-    many.add_argument("--prompts", required=True, metavar="SOURCE")
-    many.add_argument("--split", help="only files called SPLIT.*")
-    many.add_argument(
-        "--limit",
-        type=int,
-        default=0,
-        help="at most this many prompts, picked at random (default: all)",
-    )
-    many.add_argument(
-        "--responses", required=True, metavar="FILE", help="jsonl to write: prompt and response"
-    )
-    _sampling_flags(many)
-    add_common(many)
-    many.set_defaults(run=run_generate)
-
-    export = commands.add_parser(
-        "export",
-        help="write a policy with one preference built in, for plain transformers",
-        allow_abbrev=False,
-    )
-    export.add_argument("directory", metavar="DIR", help="what `fedvpa align` made")
-    export.add_argument("--out", required=True, metavar="FOLDER")
-    export.add_argument(
-        "--format", choices=["merged", "peft", "all"], default="merged",
-        help="a whole model, a PEFT adapter, or both for every named preference (default: merged)",
-    )  # fmt: skip
-    _preference_flags(export)
-    add_common(export)
-    export.set_defaults(run=run_export)
-
-    talk = commands.add_parser(
-        "chat", help="talk to a policy under a preference", allow_abbrev=False
-    )
-    talk.add_argument("directory", metavar="DIR", help="what `fedvpa align` made")
-    _sampling_flags(talk)
-    add_common(talk)
-    talk.set_defaults(run=run_chat)
-
-
-def _training_flags(parser: argparse.ArgumentParser, config: type[TrainingConfig]) -> None:
-    parser.add_argument("--out", required=True, metavar="DIR", help="where the policy goes")
-    parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
-    add_flat_settings(parser, config)
-    parser.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE", help="write the summary as JSON"
-    )
-    add_common(parser)
-
-
-def _sampling_flags(parser: argparse.ArgumentParser) -> None:
-    which = _preference_flags(parser)
-    which.add_argument("--off", action="store_true", help="the base model itself")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.7, help="0: greedy (default: 0.7)")
-    parser.add_argument("--top-p", type=float, default=0.95)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-
-
-def _preference_flags(parser: argparse.ArgumentParser) -> Any:
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--prefer", metavar="NAME", help="a named preference, or neutral")
-    which.add_argument("--mix", metavar="A=0.3,B=0.7", help="a weighted mean of named preferences")
-    which.add_argument(
-        "--user", metavar="FILE", help="comparisons of a user, whose z the selector infers"
-    )
-    which.add_argument("--z", metavar="FILE", help="z as `fedvpa personalize --json` writes it")
-    return which
-
-
-def run_align(arguments: argparse.Namespace, reporter: Reporter) -> int:
-    """Sample, choose, train; print the counts."""
-    from fedvpa.policy.align import align  # with TRL, which is slow to import
-
-    config = flat_settings_given(arguments, AlignConfig)
-    _keep_freed_memory()
-    with reporter.stages() as on_stage:
-        result = align(
-            arguments.directory, arguments.prompts, arguments.out, config, split=arguments.split,
-            resume=arguments.resume,
-            on_stage=on_stage,
-        )  # fmt: skip
-    summary = result.summary
-    reporter.say(
-        f"{summary['prompts_used']} prompts; left out: {summary['prompts_skipped'] or 'none'}"
-    )
-    for number, row in enumerate(summary["iterations"]):
-        reporter.say(
-            f"iteration {number}: pairs {row['pairs']}, {row['dropped_under_margin']} dropped under"
-            f" the margin; loss {row['loss']:.3f}, preference accuracy"
-            f" {row['preference_accuracy']:.2f}"
-        )
-    names = ", ".join(summary["preferences"])
-    reporter.say(
-        f"{result.root}: preferences {names}; {summary['seconds']:.0f} s; next: fedvpa chat"
-        f" {result.root} --prefer ..."
-    )
-    emit_json(arguments.json, summary)
-    return 0
-
-
-def run_feddpo(arguments: argparse.Namespace, reporter: Reporter) -> int:
-    """Train the baseline."""
-    from fedvpa.policy.federated_dpo import feddpo  # with TRL, which is slow to import
-
-    config = flat_settings_given(arguments, FedDPOConfig)
-    _keep_freed_memory()
-    with reporter.stages() as on_stage:
-        result = feddpo(
-            arguments.directory, arguments.out, config, resume=arguments.resume, on_stage=on_stage
-        )
-    reporter.say(
-        f"{result.root}: {config.rounds} rounds, {result.summary['seconds']:.0f} s; one policy,"
-        " preference 'shared'"
-    )
-    emit_json(arguments.json, result.summary)
-    return 0
-
-
-def _keep_freed_memory() -> None:
-    """Have the C library keep large blocks that were freed: training on a CPU otherwise gives
-    hundreds of MiB back to the system and asks for them again in every step, and pages that come
-    back are zeroed (docs/alignment.md has the figures)."""
-    if sys.platform != "linux":
-        return
-    tune = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
-    if tune is not None:
-        for option, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 2**28)):
-            tune(option, value)
 
 
 def run_generate(arguments: argparse.Namespace, reporter: Reporter) -> int:

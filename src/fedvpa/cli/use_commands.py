@@ -5,50 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
-from fedvpa.cli.console import Reporter, add_common, emit_json
+from fedvpa.console import Reporter, emit_json
 from fedvpa.data.preferences import parse_prompt
 from fedvpa.data.reading import read_pairs
 from fedvpa.errors import BadInputError
 from fedvpa.experiment.use import PreferenceModel
 from fedvpa.records import Item
-
-
-def register(commands: Any) -> None:
-    """Add the commands."""
-    new = commands.add_parser(
-        "personalize", help="infer a new user's preference, without training", allow_abbrev=False
-    )
-    new.add_argument("directory", metavar="RUN")
-    new.add_argument("--pairs", required=True, metavar="FILE", help="the user's comparisons")
-    new.add_argument("--on-bad-record", choices=["few", "error", "skip"], default="few")
-    new.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE", help="write z and the rest as JSON"
-    )
-    add_common(new)
-    new.set_defaults(run=run_personalize)
-
-    score = commands.add_parser(
-        "score", help="score responses under a preference", allow_abbrev=False
-    )
-    score.add_argument("directory", metavar="RUN")
-    score.add_argument(
-        "--z",
-        required=True,
-        help="FILE written by `personalize --json FILE`, or prototype:K, or mean (nothing known)",
-    )
-    score.add_argument(
-        "--responses",
-        required=True,
-        metavar="FILE",
-        help='jsonl: {"prompt": ..., "response": ...} a line; prompt as in pairs',
-    )
-    score.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE", help="write the scores as JSON"
-    )
-    add_common(score)
-    score.set_defaults(run=run_score)
 
 
 def run_personalize(arguments: argparse.Namespace, reporter: Reporter) -> int:

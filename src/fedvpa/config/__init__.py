@@ -2,7 +2,13 @@
 become one checked configuration (`building`)."""
 
 from fedvpa.config.building import build_config, explain, flatten, merged, read_yaml, settings_for
-from fedvpa.config.reads import settings_read
+from fedvpa.config.reads import (
+    leaf_settings,
+    settings_read,
+    settings_readable,
+    short_names,
+    value_of,
+)
 from fedvpa.config.sections import (
     BASIC,
     FEDERATION,
@@ -15,7 +21,22 @@ from fedvpa.config.sections import (
 )
 
 __all__ = [
-    "BASIC", "FEDERATION", "Config", "DataConfig", "FeaturesConfig", "FederationConfig",
-    "PersonasConfig", "Section", "build_config", "explain", "flatten", "merged", "read_yaml",
-    "settings_for", "settings_read",
+    "BASIC",
+    "FEDERATION",
+    "Config",
+    "DataConfig",
+    "FeaturesConfig",
+    "FederationConfig",
+    "PersonasConfig",
+    "Section",
+    "build_config",
+    "explain",
+    "flatten",
+    "leaf_settings",
+    "merged",
+    "read_yaml",
+    "settings_for",
+    "settings_read",
+    "settings_readable", "short_names",
+    "value_of",
 ]  # fmt: skip

@@ -6,6 +6,7 @@ that a command's help shows, and the settings that several methods share all fol
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
@@ -63,6 +64,24 @@ def leaf_settings(model: type[BaseModel] = Config, prefix: str = "") -> dict[str
             out.update(leaf_settings(kind, f"{prefix}{name}."))
         else:
             out[f"{prefix}{name}"] = info
+    return out
+
+
+RENAMED = {"data.source": "data"}
+"""Settings whose short name is not the last part of their name."""
+
+
+@lru_cache
+def short_names() -> dict[str, str]:
+    """Dotted name to short name, as ``local-steps``, of the settings whose last part is unique."""
+    settings = leaf_settings()
+    counts = Counter(name.rsplit(".", 1)[-1] for name in settings)
+    out = {}
+    for name in settings:
+        last = name.rsplit(".", 1)[-1]
+        # 'enabled' says nothing without its section
+        if name in RENAMED or (counts[last] == 1 and last != "enabled"):
+            out[name] = RENAMED.get(name, last.replace("_", "-"))
     return out
 
 

@@ -43,10 +43,31 @@ class PairSet:
 
 
 def read_pairs(
-    source: str, split: str | None = None, on_bad_record: OnBadRecord = "few"
+    source: str | Path, split: str | None = None, on_bad_record: OnBadRecord = "few"
 ) -> PairSet:
-    """`read_pairs_anew`, remembered while the files stay as they are: a comparison reads the
-    same ones for every run."""
+    """Read preference pairs from a file, a folder, or a dataset of the Hub.
+
+    Remembered while the files stay as they are: a comparison reads the same ones for every run.
+
+    Args:
+        source: a file, a folder (a folder per group, if there are several), or a Hub dataset's
+            name.
+        split: only files called ``SPLIT.*``; a Hub dataset's split.
+        on_bad_record: `few`: skip and count records that compare nothing while they are under 1 %
+            of a file, and refuse the rest; `error`: refuse all; `skip`: skip and count all.
+
+    Raises:
+        BadInputError: nothing there, or a record that cannot be used: with file, line and reason.
+
+    Example:
+        >>> import json, pathlib, tempfile
+        >>> file = pathlib.Path(tempfile.mkdtemp(), "pairs.jsonl")
+        >>> record = {"prompt": "Tea?", "chosen": "Yes.", "rejected": "No.", "client_id": "ann"}
+        >>> _ = file.write_text(json.dumps(record))
+        >>> read_pairs(file).pairs[0].client_id
+        'ann'
+    """
+    source = str(source)
     path = Path(source).expanduser()
     files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
     stamp = tuple((str(f), s.st_mtime_ns, s.st_size) for f in files for s in [f.stat()])

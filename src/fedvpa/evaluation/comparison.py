@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from fedvpa.evaluation import plots
 from fedvpa.evaluation.pages import render
-from fedvpa.evaluation.statistics import Interval, interval, ratio_interval
+from fedvpa.evaluation.statistics import Interval, interval, ratio_interval, show
 
 MONOLITHIC = ("fedavg-btl", "fedavg-btl-mlp")
 """Closure counts from the better of these."""
@@ -285,14 +285,6 @@ def shown_columns(table: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         (key, name) for key, name in COLUMNS if any(show(row[key]) != "-" for row in table["rows"])
     ]
-
-
-def show(value: Mapping[str, Any] | None) -> str:
-    """``0.686 [0.677, 0.696]``; a dash where there is nothing."""
-    if value is None or not value["n"] or math.isnan(value["mean"]):
-        return "-"
-    spread = "" if math.isnan(value["low"]) else f" [{value['low']:.3f}, {value['high']:.3f}]"
-    return f"{value['mean']:.3f}{spread}"
 
 
 def render_comparison(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedvpa.evaluation import plots
 from fedvpa.evaluation.pages import render
+from fedvpa.evaluation.statistics import show
 from fedvpa.types import Posterior
 
 _ROWS = (
@@ -115,11 +116,8 @@ def render_report(
 
 
 def _cell(value: dict[str, Any] | None) -> str:
-    if value is None or math.isnan(value["mean"]):
-        return "-"
-    group = f" ({value['group']})" if value.get("group") else ""
-    spread = "" if math.isnan(value["low"]) else f"  [{value['low']:.3f}, {value['high']:.3f}]"
-    return f"{value['mean']:.3f}{spread}{group}"
+    group = f" ({value['group']})" if value and value.get("group") else ""
+    return show(value) + group
 
 
 def _cards(results: dict[str, Any]) -> list[dict[str, str]]:

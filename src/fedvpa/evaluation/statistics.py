@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 
 class Interval(TypedDict):
@@ -28,7 +28,7 @@ def interval(values: Sequence[float]) -> Interval:
     mean = float(x.mean())
     if x.size == 1:
         return Interval(mean=mean, low=math.nan, high=math.nan, n=1)
-    half = float(stats.t.ppf(0.975, x.size - 1) * x.std(ddof=1) / math.sqrt(x.size))
+    half = float(stdtrit(x.size - 1, 0.975) * x.std(ddof=1) / math.sqrt(x.size))
     return Interval(mean=mean, low=mean - half, high=mean + half, n=int(x.size))
 
 
@@ -43,3 +43,13 @@ def ratio_interval(numerator: Sequence[float], denominator: Sequence[float]) -> 
     return Interval(
         mean=ratio, low=ratio + spread["low"], high=ratio + spread["high"], n=int(top.size)
     )
+
+
+def show(value: Mapping[str, Any] | None, digits: int = 3) -> str:
+    """An interval in words, as ``0.645 [0.620, 0.670]``; ``-`` where there is none."""
+    if value is None or value["mean"] is None or math.isnan(value["mean"]):
+        return "-"
+    mean = f"{value['mean']:.{digits}f}"
+    if value["low"] is None or math.isnan(value["low"]):
+        return mean
+    return f"{mean} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"

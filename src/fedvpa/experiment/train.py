@@ -38,6 +38,8 @@ from fedvpa.types import ServerState
 
 logger = logging.getLogger("fedvpa")
 
+KEPT = "data"
+"""Folder, within that of a run, of pairs that a caller had in memory."""
 OnRound = Callable[[int, int, dict[str, Any]], None]
 """Called with (rounds done, rounds in all, this round's row of the history)."""
 
@@ -209,7 +211,10 @@ def run_rounds(
 
 def _claim(paths: RunPaths, config: Config, resume: bool) -> None:
     if not resume:
-        claim(paths.root, "continue an interrupted run with --resume, or choose another --out")
+        claim(
+            paths.root, "continue an interrupted run with --resume, or choose another --out",
+            ignored=KEPT,
+        )  # fmt: skip
     elif load_config(paths).model_dump(exclude=ELSEWHERE) != config.model_dump(exclude=ELSEWHERE):
         raise BadInputError(
             f"{paths.root}: was trained with other settings; resume it with --resume --out alone"

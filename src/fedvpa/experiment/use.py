@@ -14,11 +14,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fedvpa.data.memory import items_from, pairs_from
 from fedvpa.data.partition import ClientPairs, without_duplicates
 from fedvpa.data.reading import read_pairs
 from fedvpa.errors import BadInputError
 from fedvpa.experiment.dataset import presentation_order, training_data
 from fedvpa.experiment.run import Run, RunPaths, load_config, open_run, pairs_to_batch
+from fedvpa.experiment.train import TrainResult
 from fedvpa.features.cache import FeatureCache
 from fedvpa.features.loading import location_stamp
 from fedvpa.federated.messages import PROTOTYPES
@@ -59,16 +61,23 @@ class UserPreference:
 
 
 class PreferenceModel:
-    """A finished run of a variational method.
+    """A finished run of a variational method, as it serves users.
+
+    Args:
+        run: what `fedvpa.train` returned, or the run's folder.
+
+    Raises:
+        BadInputError: no finished run there, or one of a method without a latent preference.
 
     Example::
 
         model = PreferenceModel("runs/hh")
-        me = model.personalize(read_pairs("mine.jsonl").pairs)
-        model.score([Item((Message("user", "Is tea healthy?"),), "Yes, in moderation.")], me.mean)
+        me = model.personalize("mine.jsonl")
+        model.score([("Is tea healthy?", "Yes, in moderation.")], me)
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, run: TrainResult | str | Path) -> None:
+        directory = run.root if isinstance(run, TrainResult) else Path(run)
         self.run: Run = open_run(directory)
         predictor = self.run.predictor
         if not isinstance(predictor, VariationalPredictor):
@@ -110,13 +119,17 @@ class PreferenceModel:
         groups are known."""
         return self._components
 
-    def personalize(self, pairs: Sequence[PreferencePair]) -> UserPreference:
-        """Infer z from a user's comparisons; with none, the prior's mean.
+    def personalize(self, pairs: Any) -> UserPreference:
+        """Infer z from a user's comparisons, without training; with none, the prior's mean.
+
+        Args:
+            pairs: a path, a list of records or of `PreferencePair`, or a `datasets.Dataset`.
 
         Raises:
-            BadInputError: the backbone that the run was trained with cannot be had.
+            BadInputError: unusable pairs, or the backbone that the run was trained with cannot be
+                had.
         """
-        own = without_duplicates(pairs)
+        own = without_duplicates(pairs_from(pairs, "personalize(pairs)"))
         inputs = self.run.config.model.inputs
         if own:
             features = self._cache.pairs(own).values
@@ -160,13 +173,18 @@ class PreferenceModel:
         ).diagonal()
         return float(-torch.nn.functional.logsigmoid(margin).mean())
 
-    def score(self, items: Sequence[Item], z: Float[Tensor, "*n d"]) -> Float[Tensor, "n"]:
-        """Reward of each response under z (one for all, or one each), relative to the average
-        training response.
+    def score(self, items: Any, z: Any) -> Float[Tensor, "n"]:
+        """Reward of each response under z, in nats, relative to the average training response.
+
+        Args:
+            items: `Item`s, (prompt, response) pairs, or records with these keys.
+            z: what `personalize` returned, or z as numbers: [d] for all, or [n, d] for each.
 
         Raises:
-            BadInputError: z is of another dimension, or not finite.
+            BadInputError: something that is no response to a prompt, or z is of another dimension
+                or not finite.
         """
+        items, z = items_from(items, "score(items)"), _latent(z)
         if z.shape not in ((self.latent,), (len(items), self.latent)):
             raise BadInputError(
                 f"z has shape {tuple(z.shape)}, but this run's latent has {self.latent} dimensions"
@@ -247,6 +265,22 @@ def open_selector(directory: str | Path) -> Selector:
         if run.config.method in ("fedavg-btl", "fedavg-btl-mlp")
         else PreferenceModel(directory)
     )
+
+
+def _latent(z: Any) -> Float[Tensor, "*n d"]:
+    """z as a tensor.
+
+    Raises:
+        BadInputError: it cannot be one.
+    """
+    if isinstance(z, UserPreference):
+        return z.mean
+    try:
+        return torch.as_tensor(z, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BadInputError(
+            f"score(z): is a {type(z).__name__}; give what `personalize` returned, or numbers"
+        ) from error
 
 
 def _against_average(run: Run, cache: FeatureCache, items: Sequence[Item]) -> PairBatch:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from matplotlib.figure import Figure
 
 from fedvpa.evaluation import plots
 from fedvpa.evaluation.pages import render
+from fedvpa.evaluation.statistics import show
 
 
 def render_winrate(results: Mapping[str, Any]) -> str:
@@ -46,18 +46,6 @@ def render_winrate(results: Mapping[str, Any]) -> str:
     )
 
 
-def cell(value: Mapping[str, Any] | None, digits: int = 2) -> str:
-    """``0.64 [0.55, 0.73]``."""
-    if value is None or value["mean"] is None or math.isnan(value["mean"]):
-        return "-"
-    shown = f"{value['mean']:.{digits}f}"
-    return (
-        shown
-        if math.isnan(value["low"])
-        else f"{shown} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
-    )
-
-
 def _warnings(results: Mapping[str, Any]) -> list[str]:
     out = [
         f"Judge '{name}' failed; its figures are missing: {found['error']}"
@@ -82,22 +70,22 @@ def _judge(name: str, found: Mapping[str, Any], arms: Sequence[str]) -> dict[str
     criteria = list(against)
     return {
         "name": name,
-        "about": _about(name, found),
+        "about": found["about"],
         "criteria": criteria,
         "rows": [
             (arm, [_shaded(against[c].get(arm), found, c) for c in criteria]) for arm in arms
             if any(arm in against[c] for c in criteria)
         ],
         "head": [
-            (criterion, other, cell(row["win_rate"]), row["ties"],
-            cell(row.get("length_controlled")))
+            (criterion, other, show(row["win_rate"], 2), row["ties"],
+            show(row.get("length_controlled"), 2))
             for criterion, others in found.get("own_against", {}).items()
             for other, row in others.items()
         ],
         "diagonal": found.get("diagonal_dominant"),
         "differences": [
-            (criterion, other, cell(row)) for criterion, others in found.get("diagonal_minus_other",
-            {}).items()
+            (criterion, other, show(row, 2))
+            for criterion, others in found.get("diagonal_minus_other", {}).items()
             for other, row in others.items()
         ],
     }  # fmt: skip
@@ -113,41 +101,17 @@ def _shaded(
     mean = row["win_rate"]["mean"]
     colour = "0, 114, 178" if mean > 0.5 else "213, 94, 0"
     return (
-        cell(row["win_rate"]),
-        cell(row.get("length_controlled")),
+        show(row["win_rate"], 2),
+        show(row.get("length_controlled"), 2),
         f"rgba({colour}, {min(0.5, abs(mean - 0.5)):.2f})",
-    )
-
-
-def _about(name: str, found: Mapping[str, Any]) -> str:
-    if name == "exact":
-        return (
-            "Exact measures: "
-            + ", ".join(f"{c} by {a}" for c, a in found["measures"].items())
-            + "."
-        )
-    if name == "reward":
-        shown = "; ".join(
-            f"{g}: {cell(a)} on {found['pairs'][g]} pairs" for g, a in found["accuracy"].items()
-        )
-        return (
-            f"A reward model per group on features of {found['backbone']}. Accuracy on prompts it"
-            f" was not trained on: {shown}."
-        )
-    cost = f", cost {found['cost']:.4f}" if found.get("cost") is not None else ""
-    return (
-        f"{found['model']}, both orders asked: {found['comparisons']} comparisons,"
-        f" {found['disagreements']} changed with the order; {found['requests']} requests"
-        f" ({found['retries']} of them retries), {found['prompt_tokens']} +"
-        f" {found['completion_tokens']} tokens{cost}."
     )
 
 
 def _texts(results: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     return [
-        (name, [cell(t["words"], 0), f"{t['at_limit']:.0%}", cell(t["distinct_1"]),
-        cell(t["distinct_2"]),
-                cell(t["repetition_4"]), cell(t["kl_per_token"], 3), f"{t['perplexity']:.1f}"])
+        (name, [show(t["words"], 0), f"{t['at_limit']:.0%}", show(t["distinct_1"], 2),
+        show(t["distinct_2"], 2),
+                show(t["repetition_4"], 2), show(t["kl_per_token"], 3), f"{t['perplexity']:.1f}"])
         for name, t in results["texts"].items()
     ]  # fmt: skip
 

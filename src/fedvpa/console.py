@@ -3,9 +3,8 @@ output with ``--json -``."""
 
 from __future__ import annotations
 
-import argparse
 import logging
-import math
+import os
 import sys
 import time
 import warnings
@@ -111,12 +110,6 @@ class _Bar:
             self._progress = None
 
 
-def add_common(parser: argparse.ArgumentParser) -> None:
-    """Flags of every command."""
-    parser.add_argument("--quiet", action="store_true", help="print results and errors only")
-    parser.add_argument("--debug", action="store_true", help="verbose log, and tracebacks")
-
-
 def emit_json(target: str | None, content: Any) -> None:
     """Write JSON to a file, or to standard output for ``-``; NaN becomes null, so that every reader
     can read it.
@@ -144,16 +137,6 @@ def configure_logging(quiet: bool, debug: bool) -> None:
     )
     # between libraries, not the user's
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-
-
-def show_interval(value: dict[str, Any] | None) -> str:
-    """``0.645 [0.62, 0.67]``."""
-    if value is None or math.isnan(value["mean"]):
-        return "-"
-    if math.isnan(value["low"]):
-        return f"{value['mean']:.3f}"
-    return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+    # read when transformers is imported, which not every command does
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

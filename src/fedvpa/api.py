@@ -1,0 +1,163 @@
+"""The functions of ``import fedvpa``: train and evaluate from Python, as the commands do."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from fedvpa.config import Config, build_config, leaf_settings, merged, read_yaml, short_names
+from fedvpa.console import Reporter
+from fedvpa.data.memory import pairs_from, write_pairs
+from fedvpa.errors import BadInputError
+from fedvpa.experiment.evaluate import Evaluation, EvaluationSettings
+from fedvpa.experiment.evaluate import evaluate as evaluate_run
+from fedvpa.experiment.run import RunPaths, load_config
+from fedvpa.experiment.train import KEPT, TrainResult
+from fedvpa.experiment.train import train as train_config
+from fedvpa.files import claim
+
+
+def train(
+    data: Any = None,
+    out: str | Path | None = None,
+    *,
+    config: Mapping[str, Any] | Config | str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    **settings: Any,
+) -> TrainResult:
+    """Train a method and leave a run in a folder, as ``fedvpa train`` does.
+
+    Args:
+        data: comparisons: a path, ``"personas"``, a list of records or of `PreferencePair`, or a
+            `datasets.Dataset`; what is in memory is written to ``OUT/data/train.jsonl``.
+        out: folder of the run; it must be new or empty, unless the run is resumed.
+        config: settings as nested dicts, a `Config`, or a YAML file.
+        resume: continue the interrupted run in `out`, with its own settings.
+        progress: show progress on standard error.
+        settings: settings by name, as ``rounds=30`` or ``federation={"rounds": 30}``; the names are
+            those of the flags of ``fedvpa train --help-all``.
+
+    Returns:
+        The run: its folder, configuration, history (a row per round), and seconds.
+
+    Raises:
+        BadInputError: a setting that does not exist or would not be read, unusable data, or a
+            folder in use.
+        NonFiniteUpdateError: a client's update holds NaN or Inf; the run can be resumed.
+
+    Example:
+        >>> import fedvpa, tempfile
+        >>> fedvpa.train("personas", tempfile.mkdtemp(), roundz=3)
+        Traceback (most recent call last):
+        ...
+        fedvpa.errors.BadInputError: train(roundz=...): no such setting (did you mean rounds?)
+    """
+    if resume:
+        if out is None or data is not None or settings or config is not None:
+            raise BadInputError("train(resume=True): name the folder, out=..., and nothing else")
+        built = load_config(RunPaths(Path(out))).model_copy(update={"out": str(out)})
+    else:
+        given = merged(_layer(config), _by_section(settings))
+        if out is not None:
+            given["out"] = str(out)
+        built = build_config(_with_data(given, data))
+    reporter = Reporter(quiet=not progress)
+    with ExitStack() as shown:
+        on_features = shown.enter_context(reporter.texts())
+        bar = shown.enter_context(reporter.progress("rounds"))
+        return train_config(
+            built, resume=resume, on_features=on_features,
+            on_round=lambda done, total, row: bar.update(done, total, f"loss {row['loss']:.4f}"
+                                                         if "loss" in row else ""),
+        )  # fmt: skip
+
+
+def evaluate(
+    run: TrainResult | str | Path,
+    data: Any = None,
+    *,
+    split: str | None = None,
+    clients: int = 10,
+    context: int = 32,
+    repeats: int = 4,
+    seed: int = 0,
+    progress: bool = True,
+) -> Evaluation:
+    """Evaluate a run on unseen clients, and on its own where it holds their pairs.
+
+    No target pair is in any context or training set; see ``docs/evaluation.md`` for the keys of
+    `Evaluation.results`.
+
+    Args:
+        run: what `train` returned, or the run's folder.
+        data: evaluation pairs as for `train`; None: new pairs of a source that generates them.
+        split: only files called ``SPLIT.*``.
+        clients: unseen clients that are made from the data.
+        context: context pairs of a client, at most (and at most half of its pairs).
+        repeats: random divisions into context and targets.
+        seed: seed of these divisions.
+        progress: show progress on standard error.
+
+    Raises:
+        BadInputError: no finished run there, or unusable evaluation data.
+    """
+    root = run.root if isinstance(run, TrainResult) else Path(run)
+    source = data
+    if data is not None and not isinstance(data, str | Path):
+        pairs = pairs_from(data, "evaluate(data)")
+        keys = hashlib.sha256("".join(p.content_key() for p in pairs).encode()).hexdigest()
+        source = root / "data" / f"evaluation-{keys[:12]}.jsonl"
+        write_pairs(pairs, source)
+    settings = EvaluationSettings(
+        None if source is None else str(source), split, clients, context, repeats, seed
+    )
+    with Reporter(quiet=not progress).texts() as on_features:
+        return evaluate_run(str(root), settings, on_features)
+
+
+def _layer(config: Mapping[str, Any] | Config | str | Path | None) -> dict[str, Any]:
+    if config is None:
+        return {}
+    if isinstance(config, str | Path):
+        return read_yaml(Path(config))
+    if isinstance(config, Config):
+        return config.model_dump(exclude_unset=True)
+    return dict(config)
+
+
+def _by_section(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings from keywords: short names, or whole sections."""
+    short = {flag.replace("-", "_"): name for name, flag in short_names().items()}
+    known = {*short, *Config.model_fields}
+    nested: dict[str, Any] = {}
+    for key, value in settings.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise BadInputError(f"train({key}=...): no such setting{hint}")
+        dotted = short.get(key, key)
+        leaf: Any = value
+        for part in reversed(dotted.split(".")):
+            leaf = {part: leaf}
+        nested = merged(nested, leaf)
+    return nested
+
+
+def _with_data(given: dict[str, Any], data: Any) -> dict[str, Any]:
+    """The settings with the data's source; pairs in memory are written into the run's folder."""
+    if data is None:
+        return given
+    source = data
+    if not isinstance(data, str | Path):
+        pairs = pairs_from(data, "train(data)")
+        out = Path(given.get("out", leaf_settings()["out"].default))
+        claim(out, "continue an interrupted run with resume=True, or choose another out")
+        build_config(merged(given, {"data": {"source": "personas"}}))  # refuse before writing
+        source = out / KEPT / "train.jsonl"
+        write_pairs(pairs, source)
+    return merged(given, {"data": {"source": str(source)}})

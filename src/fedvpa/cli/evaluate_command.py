@@ -1,0 +1,55 @@
+"""``fedvpa evaluate``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fedvpa.console import Reporter, emit_json
+from fedvpa.evaluation.report import render_report
+from fedvpa.evaluation.statistics import show
+from fedvpa.experiment.evaluate import EvaluationSettings, evaluate
+from fedvpa.files import write_atomically
+
+
+def run_evaluate(arguments: argparse.Namespace, reporter: Reporter) -> int:
+    """Evaluate, print the table, write JSON and HTML."""
+    settings = evaluation_settings(arguments)
+    with reporter.texts() as progress:
+        found = evaluate(arguments.directory, settings, progress)
+    results = found.results
+    rows = []
+    for key in ("own", "worst_group", "prior_mean", "shuffled", "other_group", "flipped"):
+        cells = [show(part["accuracy"].get(key)) for part in (results, results["seen"]) if part]
+        rows.append((key.replace("_", " "), *cells))
+    columns = ["accuracy", "unseen clients", *(["seen clients"] if results["seen"] else [])]
+    reporter.table(
+        f"{results['run']['method']}: target pairs, disjoint from every context", columns, rows
+    )
+    if "latent" in results:
+        ari = results["latent"]["ari"]
+        shown = "" if ari is None else f"ARI {ari:.2f}, "
+        reporter.say(
+            f"latent: {shown}{results['posterior']['active_units']} active units of"
+            f" {results['posterior']['dimensions']}"
+        )
+    root = Path(arguments.directory)
+    emit_json(arguments.json or str(root / "eval.json"), results)
+    page = render_report(
+        results, seen=found.seen, unseen=found.unseen, prototypes=found.prototypes,
+        group_names=found.group_names,
+        seen_group=found.seen_group, unseen_group=found.unseen_group, probability=found.probability,
+    )  # fmt: skip
+    report = arguments.report or root / "report.html"
+    write_atomically(report, page.encode())
+    reporter.say(f"report: {report}")
+    return 0
+
+
+def evaluation_settings(arguments: argparse.Namespace) -> EvaluationSettings:
+    """Settings of ``evaluate``."""
+    return EvaluationSettings(
+        arguments.data, arguments.split, arguments.clients, arguments.context, arguments.repeats,
+        arguments.seed,
+        arguments.on_bad_record,
+    )  # fmt: skip

@@ -1,0 +1,92 @@
+"""``fedvpa federation init``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from fedvpa.cli.options import settings_given
+from fedvpa.config import build_config
+from fedvpa.console import Reporter
+from fedvpa.data.preferences import to_record
+from fedvpa.errors import BadInputError
+from fedvpa.experiment.dataset import training_data
+from fedvpa.network.project import init_project
+from fedvpa.network.settings import ServerSettings, training_config
+
+
+def run_init(arguments: argparse.Namespace, reporter: Reporter) -> int:
+    """Write the project."""
+    given = settings_given(arguments)
+    pairs: dict[str, str] = {}
+    for text in arguments.client:
+        name, equals, path = text.partition("=")
+        if not equals or not Path(path).exists():
+            raise BadInputError(
+                f"--client {text}: NAME=PAIRS, where PAIRS is a file or folder that exists"
+            )
+        if name in pairs:
+            raise BadInputError(f"--client {text}: '{name}' is given twice")
+        pairs[name] = str(Path(path).resolve())
+    if bool(pairs) == arguments.trial:
+        raise BadInputError(
+            "name the clients with --client NAME=PAIRS (once for each), or let --trial make them"
+        )
+    trained = {section: value for section, value in given.items() if section != "data"}
+    kept = {
+        name: value
+        for name, value in given.get("data", {}).items()
+        if name in ("validation_share", "public")
+    }
+    # the server reads it, from wherever it is started
+    if "public" in kept and Path(kept["public"]).exists():
+        kept["public"] = str(Path(kept["public"]).resolve())
+    if kept:
+        trained["data"] = kept
+    names = list(pairs) or ["client"]
+    # or it is refused
+    training_config(
+        ServerSettings(clients=tuple(names), secure=arguments.secure, training=_plain(trained))
+    )
+    options = {"host": arguments.host, "port": arguments.port, "secure": arguments.secure}
+    if arguments.trial:
+        whole = build_config(given)
+        made = training_data(build_config(given, {"data": {"validation_share": 0.0}}))
+        folders = init_project(
+            arguments.directory, [c.name for c in made.train], training=_plain(trained), **options
+        )
+        for folder, client in zip(folders, made.train):
+            lines = [json.dumps(to_record(pair), ensure_ascii=False) for pair in client.pairs]
+            (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        reporter.say(
+            f"{len(folders)} clients from {whole.data.source},"
+            f" {sum(len(c.pairs) for c in made.train)} pairs"
+        )
+    else:
+        folders = init_project(
+            arguments.directory,
+            list(pairs),
+            data=list(pairs.values()),
+            training=_plain(trained),
+            **options,
+        )
+    reporter.say(f"server: fedvpa server {arguments.directory}")
+    for folder in folders[:3]:
+        reporter.say(f"client: fedvpa client {folder}   (take the folder to its machine)")
+    if len(folders) > 3:
+        reporter.say(f"... and {len(folders) - 3} more")
+    return 0
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as YAML can hold them, checked and typed."""
+    config = build_config(settings).model_dump(mode="json")
+
+    def typed(given: dict[str, Any], checked: dict[str, Any]) -> dict[str, Any]:
+        return {
+            k: typed(v, checked[k]) if isinstance(v, dict) else checked[k] for k, v in given.items()
+        }
+
+    return typed(settings, config)

@@ -1,0 +1,93 @@
+"""``fedvpa train``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from fedvpa.config import Config
+from fedvpa.console import Reporter, emit_json
+from fedvpa.errors import BadInputError
+from fedvpa.experiment.dataset import TrainingData
+from fedvpa.experiment.run import RunPaths, changed_settings, load_config
+from fedvpa.experiment.train import train
+
+
+def run_train(arguments: argparse.Namespace, reporter: Reporter) -> int:
+    """Train, or resume."""
+    given = arguments.given
+    if arguments.resume:
+        config = load_config(RunPaths(Path(given.get("out", "runs/default"))))
+        changed = [name for name in changed_settings(config, given) if name != "out"]
+        if changed:
+            raise BadInputError(
+                f"--resume: the run has other values for {', '.join(changed)}; leave them out"
+            )
+        config = config.model_copy(update={"out": given.get("out", config.out)})
+    else:
+        config = arguments.built
+    reporter.say(_headline(config))
+
+    def on_data(data: TrainingData) -> None:
+        pairs = sum(len(c.pairs) for c in data.train)
+        reporter.say(
+            f"{len(data.train)} clients, {pairs} training pairs,"
+            f" {sum(len(c.pairs) for c in data.validation)} for validation"
+        )
+        for reason, count in data.skipped.items():
+            reporter.say(f"skipped: {count} x {reason}")
+        if data.first_skipped:
+            reporter.say(f"  first: {data.first_skipped[0]}")
+
+    with reporter.texts() as on_features, reporter.progress("rounds") as bar:
+
+        def on_round(done: int, total: int, row: dict[str, Any]) -> None:
+            loss = f"loss {row['loss']:.4f}" if "loss" in row else ""
+            accuracy = (
+                f" validation {row['validation_accuracy']:.3f}"
+                if "validation_accuracy" in row
+                else ""
+            )
+            spent = (
+                f" epsilon {row['epsilon']:.2f} (delta {config.privacy.delta:g})"
+                if "epsilon" in row
+                else ""
+            )
+            bar.update(done, total, loss + accuracy + spent)
+
+        result = train(
+            config,
+            resume=arguments.resume,
+            on_round=on_round,
+            on_features=on_features,
+            on_data=on_data,
+        )
+    last = next((row for row in reversed(result.history) if "validation_accuracy" in row), None)
+    if last:
+        reporter.say(
+            f"validation accuracy {last['validation_accuracy']:.3f} after round {last['round']}"
+        )
+    reporter.say(
+        f"{result.root}: done in {result.seconds:.0f} s; next: fedvpa evaluate {result.root} --data"
+        " ... --split ..."
+    )
+    emit_json(
+        arguments.json,
+        {"run": str(result.root), "seconds": result.seconds, "history": result.history},
+    )
+    return 0
+
+
+def _headline(config: Config) -> str:
+    p = config.prototypes
+    if not config.variational:
+        return f"{config.method}, seed {config.seed}, {config.federation.rounds} rounds"
+    prior = config.prior.kind + (
+        f" with {config.prior.weights} weights" if config.prior.kind == "peers" else ""
+    )
+    return (
+        f"{config.method}, seed {config.seed}, {config.federation.rounds} rounds:"
+        f" {config.model.conditioning} reward, {config.model.pooling} pooling, prior {prior},"
+        f" prototypes {p.kind}, inference {config.inference.kind}"
+    )
