@@ -16,7 +16,7 @@ from fedvpa.errors import BadInputError
 from fedvpa.experiment.evaluate import Evaluation, EvaluationSettings
 from fedvpa.experiment.evaluate import evaluate as evaluate_run
 from fedvpa.experiment.run import RunPaths, load_config
-from fedvpa.experiment.train import KEPT, TrainResult
+from fedvpa.experiment.train import KEPT, TrainResult, told
 from fedvpa.experiment.train import train as train_config
 from fedvpa.files import claim
 
@@ -72,8 +72,9 @@ def train(
         bar = shown.enter_context(reporter.progress("rounds"))
         return train_config(
             built, resume=resume, on_features=on_features,
-            on_round=lambda done, total, row: bar.update(done, total, f"loss {row['loss']:.4f}"
-                                                         if "loss" in row else ""),
+            on_round=lambda done, total, row: bar.update(
+                done, total, told(row, built.privacy.delta)
+            ),
         )  # fmt: skip
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from fedvpa.cli.options import settings_given
+from fedvpa.cli.parsers.federation import CLIENTS_OWN
 from fedvpa.config import build_config
 from fedvpa.console import Reporter
-from fedvpa.data.preferences import to_record
+from fedvpa.data.memory import write_pairs
 from fedvpa.errors import BadInputError
 from fedvpa.experiment.dataset import training_data
 from fedvpa.network.project import init_project
@@ -20,31 +20,12 @@ from fedvpa.network.settings import ServerSettings, training_config
 def run_init(arguments: argparse.Namespace, reporter: Reporter) -> int:
     """Write the project."""
     given = settings_given(arguments)
-    pairs: dict[str, str] = {}
-    for text in arguments.client:
-        name, equals, path = text.partition("=")
-        if not equals or not Path(path).exists():
-            raise BadInputError(
-                f"--client {text}: NAME=PAIRS, where PAIRS is a file or folder that exists"
-            )
-        if name in pairs:
-            raise BadInputError(f"--client {text}: '{name}' is given twice")
-        pairs[name] = str(Path(path).resolve())
+    pairs = _named_pairs(arguments.client)
     if bool(pairs) == arguments.trial:
         raise BadInputError(
             "name the clients with --client NAME=PAIRS (once for each), or let --trial make them"
         )
-    trained = {section: value for section, value in given.items() if section != "data"}
-    kept = {
-        name: value
-        for name, value in given.get("data", {}).items()
-        if name in ("validation_share", "public")
-    }
-    # the server reads it, from wherever it is started
-    if "public" in kept and Path(kept["public"]).exists():
-        kept["public"] = str(Path(kept["public"]).resolve())
-    if kept:
-        trained["data"] = kept
+    trained = _for_training(given)
     names = list(pairs) or ["client"]
     # or it is refused
     training_config(
@@ -58,8 +39,7 @@ def run_init(arguments: argparse.Namespace, reporter: Reporter) -> int:
             arguments.directory, [c.name for c in made.train], training=_plain(trained), **options
         )
         for folder, client in zip(folders, made.train):
-            lines = [json.dumps(to_record(pair), ensure_ascii=False) for pair in client.pairs]
-            (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            write_pairs(client.pairs, folder / "pairs.jsonl")
         reporter.say(
             f"{len(folders)} clients from {whole.data.source},"
             f" {sum(len(c.pairs) for c in made.train)} pairs"
@@ -78,6 +58,30 @@ def run_init(arguments: argparse.Namespace, reporter: Reporter) -> int:
     if len(folders) > 3:
         reporter.say(f"... and {len(folders) - 3} more")
     return 0
+
+
+def _named_pairs(clients: list[str]) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for text in clients:
+        name, equals, path = text.partition("=")
+        if not equals or not Path(path).exists():
+            raise BadInputError(
+                f"--client {text}: NAME=PAIRS, where PAIRS is a file or folder that exists"
+            )
+        if name in pairs:
+            raise BadInputError(f"--client {text}: '{name}' is given twice")
+        pairs[name] = str(Path(path).resolve())
+    return pairs
+
+
+def _for_training(given: dict[str, Any]) -> dict[str, Any]:
+    """The settings that go to the clients: of those of data, what does not make a trial's pairs."""
+    trained = {section: value for section, value in given.items() if section != "data"}
+    kept = {k: v for k, v in given.get("data", {}).items() if f"data.{k}" in CLIENTS_OWN}
+    # the server reads it, from wherever it is started
+    if "public" in kept and Path(kept["public"]).exists():
+        kept["public"] = str(Path(kept["public"]).resolve())
+    return trained | {"data": kept} if kept else trained
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:

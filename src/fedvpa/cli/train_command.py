@@ -11,22 +11,12 @@ from fedvpa.console import Reporter, emit_json
 from fedvpa.errors import BadInputError
 from fedvpa.experiment.dataset import TrainingData
 from fedvpa.experiment.run import RunPaths, changed_settings, load_config
-from fedvpa.experiment.train import train
+from fedvpa.experiment.train import told, train
 
 
 def run_train(arguments: argparse.Namespace, reporter: Reporter) -> int:
     """Train, or resume."""
-    given = arguments.given
-    if arguments.resume:
-        config = load_config(RunPaths(Path(given.get("out", "runs/default"))))
-        changed = [name for name in changed_settings(config, given) if name != "out"]
-        if changed:
-            raise BadInputError(
-                f"--resume: the run has other values for {', '.join(changed)}; leave them out"
-            )
-        config = config.model_copy(update={"out": given.get("out", config.out)})
-    else:
-        config = arguments.built
+    config = _resumed(arguments.given) if arguments.resume else arguments.built
     reporter.say(_headline(config))
 
     def on_data(data: TrainingData) -> None:
@@ -43,18 +33,7 @@ def run_train(arguments: argparse.Namespace, reporter: Reporter) -> int:
     with reporter.texts() as on_features, reporter.progress("rounds") as bar:
 
         def on_round(done: int, total: int, row: dict[str, Any]) -> None:
-            loss = f"loss {row['loss']:.4f}" if "loss" in row else ""
-            accuracy = (
-                f" validation {row['validation_accuracy']:.3f}"
-                if "validation_accuracy" in row
-                else ""
-            )
-            spent = (
-                f" epsilon {row['epsilon']:.2f} (delta {config.privacy.delta:g})"
-                if "epsilon" in row
-                else ""
-            )
-            bar.update(done, total, loss + accuracy + spent)
+            bar.update(done, total, told(row, config.privacy.delta))
 
         result = train(
             config,
@@ -77,6 +56,16 @@ def run_train(arguments: argparse.Namespace, reporter: Reporter) -> int:
         {"run": str(result.root), "seconds": result.seconds, "history": result.history},
     )
     return 0
+
+
+def _resumed(given: dict[str, Any]) -> Config:
+    config = load_config(RunPaths(Path(given.get("out", "runs/default"))))
+    changed = [name for name in changed_settings(config, given) if name != "out"]
+    if changed:
+        raise BadInputError(
+            f"--resume: the run has other values for {', '.join(changed)}; leave them out"
+        )
+    return config.model_copy(update={"out": given.get("out", config.out)})
 
 
 def _headline(config: Config) -> str:

@@ -68,47 +68,45 @@ def compared(
             "seeds": len(found),
             "seconds": _mean([f["seconds"] for f in found.values()]),
         }
-        for part, key in (("seen", "seen"), ("unseen", "unseen"), ("no_context", None)):
+        for part in ("seen", "unseen", "no_context"):
             line[part] = _over_seeds([_clients(f, part) for f in found.values()])
-            shared = sorted(set(found) & set(by_row[reference]))
-            line[f"difference_{part}"] = None
-            if row != reference and shared:
-                line[f"difference_{part}"] = _over_seeds(
-                    [
-                        [
-                            a - b
-                            for a, b in zip(
-                                _clients(found[s], part), _clients(by_row[reference][s], part)
-                            )
-                        ]
-                        for s in shared
-                    ]
-                )
-            if key is not None:
-                line[f"closure_{part}"] = _closure(
-                    by_row, method, row, oracle, lambda f, part=part: _seed_mean(f, part)
-                )
-        line |= _groups(by_row, method, row, oracle)
-        line["other_group"] = interval(
-            [f["seen"]["accuracy"]["other_group"]["mean"] for f in found.values()
-             if f["seen"] and "other_group" in f["seen"]["accuracy"]]
-        )  # fmt: skip
-        line["ari"] = interval(
-            [
-                f["latent"]["ari"]
-                for f in found.values()
-                if f.get("latent", {}).get("ari") is not None
-            ]
-        )
-        line["ece"] = interval([f["ece"]["own"] for f in found.values()])
-        line["nll"] = interval([f["nll"]["own"]["mean"] for f in found.values()])
-        line["collapsed"] = (
-            sum(collapsed(f) for f in found.values())
-            if "latent" in next(iter(found.values()))
-            else None
-        )
+            other = by_row[reference] if row != reference else {}
+            line[f"difference_{part}"] = _difference(found, other, part)
+        for part in ("seen", "unseen"):
+            line[f"closure_{part}"] = _closure(
+                by_row, method, row, oracle, lambda f, part=part: _seed_mean(f, part)
+            )
+        line |= _groups(by_row, method, row, oracle) | _figures(list(found.values()))
         table.append(line)
     return {"setting": setting, "about": about, "reference": reference, "rows": table}
+
+
+def _difference(
+    found: Mapping[int, Mapping[str, Any]], reference: Mapping[int, Mapping[str, Any]], part: str
+) -> Interval | None:
+    """Accuracy minus that of the reference, paired by client and seed."""
+    shared = sorted(set(found) & set(reference))
+    if not shared:
+        return None
+    pairs = [(_clients(found[s], part), _clients(reference[s], part)) for s in shared]
+    return _over_seeds([[a - b for a, b in zip(own, other)] for own, other in pairs])
+
+
+def _figures(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What else a row says, over seeds."""
+    swapped = [
+        run["seen"]["accuracy"]["other_group"]["mean"]
+        for run in runs
+        if run["seen"] and "other_group" in run["seen"]["accuracy"]
+    ]
+    ari = [r["latent"]["ari"] for r in runs if r.get("latent", {}).get("ari") is not None]
+    return {
+        "other_group": interval(swapped),
+        "ari": interval(ari),
+        "ece": interval([run["ece"]["own"] for run in runs]),
+        "nll": interval([run["nll"]["own"]["mean"] for run in runs]),
+        "collapsed": sum(map(collapsed, runs)) if "latent" in runs[0] else None,
+    }
 
 
 def collapsed(found: Mapping[str, Any]) -> bool:

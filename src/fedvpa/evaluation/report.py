@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 from jaxtyping import Int
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from fedvpa.evaluation import plots
@@ -24,6 +25,12 @@ _ROWS = (
 )
 
 
+_LATENT_MAP = (
+    "Latent map: posteriors by true group, with one-sigma ellipses; unseen clients from their"
+    " context alone."
+)
+
+
 def render_report(
     results: dict[str, Any],
     *,
@@ -38,62 +45,16 @@ def render_report(
     """The page for `results` (see docs/evaluation.md for its keys)."""
     run, data, protocol = results["run"], results["data"], results["protocol"]
     figures = [
-        ("Own z against the controls (unseen clients).", plots.controls(results["accuracy"]))
-    ]
-    figures.append(("Few-shot curve, unseen clients; the band is a 95 % interval over clients.",
-                    plots.few_shot_curve(results["few_shot"], group_names)))  # fmt: skip
+        ("Own z against the controls (unseen clients).", plots.controls(results["accuracy"])),
+        ("Few-shot curve, unseen clients; the band is a 95 % interval over clients.",
+         plots.few_shot_curve(results["few_shot"], group_names)),
+    ]  # fmt: skip
     if seen is not None:
-        caption = (
-            "Latent map: posteriors by true group, with one-sigma ellipses; unseen clients from"
-            " their context alone."
-        )
-        figures.append(
-            (
-                caption,
-                plots.latent_map(seen, unseen, prototypes, seen_group, unseen_group, group_names),
-            )
-        )
-    if any("loss" in row for row in results["history"]):
-        figures.append(("Learning curves.", plots.learning_curves(results["history"])))
-    if "posterior" in results:
-        figures.append(
-            (
-                "KL per dimension, mean over seen clients.",
-                plots.kl_bars(results["posterior"]["kl_per_dimension"]),
-            )
-        )
-    figures.append(("Calibration on unseen clients' targets.", plots.calibration(probability)))
-    traffic = results["communication"]
-    down, up = traffic["down_bytes_per_client_and_round"], traffic["up_bytes_per_client_and_round"]
-    figures.append(("Communication of one client.", plots.communication(down, up, run["rounds"])))
-    warnings = []
-    if protocol["training_leaks"]:
-        warnings.append(
-            "Trained with the single-pair protocol, which LEAKS: z was inferred from the very pair "
-            "that was scored. The evaluation here does not."
-        )
-    if data["dropped_because_trained_on"]:
-        warnings.append(
-            f"{data['dropped_because_trained_on']} evaluation pairs were dropped: the run was"
-            " trained on them."
-        )
-    columns = [("unseen clients", results)] + (
-        [("seen clients", results["seen"])] if results["seen"] else []
-    )
-    rows = [
-        {"name": label, "cells": [_cell(part["accuracy"].get(key)) for _, part in columns]}
-        for key, label in _ROWS
-        if any(key in part["accuracy"] for _, part in columns)
-    ]
-    rows.append(
-        {"name": "ECE, own z", "cells": [f"{part['ece']['own']:.3f}" for _, part in columns]}
-    )
-    rows.append(
-        {
-            "name": "NLL, own z (nats a pair)",
-            "cells": [_cell(part["nll"]["own"]) for _, part in columns],
-        }
-    )
+        drawn = plots.latent_map(seen, unseen, prototypes, seen_group, unseen_group, group_names)
+        figures.append((_LATENT_MAP, drawn))
+    figures += _further_figures(results, probability)
+    columns = [("unseen clients", results)]
+    columns += [("seen clients", results["seen"])] if results["seen"] else []
     return render(
         "fedvpa.evaluation",
         "report.html",
@@ -104,15 +65,54 @@ def render_report(
             f" {protocol['context']} context pairs ({protocol['repeats']} random divisions into"
             " context and disjoint targets)."
         ),
-        warnings=warnings,
+        warnings=_warnings(results),
         cards=_cards(results),
         columns=[name for name, _ in columns],
-        rows=rows,
+        rows=_rows(columns),
         plots=[{"svg": plots.svg(fig), "caption": caption} for caption, fig in figures],
         diagnostics=_diagnostics(results),
-        manifest=traffic["manifest"],
+        manifest=results["communication"]["manifest"],
         config=yaml.safe_dump(run["config"], sort_keys=False),
     )
+
+
+def _further_figures(results: dict[str, Any], probability: list[float]) -> list[tuple[str, Figure]]:
+    figures = []
+    if any("loss" in row for row in results["history"]):
+        figures.append(("Learning curves.", plots.learning_curves(results["history"])))
+    if "posterior" in results:
+        bars = plots.kl_bars(results["posterior"]["kl_per_dimension"])
+        figures.append(("KL per dimension, mean over seen clients.", bars))
+    figures.append(("Calibration on unseen clients' targets.", plots.calibration(probability)))
+    traffic = results["communication"]
+    down, up = traffic["down_bytes_per_client_and_round"], traffic["up_bytes_per_client_and_round"]
+    drawn = plots.communication(down, up, results["run"]["rounds"])
+    return [*figures, ("Communication of one client.", drawn)]
+
+
+def _warnings(results: dict[str, Any]) -> list[str]:
+    found = []
+    if results["protocol"]["training_leaks"]:
+        found.append(
+            "Trained with the single-pair protocol, which LEAKS: z was inferred from the very pair "
+            "that was scored. The evaluation here does not."
+        )
+    dropped = results["data"]["dropped_because_trained_on"]
+    if dropped:
+        found.append(f"{dropped} evaluation pairs were dropped: the run was trained on them.")
+    return found
+
+
+def _rows(columns: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    parts = [part for _, part in columns]
+    rows = [
+        {"name": label, "cells": [_cell(part["accuracy"].get(key)) for part in parts]}
+        for key, label in _ROWS
+        if any(key in part["accuracy"] for part in parts)
+    ]
+    rows.append({"name": "ECE, own z", "cells": [f"{part['ece']['own']:.3f}" for part in parts]})
+    nll = [_cell(part["nll"]["own"]) for part in parts]
+    return [*rows, {"name": "NLL, own z (nats per pair)", "cells": nll}]
 
 
 def _cell(value: dict[str, Any] | None) -> str:

@@ -89,6 +89,20 @@ def compare(
             failed[cell.name] = str(error)
         if on_cell is not None:
             on_cell(done, len(cells), cell.name)
+    tables = _written(comparisons, cells, out)
+    if failed:
+        shown = "; ".join(f"{name}: {why}" for name, why in list(failed.items())[:3])
+        raise RunError(
+            f"{len(failed)} of {len(cells)} runs failed ({shown}); {out}/results.md holds the"
+            " others"
+        )
+    return tables
+
+
+def _written(
+    comparisons: Sequence[Comparison], cells: Sequence[Cell], out: Path
+) -> list[dict[str, Any]]:
+    """The tables of what is finished, and their files."""
     results = [
         Result(
             cell.setting,
@@ -121,12 +135,6 @@ def compare(
         if cell.shown and (file := _latent_map(cell)).is_file()
     }
     write_atomically(out / "report.html", render_comparison(tables, results, maps).encode())
-    if failed:
-        shown = "; ".join(f"{name}: {why}" for name, why in list(failed.items())[:3])
-        raise RunError(
-            f"{len(failed)} of {len(cells)} runs failed ({shown}); {out}/results.md holds the"
-            " others"
-        )
     return tables
 
 

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -105,122 +105,157 @@ def evaluate(
     elsewhere = run.config.data.source == FEDERATION
     if not elsewhere:
         run = open_run(directory, with_clients=True, progress=progress)
-    data = _evaluation_data(run.config.data, settings)
-    trained = TrainingData([], [], Counter(), []) if elsewhere else training_data(run.config)
-    everything = [*trained.train, *trained.validation]
-    source = source_of(data)
-    found = source.unseen(run.config.seed, settings.context, set(run.roster.names))
-    unseen, dropped = without_overlap(found.clients, everything)
-    held_raw = [] if elsewhere else source.held_out(run.config.seed, trained.train)
-    held_out, dropped_seen = without_overlap(held_raw, everything)
-    held_out = [replace(c, pairs=()) if t.corrupted else c for c, t in zip(held_out, trained.train)]
-    cache = FeatureCache(run.config.features)
-    features, _, signature = features_of([*unseen, *held_out], cache, progress)
-    _same_backbone(run, signature)
-    unseen_store = to_store(unseen, features[: len(unseen)], run.whitener, run.needs_common)
-    held_out_store = (
-        to_store(held_out, features[len(unseen) :], run.whitener, run.needs_common)
-        if held_out
-        else None
-    )
+    # 1. Whom to evaluate: no pair of theirs was trained on.
+    subjects = _subjects(run, _evaluation_data(run.config.data, settings), settings, progress)
     names = run.roster.group_index()[0]  # a model that knows groups knows these, in this order
-    names += sorted({g for g in unseen_store.groups if g is not None} - set(names))
-    seen_group, unseen_group = _group_of(run.roster, names), _group_of(unseen_store.roster, names)
+    names += sorted({g for g in subjects.unseen.groups if g is not None} - set(names))
+    seen_group = _group_of(run.roster, names)
+    unseen_group = _group_of(subjects.unseen.roster, names)
+    # 2. Controls and few-shot curves, of unseen clients and of those that were trained on.
     predictor = run.predictor
-
-    trials = split_trials(unseen_store, settings.context, settings.repeats, settings.seed)
-    sizes = [s for s in CONTEXT_SIZES if s <= settings.context]
-    if settings.context not in sizes:
-        sizes.append(settings.context)
+    trials = split_trials(subjects.unseen, settings.context, settings.repeats, settings.seed)
+    sizes = sorted({s for s in CONTEXT_SIZES if s <= settings.context} | {settings.context})
     unseen_part, scores = _part(predictor, trials, unseen_group, names, sizes, settings.seed)
     seen_part: dict[str, Any] | None = None
-    held_out_pairs_scored = 0 if held_out_store is None else int(held_out_store.sizes.sum())
-    if run.store is not None and held_out_store is not None and held_out_pairs_scored:
-        seen_part, _ = _part(
-            predictor,
-            [given_trial(run.store, held_out_store)],
-            seen_group,
-            names,
-            sizes,
-            settings.seed,
-        )
-    history = run.checkpoint.history
-    results: dict[str, Any] = {
-        "fedvpa": __version__,
-        "run": {
-            "method": run.config.method, "preset": run.config.preset, "seed": run.config.seed,
-            "rounds": run.checkpoint.state.round, "clients": len(run.roster.names),
-            "config": run.config.model_dump(mode="json"),
-        },
-        "data": {
-            "source": data.source, "split": data.split, "unseen_clients": len(unseen_store),
-            "unseen_pairs": int(unseen_store.sizes.sum()),
-            "held_out_pairs_of_seen_clients": held_out_pairs_scored,
-            "dropped_because_trained_on": None if elsewhere else dropped + dropped_seen,
-            "skipped": dict(found.skipped),
-            "groups": names,
-        },
-        "protocol": {
-            "context": settings.context, "repeats": settings.repeats, "disjoint": True,
-            "training_leaks": run.config.variational
-            and run.config.federation.protocol == "single-pair",
-            "interval": "95 % Student t over clients",
-        },
-        **unseen_part,
-        "seen": seen_part,
-        "history": history,
-    }  # fmt: skip
+    if run.store is not None and subjects.held_out is not None and subjects.held_out_pairs:
+        trial = given_trial(run.store, subjects.held_out)
+        seen_part, _ = _part(predictor, [trial], seen_group, names, sizes, settings.seed)
+    results = _described(run, settings, subjects, names) | unseen_part
+    results |= {"seen": seen_part, "history": run.checkpoint.history}
+    # 3. The latent, where there is one.
     seen = unseen_posterior = prototypes = None
-    algorithm = run.algorithm
-    if (
-        run.store is not None
-        and isinstance(algorithm, FederatedVariational)
-        and isinstance(predictor, VariationalPredictor)
-    ):
+    if run.store is not None and isinstance(predictor, VariationalPredictor):
         seen = predictor.amortised(_all_pairs(run.store))
         unseen_posterior = predictor.amortised(trials[0].context)
         prototypes = _prototypes(run)
-        everything_known = [concatenate(t.context, t.target) for t in trials]
-        results["posterior"] = posterior_diagnostics(seen) | {
-            "coverage_90": coverage(unseen_posterior, predictor.amortised(everything_known[0]))
-        }
-        results["leaking_single_pair_accuracy"] = leaking_accuracy(predictor, trials)
-        results["latent"] = cluster_diagnostics(seen.mean, seen_group) | {
-            "inferred": cluster_diagnostics(
-                predictor.posterior(_all_pairs(run.store)).mean, seen_group
-            ),
-            "unseen": cluster_diagnostics(unseen_posterior.mean, unseen_group),
-            "switch_rate": switch_rate(predictor, trials, unseen_group),
-            "prototype_cosines": None if prototypes is None else prototype_cosines(prototypes),
-            "population_components": (
-                None if predictor.population is None else predictor.population.weight.numel()
-            ),
-        }
-        if predictor.population is not None:
-            results["latent"]["component_confidence"] = component_confidence(
-                predictor.responsibilities(trials[0].context),
-                predictor.responsibilities(everything_known[0]),
-            )
-        corrupted = torch.tensor([c.corrupted for c in trained.train])
-        if corrupted.any():
-            results["corrupted"] = _corrupted(predictor, run.store, corrupted)
-        results["prior_weights"] = _prior_weights(algorithm, run, seen_group)
-    if run.config.privacy.enabled and history:
-        results["privacy"] = {
-            "epsilon": history[-1]["epsilon"],
-            "delta": run.config.privacy.delta,
-            "unit": "client",
-        }
-    payload = manifest(algorithm, run.checkpoint.state, run.whitener)
-    results["communication"] = {
-        "down_bytes_per_client_and_round": _bytes_a_round(payload, "down"),
-        "up_bytes_per_client_and_round": _bytes_a_round(payload, "up"),
-        "manifest": payload,
-    }
+        results |= _latent(run, predictor, trials, seen_group, unseen_group)
+        if subjects.corrupted.any():
+            results["corrupted"] = _corrupted(predictor, run.store, subjects.corrupted)
+    # 4. What training cost.
+    results |= _costs(run)
     probability = torch.cat(scores["own"].probability).tolist()
     return Evaluation(
         results, seen, unseen_posterior, prototypes, names, seen_group, unseen_group, probability
     )
+
+
+class _Subjects(NamedTuple):
+    """Whitened pairs of those who are evaluated, and what was left out."""
+
+    data: DataConfig
+    unseen: ClientStore
+    held_out: ClientStore | None
+    corrupted: Bool[Tensor, "k"]
+    dropped: int | None
+    skipped: Counter[str]
+
+    @property
+    def held_out_pairs(self) -> int:
+        """Pairs of seen clients that are scored."""
+        return 0 if self.held_out is None else int(self.held_out.sizes.sum())
+
+
+def _subjects(
+    run: Run, data: DataConfig, settings: EvaluationSettings, progress: Progress | None
+) -> _Subjects:
+    """Unseen clients, and new pairs of seen ones, without any pair that the run was trained on."""
+    elsewhere = run.store is None
+    trained = TrainingData([], [], Counter(), []) if elsewhere else training_data(run.config)
+    everything = [*trained.train, *trained.validation]
+    source, seed = source_of(data), run.config.seed
+    found = source.unseen(seed, settings.context, set(run.roster.names))
+    unseen, dropped = without_overlap(found.clients, everything)
+    raw = [] if elsewhere else source.held_out(seed, trained.train)
+    held_out, dropped_seen = without_overlap(raw, everything)
+    held_out = [replace(c, pairs=()) if t.corrupted else c for c, t in zip(held_out, trained.train)]
+    cache = FeatureCache(run.config.features)
+    features, _, signature = features_of([*unseen, *held_out], cache, progress)
+    _same_backbone(run, signature)
+    own, others = features[: len(unseen)], features[len(unseen) :]
+    return _Subjects(
+        data,
+        to_store(unseen, own, run.whitener, run.needs_common),
+        to_store(held_out, others, run.whitener, run.needs_common) if held_out else None,
+        torch.tensor([c.corrupted for c in trained.train], dtype=torch.bool),
+        None if elsewhere else dropped + dropped_seen,
+        found.skipped,
+    )
+
+
+def _described(
+    run: Run, settings: EvaluationSettings, subjects: _Subjects, names: list[str]
+) -> dict[str, Any]:
+    """What was evaluated, on what, and how."""
+    config, data = run.config, subjects.data
+    return {
+        "fedvpa": __version__,
+        "run": {
+            "method": config.method, "preset": config.preset, "seed": config.seed,
+            "rounds": run.checkpoint.state.round, "clients": len(run.roster.names),
+            "config": config.model_dump(mode="json"),
+        },
+        "data": {
+            "source": data.source, "split": data.split, "unseen_clients": len(subjects.unseen),
+            "unseen_pairs": int(subjects.unseen.sizes.sum()),
+            "held_out_pairs_of_seen_clients": subjects.held_out_pairs,
+            "dropped_because_trained_on": subjects.dropped, "skipped": dict(subjects.skipped),
+            "groups": names,
+        },
+        "protocol": {
+            "context": settings.context, "repeats": settings.repeats, "disjoint": True,
+            "training_leaks": config.variational and config.federation.protocol == "single-pair",
+            "interval": "95 % Student t over clients",
+        },
+    }  # fmt: skip
+
+
+def _latent(
+    run: Run, predictor: VariationalPredictor, trials: list[Trial], seen_group: Int[Tensor, "k"],
+    unseen_group: Int[Tensor, "u"],
+) -> dict[str, Any]:  # fmt: skip
+    """Diagnostics of the latent preference."""
+    assert run.store is not None
+    pairs = _all_pairs(run.store)
+    seen, unseen = predictor.amortised(pairs), predictor.amortised(trials[0].context)
+    prototypes, population = _prototypes(run), predictor.population
+    known = concatenate(trials[0].context, trials[0].target)
+    latent = cluster_diagnostics(seen.mean, seen_group) | {
+        "inferred": cluster_diagnostics(predictor.posterior(pairs).mean, seen_group),
+        "unseen": cluster_diagnostics(unseen.mean, unseen_group),
+        "switch_rate": switch_rate(predictor, trials, unseen_group),
+        "prototype_cosines": None if prototypes is None else prototype_cosines(prototypes),
+        "population_components": None if population is None else population.weight.numel(),
+    }
+    if population is not None:
+        latent["component_confidence"] = component_confidence(
+            predictor.responsibilities(trials[0].context), predictor.responsibilities(known)
+        )
+    covered = coverage(unseen, predictor.amortised(known))
+    return {
+        "posterior": posterior_diagnostics(seen) | {"coverage_90": covered},
+        "leaking_single_pair_accuracy": leaking_accuracy(predictor, trials),
+        "latent": latent,
+        "prior_weights": _prior_weights(run, seen_group),
+    }
+
+
+def _costs(run: Run) -> dict[str, Any]:
+    """Privacy that was spent, and traffic."""
+    history, found = run.checkpoint.history, dict[str, Any]()
+    if run.config.privacy.enabled and history:
+        found["privacy"] = {
+            "epsilon": history[-1]["epsilon"],
+            "delta": run.config.privacy.delta,
+            "unit": "client",
+        }
+    payload = manifest(run.algorithm, run.checkpoint.state, run.whitener)
+    return found | {
+        "communication": {
+            "down_bytes_per_client_and_round": _bytes_a_round(payload, "down"),
+            "up_bytes_per_client_and_round": _bytes_a_round(payload, "up"),
+            "manifest": payload,
+        }
+    }
 
 
 def _corrupted(
@@ -333,10 +368,11 @@ def _prototypes(run: Run) -> Tensor | None:
     return state.population.get("mean")
 
 
-def _prior_weights(
-    algorithm: FederatedVariational, run: Run, group: Int[Tensor, "k"]
-) -> dict[str, float] | None:
-    state = run.checkpoint.state
+def _prior_weights(run: Run, group: Int[Tensor, "k"]) -> dict[str, float] | None:
+    """How a prior of peers weighs them, where there is one."""
+    state, algorithm = run.checkpoint.state, run.algorithm
+    if not isinstance(algorithm, FederatedVariational):
+        return None
     if not isinstance(algorithm.prior, PeersPrior):
         return None
     prior = algorithm.prior.broadcast(state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from fedvpa.features.cache import FeatureCache
 from fedvpa.features.whitening import Whitener
 from fedvpa.federated.accounting import BudgetError, privacy_of
 from fedvpa.federated.algorithm import Algorithm, poisson_cohort, sample_cohort
+from fedvpa.federated.batch import ClientStore
 from fedvpa.federated.exchanges import ONCE, payload_rows
 from fedvpa.federated.random import stream
 from fedvpa.files import claim, write_atomically
@@ -73,14 +74,64 @@ def train(
         CheckpointError: the checkpoint to resume from is damaged or belongs to other settings or
             data.
     """
-    # 1. Nothing is written before data and settings are known to be usable.
     start = time.perf_counter()
     paths = RunPaths(Path(config.out))
+    # 1. Nothing is written before data and settings are known to be usable.
     _claim(paths, config, resume)
     data = training_data(config)
     if on_data is not None:
         on_data(data)
-    # 2. Features, and their whitening, of the training pairs alone.
+    # 2. Features of the training pairs, whitened; then the method and its clients.
+    ready = _prepare(paths, config, data, resume, on_features)
+    store, found = ready.store, ready.found
+    algorithm, clients = build_method(config, store)
+    # 3. Where to begin.
+    if found is None:
+        state, history = algorithm.init(store.roster), list[dict[str, Any]]()
+        save_config(paths, config)
+        write_atomically(paths.whitening, ready.whitener.to_bytes())
+        paths.write_json("data.json", _describe(data, ready.backbone, ready.signature))
+    else:
+        state, history = found.state, found.history
+        if found.finished:
+            logger.info("%s is finished already", paths.root)
+    paths.write_json("manifest.json", manifest(algorithm, state, ready.whitener))
+    # 4. The rounds.
+    if found is None or not found.finished:
+        group = store.roster.group_index()[1]
+
+        def validate(reached: ServerState) -> dict[str, float]:
+            return validation(algorithm.predictor(reached), store, ready.held, group).row()
+
+        with open_tracker(config.tracker, paths.root, config) as tracker:
+            journal = Journal(paths, ready.identity, tracker, on_round)
+            state, history = run_rounds(
+                config.federation, algorithm, clients, (state, history),
+                _cohorts(config, len(store)), validate, journal,
+            )  # fmt: skip
+    # 5. What a reader of the run wants to see without opening the checkpoint.
+    paths.write_json("history.json", history)
+    paths.write_json("manifest.json", manifest(algorithm, state, ready.whitener))
+    return TrainResult(paths.root, config, history, time.perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What training starts from: whitened pairs, and the checkpoint to go on from."""
+
+    store: ClientStore
+    held: ClientStore
+    whitener: Whitener
+    identity: str
+    backbone: str
+    signature: str
+    found: Checkpoint | None
+
+
+def _prepare(
+    paths: RunPaths, config: Config, data: TrainingData, resume: bool, on_features: Progress | None
+) -> _Ready:
+    """Features, their whitening by the training pairs alone (or by public ones), and the stores."""
     cache = FeatureCache(config.features)
     features, backbone, signature = features_of([*data.train, *data.validation], cache, on_features)
     train_features, held_features = features[: len(data.train)], features[len(data.train) :]
@@ -93,40 +144,10 @@ def train(
         whitener = public_whitener(config, cache, on_features) or Whitener.fit(
             torch.cat(train_features), config.model.inputs
         )
-    # 3. The method and its clients.
     common = needs_common(config)
     store = to_store(data.train, train_features, whitener, common)
-    validation_store = to_store(data.validation, held_features, whitener, common)
-    algorithm, clients = build_method(config, store)
-    # 4. Where to begin.
-    if found is None:
-        state, history = algorithm.init(store.roster), list[dict[str, Any]]()
-        save_config(paths, config)
-        write_atomically(paths.whitening, whitener.to_bytes())
-        paths.write_json("data.json", _describe(data, backbone, signature))
-    else:
-        state, history = found.state, found.history
-        if found.finished:
-            logger.info("%s is finished already", paths.root)
-    paths.write_json("manifest.json", manifest(algorithm, state, whitener))
-    # 5. The rounds.
-    if found is None or not found.finished:
-        group = store.roster.group_index()[1]
-
-        def validate(reached: ServerState) -> dict[str, float]:
-            predictor = algorithm.predictor(reached)
-            return validation(predictor, store, validation_store, group).row()
-
-        with open_tracker(config.tracker, paths.root, config) as tracker:
-            journal = Journal(paths, identity, tracker, on_round)
-            state, history = run_rounds(
-                config.federation, algorithm, clients, (state, history),
-                _cohorts(config, len(store)), validate, journal,
-            )  # fmt: skip
-    # 6. What a reader of the run wants to see without opening the checkpoint.
-    paths.write_json("history.json", history)
-    paths.write_json("manifest.json", manifest(algorithm, state, whitener))
-    return TrainResult(paths.root, config, history, time.perf_counter() - start)
+    held = to_store(data.validation, held_features, whitener, common)
+    return _Ready(store, held, whitener, identity, backbone, signature, found)
 
 
 def _cohorts(config: Config, everyone: int) -> Callable[[int], list[int]]:
@@ -136,6 +157,18 @@ def _cohorts(config: Config, everyone: int) -> Callable[[int], list[int]]:
         return lambda number: sample_cohort(config.seed, number, everyone, config.federation.cohort)
     rate = privacy.rate
     return lambda number: poisson_cohort(stream(config.seed, "cohort", number), everyone, rate)
+
+
+def told(row: Mapping[str, Any], delta: float) -> str:
+    """A round's row of the history in words."""
+    parts = []
+    if "loss" in row:
+        parts.append(f"loss {row['loss']:.4f}")
+    if "validation_accuracy" in row:
+        parts.append(f"validation {row['validation_accuracy']:.3f}")
+    if "epsilon" in row:
+        parts.append(f"epsilon {row['epsilon']:.2f} (delta {delta:g})")
+    return ", ".join(parts)
 
 
 def manifest(algorithm: Algorithm, state: ServerState, whitener: Whitener) -> list[dict[str, Any]]:

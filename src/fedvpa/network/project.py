@@ -91,23 +91,30 @@ def init_project(
     _write(folder / "certificates" / "server.key", key, private=True)
     folders = []
     for i, name in enumerate(clients):
-        home = folder / "clients" / name
-        private, public = _node_key()
-        key, certificate = authority.issue(f"fedvpa client {name}", ["127.0.0.1", "localhost"])
-        own = {
-            "name": name, "data": data[i] if data else "pairs.jsonl", "server": f"{host}:{port}",
-            "root_certificate": "ca.crt",
-            "key": "node.key", "certificate": "node.crt", "certificate_key": "node-tls.key",
-            "runtime_port": port + 1 + i,
-        }  # fmt: skip
-        _write(home / "client.yaml", yaml.safe_dump(own, sort_keys=False))
-        _write(home / "ca.crt", authority.certificate)
-        _write(home / "node.key", private, private=True)
-        _write(home / "node.crt", certificate)
-        _write(home / "node-tls.key", key, private=True)
-        _write(folder / "keys" / f"{name}.pub", public)
-        folders.append(home)
+        own = {"name": name, "data": data[i] if data else "pairs.jsonl", "server": f"{host}:{port}"}
+        folders.append(_client_folder(folder, authority, own, port + 1 + i))
     return folders
+
+
+def _client_folder(
+    folder: Path, authority: _Authority, own: dict[str, Any], runtime_port: int
+) -> Path:
+    """What a client takes to its machine, and its public key on the server's side."""
+    name = own["name"]
+    home = folder / "clients" / name
+    private, public = _node_key()
+    key, certificate = authority.issue(f"fedvpa client {name}", ["127.0.0.1", "localhost"])
+    own = own | {
+        "root_certificate": "ca.crt", "key": "node.key", "certificate": "node.crt",
+        "certificate_key": "node-tls.key", "runtime_port": runtime_port,
+    }  # fmt: skip
+    _write(home / "client.yaml", yaml.safe_dump(own, sort_keys=False))
+    _write(home / "ca.crt", authority.certificate)
+    _write(home / "node.key", private, private=True)
+    _write(home / "node.crt", certificate)
+    _write(home / "node-tls.key", key, private=True)
+    _write(folder / "keys" / f"{name}.pub", public)
+    return home
 
 
 def _write(path: Path, text: str, private: bool = False) -> None:

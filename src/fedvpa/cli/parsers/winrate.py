@@ -44,6 +44,14 @@ def winrate(parser: argparse.ArgumentParser, asked: Asked) -> None:
         action="store_true",
         help="take up responses that are there already, or add a judge",
     )
+    _arms(parser)
+    _judges(parser)
+    _sampling(parser)
+    add_json(parser, "the results")
+    add_common(parser)
+
+
+def _arms(parser: argparse.ArgumentParser) -> None:
     arms = parser.add_argument_group(
         "what else answers, beside the base model and every preference"
     )
@@ -66,6 +74,9 @@ def winrate(parser: argparse.ArgumentParser, asked: Asked) -> None:
     arms.add_argument(
         "--versus", action="append", default=[], metavar="NAME=DIR", help="another policy"
     )
+
+
+def _judges(parser: argparse.ArgumentParser) -> None:
     judges = parser.add_argument_group("judges")
     judges.add_argument(
         "--judge", action="append", default=[], metavar="NAME",
@@ -111,6 +122,9 @@ def winrate(parser: argparse.ArgumentParser, asked: Asked) -> None:
         metavar="IN,OUT",
         help="price of a million tokens read and written, to state the cost",
     )
+
+
+def _sampling(parser: argparse.ArgumentParser) -> None:
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument(
         "--max-new-tokens", type=int, default=512, help="tokens per response (default: 512)"
@@ -122,8 +136,6 @@ def winrate(parser: argparse.ArgumentParser, asked: Asked) -> None:
     )
     sampling.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
     sampling.add_argument("--device", default="cpu", help="torch device (default: cpu)")
-    add_json(parser, "the results")
-    add_common(parser)
 
 
 def check_winrate(arguments: argparse.Namespace) -> None:
