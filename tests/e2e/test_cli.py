@@ -227,6 +227,16 @@ def test_compare_is_resumable_and_pairs_methods_by_client(tiny_model: Path, tmp_
     assert main(["compare", "--methods", "fedvlp", *arguments[3:]]) == 2
 
 
+INTERRUPTIBLE = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from fedvpa.cli.main import main
+sys.exit(main())
+"""
+"""A terminal's foreground process: whoever runs the tests in the background ignores SIGINT, which is
+inherited."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_run_resumes_to_the_same_bits(
@@ -238,7 +248,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(
     def command(out: Path) -> list[str]:
         more = {"rounds": 300, "prototypes.start_round": 20}
         rest = ["--data", str(data), "--split", "train", *flags(tiny_model, out, **more)]
-        return [sys.executable, "-m", "fedvpa.cli.main", "train", *rest]
+        return [sys.executable, "-c", INTERRUPTIBLE, "train", *rest]
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     subprocess.run(command(whole), env=environment, check=True, capture_output=True)

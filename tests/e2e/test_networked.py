@@ -23,8 +23,8 @@ from fedvpa.experiment.evaluate import EvaluationSettings, evaluate
 from fedvpa.experiment.train import train
 from fedvpa.experiment.use import PreferenceModel
 from fedvpa.federated.exchanges import may_hold
-from fedvpa.network.clients import CohortError
 from fedvpa.network.daemon import Client
+from fedvpa.network.reach import CohortError
 from fedvpa.network.serve import serve
 from fedvpa.network.settings import ClientSettings, ServerSettings, read_settings, training_config
 from fedvpa.network.wire import Packet, WireError, pack, unpack

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from fedvpa.features.backbone import Backbone, Tap
 from fedvpa.features.loading import cache_home, location_stamp
 from fedvpa.records import Item, PreferencePair, Progress
 
+CREATING_SECONDS = 60.0
+"""How long to wait for another process that creates the cache."""
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS feature (key BLOB PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS backbone
@@ -70,9 +73,7 @@ class FeatureCache:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with closing(sqlite3.connect(self.path, timeout=60, isolation_level=None)) as database:
-                database.execute("PRAGMA journal_mode=WAL")
-                database.execute("PRAGMA synchronous=NORMAL")
-                database.executescript(_SCHEMA)
+                _prepare(database)
                 return self._items(database, items, progress)
         except sqlite3.Error as error:
             raise RunError(
@@ -149,6 +150,25 @@ class FeatureCache:
                 "INSERT OR REPLACE INTO backbone VALUES (?, ?, ?)", (stamp, name, signature)
             )
         return name, signature
+
+
+def _prepare(database: sqlite3.Connection) -> None:
+    """Write-ahead logging and the tables.
+
+    SQLite does not wait for another connection that changes the journal's mode, whatever the
+    timeout; so two processes that create the cache at once wait for each other here.
+    """
+    end = time.monotonic() + CREATING_SECONDS
+    while True:
+        try:
+            database.execute("PRAGMA journal_mode=WAL")
+            break
+        except sqlite3.OperationalError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.02)
+    database.execute("PRAGMA synchronous=NORMAL")
+    database.executescript(_SCHEMA)
 
 
 def _key(signature: str, item: Item) -> bytes:

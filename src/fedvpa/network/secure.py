@@ -82,27 +82,8 @@ def _secure_sum(
         Key.CLIPPING_RANGE: 1.0, Key.TARGET_RANGE: LEVELS, Key.MOD_RANGE: MODULUS,
         Key.MAX_WEIGHT: 1.0,
     }  # fmt: skip
-    replies = _stage(
-        exchange,
-        {node: _message(setup) for node in nodes},
-        threshold,
-        Key.PUBLIC_KEY_1,
-        Key.PUBLIC_KEY_2,
-    )
-    keys = {
-        node: [reply[Key.PUBLIC_KEY_1], reply[Key.PUBLIC_KEY_2]] for node, reply in replies.items()
-    }
-    content = {str(node): pair for node, pair in keys.items()} | {Key.STAGE: Stage.SHARE_KEYS}
-    shared = (Key.DESTINATION_LIST, Key.CIPHERTEXT_LIST)
-    replies = _stage(exchange, {node: _message(content) for node in keys}, threshold, *shared)
-    sources: dict[int, list[int]] = {node: [] for node in replies}
-    ciphertexts: dict[int, list[bytes]] = {node: [] for node in replies}
-    for source, reply in replies.items():
-        for target, ciphertext in zip(reply[Key.DESTINATION_LIST], reply[Key.CIPHERTEXT_LIST]):
-            if target in sources:
-                sources[target].append(source)
-                ciphertexts[target].append(ciphertext)
-    sharers = list(replies)
+    keys, sources, ciphertexts = _shared_keys(exchange, nodes, setup, threshold)
+    sharers = list(sources)
     messages = {}
     for node in sharers:
         stage = {
@@ -135,6 +116,34 @@ def _secure_sum(
         )
     values = opened[1:].astype(np.float64) * (2.0 / LEVELS) - len(active)
     return active, torch.from_numpy(values)
+
+
+def _shared_keys(
+    exchange: Exchange, nodes: list[int], setup: Mapping[str, Any], threshold: int
+) -> tuple[dict[int, list[bytes]], dict[int, list[int]], dict[int, list[bytes]]]:
+    """The first two stages: everybody's public keys, and for every client that is left the shares
+    of others' secrets, with whose they are."""
+    replies = _stage(
+        exchange,
+        {node: _message(setup) for node in nodes},
+        threshold,
+        Key.PUBLIC_KEY_1,
+        Key.PUBLIC_KEY_2,
+    )
+    keys = {
+        node: [reply[Key.PUBLIC_KEY_1], reply[Key.PUBLIC_KEY_2]] for node, reply in replies.items()
+    }
+    content = {str(node): pair for node, pair in keys.items()} | {Key.STAGE: Stage.SHARE_KEYS}
+    shared = (Key.DESTINATION_LIST, Key.CIPHERTEXT_LIST)
+    replies = _stage(exchange, {node: _message(content) for node in keys}, threshold, *shared)
+    sources: dict[int, list[int]] = {node: [] for node in replies}
+    ciphertexts: dict[int, list[bytes]] = {node: [] for node in replies}
+    for source, reply in replies.items():
+        for target, ciphertext in zip(reply[Key.DESTINATION_LIST], reply[Key.CIPHERTEXT_LIST]):
+            if target in sources:
+                sources[target].append(source)
+                ciphertexts[target].append(ciphertext)
+    return keys, sources, ciphertexts
 
 
 def _masks(

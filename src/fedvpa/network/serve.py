@@ -9,6 +9,7 @@ import logging
 import os
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from random import SystemRandom
@@ -21,16 +22,17 @@ from fedvpa.errors import BadInputError, FedvpaError
 from fedvpa.experiment.dataset import public_whitener
 from fedvpa.experiment.run import ELSEWHERE, RunPaths, load_config, save_config
 from fedvpa.experiment.tracking import open_tracker
-from fedvpa.experiment.train import Journal, manifest, run_rounds
+from fedvpa.experiment.train import Journal, manifest, run_rounds, told
 from fedvpa.features.cache import FeatureCache
 from fedvpa.features.whitening import Whitener
 from fedvpa.federated.accounting import privacy_of
 from fedvpa.federated.algorithm import sample_cohort
 from fedvpa.federated.batch import Roster
 from fedvpa.federated.release import PrivateRelease, secret_noise
-from fedvpa.federated.variational import build
+from fedvpa.federated.variational import FederatedVariational, build
 from fedvpa.files import write_atomically
-from fedvpa.network.clients import NetworkedClients, Transport
+from fedvpa.network.clients import NetworkedClients
+from fedvpa.network.reach import Transport
 from fedvpa.network.settings import ServerSettings, read_settings, training_config
 from fedvpa.types import Population, ServerState
 
@@ -109,28 +111,17 @@ def _serve(
     settings: ServerSettings, config: Config, paths: RunPaths, transport: Transport, status: Status
 ) -> dict[str, Any]:
     started = time.perf_counter()
+    # 1. The run's own name, its algorithm, and clients that are connected and have the whitening.
     identity = _identity(paths, settings, config)
-    bound = paths.root.parent / BOUND
-    nodes = json.loads(bound.read_text()) if bound.is_file() else {}
     algorithm = build(config=config, clients=len(settings.clients), noise=secret_noise)
-    clients = NetworkedClients(
-        settings, config, transport, identity["run"], algorithm.contract,
-        algorithm.prior.columns, bound=nodes,
-    )  # fmt: skip
-    if paths.whitening.is_file():
-        clients.whitener = Whitener.read(paths.whitening)
     status.say("waiting", round=0)
-    clients.wait(PATIENCE)
-    clients.check_backbone(identity.get("signature", ""))
-    if clients.whitener is None:
-        public = public_whitener(config, FeatureCache(config.features))
-        whitener = clients.fit_whitening() if public is None else clients.hand_out(public)
-        write_atomically(paths.whitening, whitener.to_bytes())
-        _save_identity(paths, identity | {"signature": clients.signature})
+    clients = _connected(settings, config, paths, transport, identity, algorithm)
     assert clients.whitener is not None
-    roster = Roster(settings.clients, (None,) * len(settings.clients))
+    # 2. Where to begin.
     fingerprint = _fingerprint(config, settings, identity["run"])
     ledger = Ledger(paths.root / "ledger.json")
+    roster = Roster(settings.clients, (None,) * len(settings.clients))
+    state, history = algorithm.init(roster), list[dict[str, Any]]()
     if paths.checkpoint.is_file():
         found = load_checkpoint(paths.checkpoint, fingerprint)
         state, history = found.state, found.history
@@ -138,18 +129,85 @@ def _serve(
         if found.finished:
             status.say("finished", round=state.round)
             return {"run": str(paths.root), "rounds": state.round}
-    else:
-        state, history = algorithm.init(roster), []
-    privacy = privacy_of(config, len(settings.clients))
-    if isinstance(algorithm.release, PrivateRelease):
-        lost = ledger.lost(state.round)
-        # a fit may have been part of any of them
-        lost_fits = 0 if state.population or not lost else lost
-        algorithm = replace(algorithm, release=algorithm.release.with_lost(lost, lost_fits))
-    paths.write_json("manifest.json", manifest(algorithm, state, clients.whitener))
+    algorithm = _with_losses(algorithm, ledger, state)
+    # 3. What will travel is said before anything does.
     paths.write_json("data.json", _described(settings, clients.signature))
+    paths.write_json("manifest.json", manifest(algorithm, state, clients.whitener))
     for line in describe(manifest(algorithm, state, clients.whitener), settings.secure):
         logger.info("%s", line)
+    # 4. The rounds.
+    seconds: list[float] = []
+
+    def on_round(done: int, total: int, row: dict[str, Any]) -> None:
+        seconds.append(row["seconds"])
+        status.say("running", round=done, seconds=row["seconds"], loss=row.get("loss"))
+        words = told(row, config.privacy.delta)
+        logger.info("round %d of %d: %.1f s, %s", done, total, row["seconds"], words)
+
+    with open_tracker(config.tracker, paths.root, config) as tracker:
+        journal = Journal(paths, fingerprint, tracker, on_round)
+        # clients remember one round back
+        every_round = config.federation.model_copy(update={"checkpoint_every": 1})
+        state, history = run_rounds(
+            every_round, algorithm, clients, (state, history), _cohorts(config, clients, ledger),
+            lambda reached: _validate(config, clients, reached), journal,
+        )  # fmt: skip
+    # 5. What is left of it.
+    paths.write_json("history.json", history)
+    paths.write_json("manifest.json", manifest(algorithm, state, clients.whitener))
+    result = {
+        "run": str(paths.root), "rounds": state.round, "clients": len(clients),
+        "seconds": time.perf_counter() - started,
+        "seconds_per_round": sorted(seconds)[len(seconds) // 2] if seconds else None,
+        # they tell how many took part
+        "bytes": None if config.privacy.enabled else clients.traffic,
+    }  # fmt: skip
+    paths.write_json("federation.json", result | {"history_rounds": len(history)})
+    status.say("finished", round=state.round)
+    logger.info("finished: %s", json.dumps(result))
+    return result
+
+
+def _connected(
+    settings: ServerSettings, config: Config, paths: RunPaths, transport: Transport,
+    identity: dict[str, Any], algorithm: FederatedVariational,
+) -> NetworkedClients:  # fmt: skip
+    """The clients, once enough of them are there; they are whitened once, in the first run."""
+    bound = paths.root.parent / BOUND
+    nodes = json.loads(bound.read_text()) if bound.is_file() else {}
+    clients = NetworkedClients(
+        settings, config, transport, identity["run"], algorithm.contract,
+        algorithm.prior.columns, bound=nodes,
+    )  # fmt: skip
+    if paths.whitening.is_file():
+        clients.whitener = Whitener.read(paths.whitening)
+    clients.wait(PATIENCE)
+    clients.check_backbone(identity.get("signature", ""))
+    if clients.whitener is None:
+        public = public_whitener(config, FeatureCache(config.features))
+        whitener = clients.fit_whitening() if public is None else clients.hand_out(public)
+        write_atomically(paths.whitening, whitener.to_bytes())
+        _save_identity(paths, identity | {"signature": clients.signature})
+    return clients
+
+
+def _with_losses(
+    algorithm: FederatedVariational, ledger: Ledger, state: ServerState
+) -> FederatedVariational:
+    """The algorithm whose accounting knows of releases that a crash undid."""
+    if not isinstance(algorithm.release, PrivateRelease):
+        return algorithm
+    lost = ledger.lost(state.round)
+    # a fit may have been part of any of them
+    lost_fits = 0 if state.population or not lost else lost
+    return replace(algorithm, release=algorithm.release.with_lost(lost, lost_fits))
+
+
+def _cohorts(
+    config: Config, clients: NetworkedClients, ledger: Ledger
+) -> Callable[[int], list[int]]:
+    """Draws the clients of a round among those who are connected."""
+    privacy = privacy_of(config, len(clients))
 
     def cohort(round_number: int) -> list[int]:
         online = clients.wait(PATIENCE)
@@ -158,56 +216,17 @@ def _serve(
             chance = SystemRandom()
             ledger.begin()
             return [place for place in online if chance.random() < privacy.rate]
-        return [
-            online[i]
-            for i in sample_cohort(config.seed, round_number, len(online), config.federation.cohort)
-        ]
+        size = config.federation.cohort
+        return [online[i] for i in sample_cohort(config.seed, round_number, len(online), size)]
 
-    def validate(reached: ServerState) -> dict[str, float]:
-        if config.privacy.enabled:
-            return {}  # it would be a release that nobody accounts for
-        return clients.validate(
-            reached.params, Population(**reached.population) if reached.population else None
-        )
+    return cohort
 
-    seconds: list[float] = []
 
-    def on_round(done: int, total: int, row: dict[str, Any]) -> None:
-        seconds.append(row["seconds"])
-        status.say("running", round=done, seconds=row["seconds"], loss=row.get("loss"))
-        accuracy = (
-            f", validation {row['validation_accuracy']:.3f}" if "validation_accuracy" in row else ""
-        )
-        loss = f", loss {row['loss']:.4f}" if "loss" in row else ""
-        spent = (
-            f", epsilon {row['epsilon']:.2f} (delta {config.privacy.delta:g})"
-            if "epsilon" in row
-            else ""
-        )
-        logger.info(
-            "round %d of %d: %.1f s%s%s%s", done, total, row["seconds"], loss, accuracy, spent
-        )
-
-    with open_tracker(config.tracker, paths.root, config) as tracker:
-        journal = Journal(paths, fingerprint, tracker, on_round)
-        # clients remember one round back
-        every_round = config.federation.model_copy(update={"checkpoint_every": 1})
-        state, history = run_rounds(
-            every_round, algorithm, clients, (state, history), cohort, validate, journal
-        )
-    paths.write_json("history.json", history)
-    paths.write_json("manifest.json", manifest(algorithm, state, clients.whitener))
-    result = {
-        "run": str(paths.root), "rounds": state.round, "clients": len(clients),
-        "seconds": time.perf_counter() - started,
-        "seconds_per_round": sorted(seconds)[len(seconds) // 2] if seconds else None,
-        # they tell how many took part
-        "bytes": None if privacy is not None else clients.traffic,
-    }  # fmt: skip
-    paths.write_json("federation.json", result | {"history_rounds": len(history)})
-    status.say("finished", round=state.round)
-    logger.info("finished: %s", json.dumps(result))
-    return result
+def _validate(config: Config, clients: NetworkedClients, reached: ServerState) -> dict[str, float]:
+    if config.privacy.enabled:
+        return {}  # it would be a release that nobody accounts for
+    population = Population(**reached.population) if reached.population else None
+    return clients.validate(reached.params, population)
 
 
 def describe(rows: list[dict[str, Any]], secure: bool = False) -> list[str]:

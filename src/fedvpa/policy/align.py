@@ -23,6 +23,7 @@ from torch import Tensor
 from fedvpa import files
 from fedvpa.errors import BadInputError, RunError
 from fedvpa.experiment.use import Selector, open_selector
+from fedvpa.features.loading import LoadedModel
 from fedvpa.files import plain_json, write_atomically
 from fedvpa.policy.policy import Policy, PolicyCard, Sampling
 from fedvpa.policy.prompts import Prompt, in_style, read_prompts, read_styles
@@ -95,37 +96,57 @@ def align(
     }  # fmt: skip
     conditions = {name: z.expand(len(used), -1) for name, z in preferences.items()}
     conditions |= users_by_prompt(selector, config.users, len(used), config.seed)
-    policy, previous = base, None
+    job = _Job(selector, used, conditions, config, styles, card, work, report)
+    previous = _iterations(job, loaded, base, summary["iterations"])
+    summary["seconds"] = time.perf_counter() - start
+    write_atomically(root / "align.json", plain_json(summary))
+    publish(previous, card, root)
+    return AlignResult(root, summary)
+
+
+class _Job(NamedTuple):
+    """What every iteration reads."""
+
+    selector: Selector
+    prompts: list[Prompt]
+    conditions: dict[str, Float[Tensor, "n d"]]
+    config: AlignConfig
+    styles: list[str]
+    card: PolicyCard
+    work: Path
+    report: OnStage
+
+
+def _iterations(job: _Job, loaded: LoadedModel, base: Policy, rows: list[dict[str, Any]]) -> Path:
+    """Sample, choose, train, as often as asked; figures go to `rows`. Returns the last weights'
+    place."""
+    config, policy, previous = job.config, base, None
     for iteration in range(config.iterations):
-        place = work / f"iteration-{iteration}"
+        place = job.work / f"iteration-{iteration}"
         place.mkdir(exist_ok=True)
-        candidates = _candidates(policy, used, conditions, config, styles, iteration, place, report)
-        pairs, counts = choose(
-            selector,
-            used,
-            candidates,
-            conditions,
-            config.margin,
-            config.pairs_per_prompt,
-            config.choose_from == "ended",
+        candidates = _candidates(
+            policy, job.prompts, job.conditions, config, job.styles, iteration, place, job.report
         )
+        pairs, counts = choose(
+            job.selector, job.prompts, candidates, job.conditions, config.margin,
+            config.pairs_per_prompt, config.choose_from == "ended",
+        )  # fmt: skip
         if not pairs:
             raise RunError(
                 f"the selector told no two responses apart by {config.margin}; lower --margin, or"
                 " train it longer"
             )
-        stage, rows = f"training, iteration {iteration}", by_prompt(pairs, config.seed)
-        model, figures = train_dpo(loaded, card, rows, config, previous, place, stage, report)
-        summary["iterations"].append(counts | figures)
+        stage, ordered = f"training, iteration {iteration}", by_prompt(pairs, config.seed)
+        model, figures = train_dpo(
+            loaded, job.card, ordered, config, previous, place, stage, job.report
+        )
+        rows.append(counts | figures)
         policy, previous = Policy(model, loaded.tokenizer), place / "trained"
         # TRL wraps a bare model; the adapter comes back with its weights
         if iteration + 1 < config.iterations:
             loaded = load_base(config)
     assert previous is not None
-    summary["seconds"] = time.perf_counter() - start
-    write_atomically(root / "align.json", plain_json(summary))
-    publish(previous, card, root)
-    return AlignResult(root, summary)
+    return previous
 
 
 def named_preferences(selector: Selector) -> dict[str, Float[Tensor, "d"]]:

@@ -67,39 +67,10 @@ def feddpo(
     previous: Path | None = None
     for number in range(config.rounds):
         place = work / f"round-{number}"
-        cohort = (
-            np.random.default_rng([config.seed, 29, number])
-            .permutation(able)[: config.cohort]
-            .tolist()
-        )
         if not (place / "mean" / WEIGHTS[1]).is_file():
-            row: dict[str, Any] = {
-                "cohort": cohort,
-                "pairs": sum(len(rows[name]) for name in cohort),
-                "loss": 0.0,
-            }
-            for name in cohort:
-                fresh = load_base(config)
-                own = place / "clients" / name
-                own.mkdir(parents=True, exist_ok=True)
-                _, figures = train_dpo(
-                    fresh,
-                    card,
-                    rows[name],
-                    config,
-                    previous,
-                    own,
-                    f"round {number}: {name}",
-                    report,
-                )
-                row["loss"] += figures["loss"] * len(rows[name]) / row["pairs"]
-            write_atomically(place / "round.json", plain_json(row))
-            _average(
-                [place / "clients" / name / "trained" for name in cohort],
-                [len(rows[n]) for n in cohort],
-                place / "mean",
-            )
-            shutil.rmtree(place / "clients")
+            generator = np.random.default_rng([config.seed, 29, number])
+            cohort = generator.permutation(able)[: config.cohort].tolist()
+            _round(number, {n: rows[n] for n in cohort}, card, config, previous, place, report)
         history.append({"round": number} | json.loads((place / "round.json").read_text()))
         previous = place / "mean"
         report("rounds", number + 1, config.rounds, "")
@@ -109,6 +80,25 @@ def feddpo(
     write_atomically(root / "align.json", plain_json(summary))
     publish(previous, card, root)
     return AlignResult(root, summary)
+
+
+def _round(
+    number: int, rows: dict[str, list[dict[str, Any]]], card: PolicyCard, config: FedDPOConfig,
+    previous: Path | None, place: Path, report: OnStage,
+) -> None:  # fmt: skip
+    """Train each client of a cohort on its rows, and average what comes out of it."""
+    total = sum(map(len, rows.values()))
+    found: dict[str, Any] = {"cohort": list(rows), "pairs": total, "loss": 0.0}
+    for name, mine in rows.items():
+        own = place / "clients" / name
+        own.mkdir(parents=True, exist_ok=True)
+        stage = f"round {number}: {name}"
+        _, figures = train_dpo(load_base(config), card, mine, config, previous, own, stage, report)
+        found["loss"] += figures["loss"] * len(mine) / total
+    write_atomically(place / "round.json", plain_json(found))
+    trained = [place / "clients" / name / "trained" for name in rows]
+    _average(trained, [len(mine) for mine in rows.values()], place / "mean")
+    shutil.rmtree(place / "clients")
 
 
 def _rows(client: ClientPairs, policy: Policy, config: FedDPOConfig) -> list[dict[str, Any]]:

@@ -58,8 +58,7 @@ def train_dpo(
     """
     from datasets import Dataset, disable_progress_bars, load_from_disk
     from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
-    from transformers import PrinterCallback, TrainerCallback
-    from trl.trainer.dpo_config import DPOConfig
+    from transformers import PrinterCallback
 
     disable_progress_bars()  # progress is reported by stage
     saved = place / "pairs"
@@ -70,23 +69,7 @@ def train_dpo(
     )
     if loaded.tokenizer.pad_token_id is None:
         loaded.tokenizer.pad_token = loaded.tokenizer.eos_token
-    micro = min(config.micro_batch, config.batch)
-    weighted = config.sft_weight > 0
-    arguments = DPOConfig(
-        output_dir=str(place / "checkpoints"), num_train_epochs=config.epochs,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=config.batch // micro,
-        loss_type=["sigmoid", "sft"] if weighted else ["sigmoid"], loss_weights=[1.0,
-        config.sft_weight] if weighted else None,
-        learning_rate=config.learning_rate, lr_scheduler_type="cosine", warmup_steps=0.1,
-        beta=config.beta, seed=config.seed,
-        precompute_ref_log_probs=True, gradient_checkpointing=config.gradient_checkpointing,
-        max_length=None,
-        save_strategy="steps", save_steps=config.save_every, save_total_limit=2, logging_steps=1,
-        report_to=[],
-        disable_tqdm=True, use_cpu=config.device == "cpu", bf16=False,
-        train_sampling_strategy="sequential",
-    )  # fmt: skip
+    arguments = _dpo_arguments(config, place)
     stops = tuple(Policy(loaded.module, loaded.tokenizer).stops)
     trainer = ConditionalDPOTrainer(
         model=loaded.module, args=arguments, processing_class=loaded.tokenizer,
@@ -101,9 +84,49 @@ def train_dpo(
         set_peft_model_state_dict(trainer.model, load_peft_weights(str(previous / "adapter")))
         load_conditioner(conditioner, previous)
 
-    class Tell(TrainerCallback):
-        """Passes TRL's log on."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_telling(stage, report))
+    found = last_checkpoint(place / "checkpoints")
+    if found is not None:
+        load_conditioner(conditioner, found)
+    began = time.perf_counter()
+    trainer.train(resume_from_checkpoint=None if found is None else str(found))
+    trained = place / "trained"
+    trained.mkdir(exist_ok=True)
+    trainer.model.save_pretrained(str(trained / "adapter"), selected_adapters=["default"])
+    save_conditioner(conditioner, trained)
+    figures = _figures(trainer.state, time.perf_counter() - began)
+    return trainer.model, figures
 
+
+def _dpo_arguments(config: TrainingConfig, place: Path) -> Any:
+    """TRL's arguments of these settings."""
+    from trl.trainer.dpo_config import DPOConfig
+
+    micro = min(config.micro_batch, config.batch)
+    weighted = config.sft_weight > 0
+    return DPOConfig(
+        output_dir=str(place / "checkpoints"), num_train_epochs=config.epochs,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=config.batch // micro,
+        loss_type=["sigmoid", "sft"] if weighted else ["sigmoid"], loss_weights=[1.0,
+        config.sft_weight] if weighted else None,
+        learning_rate=config.learning_rate, lr_scheduler_type="cosine", warmup_steps=0.1,
+        beta=config.beta, seed=config.seed,
+        precompute_ref_log_probs=True, gradient_checkpointing=config.gradient_checkpointing,
+        max_length=None,
+        save_strategy="steps", save_steps=config.save_every, save_total_limit=2, logging_steps=1,
+        report_to=[],
+        disable_tqdm=True, use_cpu=config.device == "cpu", bf16=False,
+        train_sampling_strategy="sequential",
+    )  # fmt: skip
+
+
+def _telling(stage: str, report: OnStage) -> Any:
+    """Passes TRL's log on."""
+    from transformers import TrainerCallback
+
+    class Tell(TrainerCallback):
         def on_log(
             self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
         ) -> None:
@@ -114,25 +137,18 @@ def train_dpo(
                 )
                 report(stage, state.global_step, state.max_steps, note)
 
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Tell())
-    found = last_checkpoint(place / "checkpoints")
-    if found is not None:
-        load_conditioner(conditioner, found)
-    began = time.perf_counter()
-    trainer.train(resume_from_checkpoint=None if found is None else str(found))
-    trained = place / "trained"
-    trained.mkdir(exist_ok=True)
-    trainer.model.save_pretrained(str(trained / "adapter"), selected_adapters=["default"])
-    save_conditioner(conditioner, trained)
-    log = [row for row in trainer.state.log_history if "loss" in row]
+    return Tell()
+
+
+def _figures(state: Any, seconds: float) -> dict[str, Any]:
+    """Loss and accuracy over the last fifth of the steps."""
+    log = [row for row in state.log_history if "loss" in row]
     last = log[-max(1, len(log) // 5) :]
-    figures = {
-        "steps": trainer.state.global_step, "training_seconds": time.perf_counter() - began,
+    return {
+        "steps": state.global_step, "training_seconds": seconds,
         "loss": sum(float(r["loss"]) for r in last) / len(last),
         "preference_accuracy": sum(float(r["rewards/accuracies"]) for r in last) / len(last),
     }  # fmt: skip
-    return trainer.model, figures
 
 
 def publish(trained: Path, card: PolicyCard, root: Path) -> None:

@@ -121,26 +121,7 @@ def winrate(
     judges = judges_of(prompts)
     asked = _asked(directory, setting, arms, prompts)
     _claim(root, asked, resume)
-    answers: dict[str, list[Answer]] = {}
-    speed: dict[str, float] = {}
-    opened: tuple[str | None, Policy] = (None, policy)
-    for number, arm in enumerate(arms):
-        file = root / "responses" / f"{number:02d}.jsonl"
-        if not file.is_file():
-            if arm.policy != opened[0]:
-                opened = (arm.policy, load_policy(arm.policy or directory, setting.device)[0])
-            found, rate = _answer(opened[1], arm, prompts, setting, on_progress)
-            head = {"arm": arm.name, "tokens_per_second": rate}
-            lines = [
-                json.dumps(head),
-                *(json.dumps(a._asdict(), ensure_ascii=False) for a in found),
-            ]
-            write_atomically(file, ("\n".join(lines) + "\n").encode())
-        head, *rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        answers[arm.name], speed[arm.name] = (
-            [Answer(**row) for row in rows],
-            head["tokens_per_second"],
-        )
+    answers, speed = _answers(directory, root, policy, arms, prompts, setting, on_progress)
     for name, rows in answers.items():
         if len(rows) != len(prompts) or len(set(groups.values())) != 1:
             raise RunError(
@@ -171,6 +152,34 @@ def winrate(
     results["seconds"] = time.perf_counter() - began
     write_atomically(root / "winrate.json", plain_json(results))
     return results
+
+
+def _answers(
+    directory: str, root: Path, policy: Policy, arms: Sequence[Arm], prompts: Sequence[Prompt],
+    setting: Setting, on_progress: OnProgress | None,
+) -> tuple[dict[str, list[Answer]], dict[str, float]]:  # fmt: skip
+    """Every arm's answers, and its tokens per second; those that are in files already are read."""
+    answers: dict[str, list[Answer]] = {}
+    speed: dict[str, float] = {}
+    opened: tuple[str | None, Policy] = (None, policy)
+    for number, arm in enumerate(arms):
+        file = root / "responses" / f"{number:02d}.jsonl"
+        if not file.is_file():
+            if arm.policy != opened[0]:
+                opened = (arm.policy, load_policy(arm.policy or directory, setting.device)[0])
+            found, rate = _answer(opened[1], arm, prompts, setting, on_progress)
+            head = {"arm": arm.name, "tokens_per_second": rate}
+            lines = [
+                json.dumps(head),
+                *(json.dumps(a._asdict(), ensure_ascii=False) for a in found),
+            ]
+            write_atomically(file, ("\n".join(lines) + "\n").encode())
+        head, *rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        answers[arm.name], speed[arm.name] = (
+            [Answer(**row) for row in rows],
+            head["tokens_per_second"],
+        )
+    return answers, speed
 
 
 def arms_of(card: PolicyCard, setting: Setting) -> list[Arm]:

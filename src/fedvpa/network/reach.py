@@ -1,0 +1,331 @@
+"""Reaching clients across a network: who is there, asking them, and asking again."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedvpa.config import Config
+from fedvpa.errors import BadInputError, RunError
+from fedvpa.features.whitening import Whitener
+from fedvpa.federated.exchanges import Layout
+from fedvpa.federated.messages import Contract
+from fedvpa.network.checks import expected, sensible
+from fedvpa.network.records import opened
+from fedvpa.network.settings import ServerSettings
+from fedvpa.network.wire import NOT_READY, UNGREETED, Packet, WireError, pack, unflatten
+from fedvpa.types import Params
+
+logger = logging.getLogger("fedvpa")
+
+
+MOST_WIDTH = 1 << 16
+REFUSED_SECONDS = 30.0
+"""A node that was refused may try again after so long: what was wrong with it may have been put
+right."""
+
+
+class CohortError(RunError):
+    """Too few clients are connected, or answered in time."""
+
+
+@runtime_checkable
+class Transport(Protocol):
+    """Carries blobs to nodes and back."""
+
+    def nodes(self) -> list[int]:
+        """Nodes that are connected."""
+        ...
+
+    def ask(self, blobs: Mapping[int, bytes], enough: int) -> dict[int, bytes | str]:
+        """Replies by node: a blob, or why there is none. Waits for all; once `enough` are there,
+        for a grace period more."""
+        ...
+
+    def ask_sum(
+        self, blobs: Mapping[int, bytes], size: int, least: int
+    ) -> tuple[list[int], Float[Tensor, "n"]]:
+        """Who took part, and the secure sum of the flat vectors that they answered with; none is
+        opened over fewer than `least` clients."""
+        ...
+
+
+@dataclass
+class Reach:
+    """The clients of a roster, reached over a transport. A client is known by its place in the
+    roster."""
+
+    settings: ServerSettings
+    config: Config
+    transport: Transport
+    run: str
+    contract: Contract
+    columns: int = 0
+    whitener: Whitener | None = None
+    _place: dict[int, int] = field(default_factory=dict)
+    _again: dict[int, float] = field(default_factory=dict)
+    bound: dict[str, int] = field(default_factory=dict)
+    signature: str = ""
+    width: int = 0
+    traffic: dict[str, int] = field(default_factory=lambda: {"down": 0, "up": 0})
+
+    def __len__(self) -> int:
+        return len(self.settings.clients)
+
+    def online(self) -> list[int]:
+        """Places of the clients that are connected and have been greeted, in ascending order."""
+        nodes = self.transport.nodes()
+        now = time.monotonic()
+        fresh = [n for n in nodes if n not in self._place and now >= self._again.get(n, 0.0)]
+        if fresh:
+            self._greet(fresh)
+        return sorted({self._place[n] for n in nodes if n in self._place})
+
+    def wait(self, patience: float) -> list[int]:
+        """Wait until enough clients are connected.
+
+        Raises:
+            CohortError: they were not within `patience` seconds.
+        """
+        wanted = self.settings.min_clients or len(self)
+        end = time.monotonic() + patience
+        said = -1
+        while len(found := self.online()) < wanted:
+            if len(found) != said:
+                said = len(found)
+                logger.info(
+                    "%d of %d clients are connected; waiting for %d", said, len(self), wanted
+                )
+            if time.monotonic() > end:
+                missing = [name for i, name in enumerate(self.settings.clients) if i not in found]
+                raise CohortError(
+                    f"{len(found)} clients are connected after {patience:.0f} s, {wanted} are"
+                    " needed; missing: " + ", ".join(missing[:5])
+                )
+            time.sleep(0.5)
+        return found
+
+    def _greet(self, nodes: Sequence[int]) -> None:
+        """Tell new nodes the settings; learn who they are; hand out the whitening to those that
+        lack it."""
+        header = {
+            "kind": "hello", "run": self.run, "config": self.config.model_dump(mode="json"),
+            "clients": list(self.settings.clients), "columns": self.columns,
+        }  # fmt: skip
+        blob = pack(Packet(header, {}))
+        lacking = []
+        for node, reply in self._ask(dict.fromkeys(nodes, blob)).items():
+            try:
+                packet = opened(reply)
+                place = self._admitted(node, packet.header)
+            except WireError as error:
+                waits = NOT_READY in str(error)
+                self._again[node] = time.monotonic() + (1.0 if waits else REFUSED_SECONDS)
+                logger.warning(
+                    "node %d %s: %s", node, "is waited for" if waits else "is refused", error
+                )
+                continue
+            self._place[node] = place
+            logger.info("client '%s' is connected", self.settings.clients[place])
+            lacking.append(node)
+        if self.whitener is not None and lacking:
+            self._hand_out(lacking)
+
+    def _admitted(self, node: int, header: dict[str, Any]) -> int:
+        name = str(header.get("name"))
+        if name not in self.settings.clients:
+            raise WireError(
+                f"calls itself '{name}', which is not one of the clients in server.yaml"
+            )
+        place = self.settings.clients.index(name)
+        if self.bound and self.bound.get(name) != node:
+            raise WireError(
+                f"calls itself '{name}', but its key is not the one that '{name}' was registered"
+                " with"
+            )
+        holders = [n for n, p in self._place.items() if p == place and n != node]
+        if any(n in self.transport.nodes() for n in holders):
+            raise WireError(
+                f"calls itself '{name}', but a client of that name is connected already"
+            )
+        for n in holders:
+            del self._place[n]
+        signature = str(header.get("signature"))
+        if self.signature and signature != self.signature:
+            raise WireError(
+                f"client '{name}' reads its features from another backbone, or from other weights"
+                " of it"
+            )
+        width = header.get("width")
+        if (
+            not isinstance(width, int)
+            or not 0 < width <= MOST_WIDTH
+            or (self.width and width != self.width)
+        ):
+            raise WireError(
+                f"client '{name}' has features of width {width!r}"
+                + (f", not {self.width}" if self.width else "")
+            )
+        self.signature, self.width = signature, width
+        return place
+
+    def hand_out(self, whitener: Whitener) -> Whitener:
+        """Send a whitening to everybody who is connected, and from now on to everybody who
+        connects."""
+        self.whitener = whitener
+        self._hand_out([n for n in self.transport.nodes() if n in self._place])
+        return whitener
+
+    def _hand_out(self, nodes: Sequence[int]) -> None:
+        assert self.whitener is not None
+        tensors = {"centre": self.whitener.centre, "projection": self.whitener.projection}
+        blob = pack(Packet({"kind": "prepare"}, tensors))
+        for node, reply in self._ask(dict.fromkeys(nodes, blob)).items():
+            try:
+                opened(reply)
+            except WireError as error:
+                logger.warning(
+                    "client '%s' could not be prepared: %s",
+                    self.settings.clients[self._place.pop(node)],
+                    error,
+                )
+
+    def _sum(self, kind: str, header: dict[str, Any], tensors: Params, shapes: Layout) -> Params:
+        if self.settings.secure:
+            return self._secure_sum(kind, header, tensors, shapes)[1]
+        found = self._everybody(kind, header, tensors, shapes)
+        return {name: torch.stack([t[name] for _, t in found]).sum(0) for name in shapes}
+
+    def _secure_sum(
+        self, kind: str, header: dict[str, Any], tensors: Params, shapes: Layout,
+        places: Sequence[int] | None = None,
+        taken: list[int] | None = None,
+    ) -> tuple[int, Params]:  # fmt: skip
+        """How many took part, and the sum of what they answered; nobody's own answer is seen.
+
+        Raises:
+            CohortError: no sum could be opened in all attempts.
+        """
+        size = sum(math.prod(shape) for shape, _ in shapes.values())
+        for _ in range(self.settings.attempts):
+            online = set(self.wait(self.settings.timeout))
+            node_of = {place: node for node, place in self._place.items()}
+            chosen = [p for p in (self.online() if places is None else places) if p in online]
+            blob = pack(Packet({"kind": kind, "secure": True, **header}, tensors))
+            try:
+                nodes, vector = self.transport.ask_sum(
+                    {node_of[p]: blob for p in chosen}, size, self.settings.min_replies
+                )
+            except RunError as error:  # nothing was opened
+                logger.warning("%s: %s; asking again", kind, error)
+                self._forget([node_of[p] for p in chosen])
+                continue
+            self._forget([node_of[p] for p in chosen if node_of[p] not in nodes])
+            self.traffic["down"] += len(blob) * len(chosen)
+            self.traffic["up"] += 8 * (size + 1) * len(nodes)  # masked numbers travel as int64
+            if taken is not None:
+                taken[:] = sorted(p for p in chosen if node_of[p] in nodes)
+            found = unflatten(kind, vector, shapes)
+            return len(nodes), expected(found, shapes, "the sum over all")
+        raise CohortError(
+            f"'{kind}': no secure sum in {self.settings.attempts} attempts; nothing of this round"
+            " was used"
+        )
+
+    def _everybody(
+        self, kind: str, header: dict[str, Any], tensors: Params, shapes: Layout
+    ) -> list[tuple[int, Params]]:
+        """Ask everybody who is connected; their tensors, checked."""
+        clients = self.settings.clients
+
+        def check(place: int, packet: Packet) -> Packet:
+            found = expected(packet.tensors, shapes, clients[place])
+            sensible(kind, found, clients[place])
+            return Packet(packet.header, found)
+
+        found = self._answers(kind, header, self.online(), tensors, check=check)
+        return [(place, packet.tensors) for place, packet in found]
+
+    def _answers(
+        self, kind: str, header: dict[str, Any], places: Sequence[int],
+        tensors: Params | None = None,
+        own: Mapping[int, Params] | None = None, check: Any = None,
+    ) -> list[tuple[int, Packet]]:  # fmt: skip
+        """Usable answers by place, in ascending order; asks again those who failed while there are
+        too few.
+
+        Raises:
+            CohortError: too few after all attempts; nobody's answer has been used.
+        """
+        shared = tensors or {}
+        usable: dict[int, Packet] = {}
+        wanted = min(self.settings.min_replies or len(places), len(places))
+        for attempt in range(self.settings.attempts):
+            if attempt:
+                logger.warning(
+                    "%s: %d of %d replies that are needed; asking again", kind, len(usable), wanted
+                )
+                self.wait(self.settings.timeout)
+            self.online()
+            node_of = {place: node for node, place in self._place.items()}
+            asked = {node_of[p]: p for p in places if p not in usable and p in node_of}
+            blobs = {
+                node: pack(Packet({"kind": kind, **header}, shared | (own or {}).get(place, {})))
+                for node, place in asked.items()
+            }
+            for node, reply in self._ask(blobs, max(1, wanted - len(usable))).items():
+                place = asked[node]
+                try:
+                    packet = opened(reply)
+                    usable[place] = packet if check is None else check(place, packet)
+                except WireError as error:
+                    logger.warning(
+                        "%s: the reply of '%s' does not count: %s",
+                        kind,
+                        self.settings.clients[place],
+                        error,
+                    )
+                    if UNGREETED in str(error):
+                        self._place.pop(node, None)
+            if len(usable) >= wanted and usable:
+                return sorted(usable.items())
+        missing = [self.settings.clients[p] for p in places if p not in usable]
+        raise CohortError(
+            f"'{kind}': {len(usable)} usable replies after {self.settings.attempts} attempts,"
+            f" {wanted} are needed; missing: {', '.join(missing[:5])}; nothing of this round was"
+            " used, and the run can be resumed"
+        )
+
+    def _forget(self, nodes: Sequence[int]) -> None:
+        """Greet these again before they are asked the next time: they may have been restarted."""
+        for node in nodes:
+            self._place.pop(node, None)
+
+    def _ask(self, blobs: Mapping[int, bytes], enough: int | None = None) -> dict[int, bytes | str]:
+        if not blobs:
+            return {}
+        found = self.transport.ask(blobs, len(blobs) if enough is None else enough)
+        self.traffic["down"] += sum(len(blob) for blob in blobs.values())
+        self.traffic["up"] += sum(
+            len(reply) for reply in found.values() if isinstance(reply, bytes)
+        )
+        return found
+
+    def check_backbone(self, signature: str) -> None:
+        """Refuse to go on with clients of another backbone than the run was begun with.
+
+        Raises:
+            BadInputError: they are.
+        """
+        if signature and self.signature and signature != self.signature:
+            raise BadInputError(
+                "the clients' features come from another backbone than when this run was begun"
+            )
