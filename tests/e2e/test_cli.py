@@ -233,8 +233,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 from fedvpa.cli.main import main
 sys.exit(main())
 """
-"""A terminal's foreground process: whoever runs the tests in the background ignores SIGINT, which is
-inherited."""
+"""As a terminal starts it: tests that run in the background ignore SIGINT, which is inherited."""
 
 
 @pytest.mark.slow
