@@ -4,6 +4,7 @@ feature space."""
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# before anything is imported that reads it: names that are no folder are not looked for on the Hub
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import torch
 
 from fedvpa.federated.batch import ClientStore, build_store
@@ -44,7 +49,6 @@ WORDS = [
 def _quiet_machine(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("FEDVPA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 

@@ -110,6 +110,7 @@ def test_an_interrupted_alignment_goes_on_to_the_same_policy(
     assert "other settings" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_alignment_that_was_killed_goes_on_to_the_same_policy(
     aligned: tuple[Path, Path, Path], tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -344,6 +345,7 @@ def test_what_cannot_be_aligned_is_refused(
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_win_rates_are_judged_without_the_selector(
     aligned: tuple[Path, Path, Path],
     tiny_model: Path,

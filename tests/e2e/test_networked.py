@@ -411,6 +411,7 @@ def test_secure_sums_give_the_same_and_the_server_sees_no_single_reply(
     assert all(not reply.tensors for reply in loop.sent)  # in the clear: greetings and thanks alone
 
 
+@pytest.mark.slow
 def test_a_federation_of_private_clients_sends_no_loss(
     make: Callable[..., tuple[Path, Loop]], pair_file: Path
 ) -> None:

@@ -208,5 +208,6 @@ def _choices(name: str, annotation: Any) -> list[str]:
 
 
 def _help(info: FieldInfo, default: Any) -> str:
-    shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default or "")
+    shown = str(default).lower() if isinstance(default, bool | int | float) else shown
     return f"{info.description or ''} (default: {shown or 'none'})".replace("%", "%%").strip()

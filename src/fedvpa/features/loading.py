@@ -78,7 +78,9 @@ def load_causal_model(name: str, dtype: torch.dtype | None, device: str) -> Load
 
 def _load(kind: Any, name: str, dtype: torch.dtype, device: str) -> LoadedModel:
     from transformers import AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()  # ours says what is being done
     label, location = _locate(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(location)
