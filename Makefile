@@ -1,8 +1,9 @@
 # Everything runs in .venv, made from the lock file; only Python >= 3.11 and make are needed.
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/pytest -n 2 --dist worksteal
 
-.PHONY: env demo test lint bench clean
+.PHONY: env demo test test-slow soak lint docs notebook wheel bench clean
 
 env: .venv/.made
 
@@ -16,10 +17,19 @@ env: .venv/.made
 demo: env
 	rm -rf runs/demo
 	$(BIN)/fedvpa compare --methods fedvpa-gp,fedavg-btl --seeds 0 --data personas --clients 40 \
-	  --data.personas.pairs 10 --layer 10 --rounds 40 --unseen-clients 10 --context 8 --out runs/demo
+	  --pairs 10 --layer 10 --rounds 40 --unseen-clients 10 --context 8 --out runs/demo
 
+# the tests for every change: laws, numbers, pages, doctests (minutes)
 test: env
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(PYTEST) -m "not slow and not soak" --doctest-modules tests src
+
+# what starts processes, language models, or federations
+test-slow: env
+	$(PYTEST) -m "slow and not soak" tests
+
+# kills, fuzzing and load, as long as it takes; the result goes to results/soak.json
+soak: env
+	$(BIN)/python tools/soak.py
 
 lint: env
 	$(BIN)/ruff check .
@@ -27,8 +37,19 @@ lint: env
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# the documentation's site in build/site; broken links and missing references fail
+docs: env
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# the first hour, executed anew (its outputs are kept in the file)
+notebook: env
+	$(BIN)/python tools/run_notebook.py examples/first_hour.ipynb
+
+wheel: env
+	$(BIN)/python -m build --wheel --no-isolation
+
 bench: env
 	$(BIN)/python -m benchmarks.simulation --quick
 
 clean:
-	rm -rf .venv runs build
+	rm -rf .venv runs build dist

@@ -18,9 +18,14 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+from hypothesis import settings as hypothesis_settings
 
 from fedvpa.federated.batch import ClientStore, build_store
 from fedvpa.federated.random import stream
+
+hypothesis_settings.register_profile("quick", max_examples=50)
+hypothesis_settings.register_profile("soak", max_examples=5000)
+hypothesis_settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"

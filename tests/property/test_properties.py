@@ -97,7 +97,7 @@ def test_a_thousand_broken_files_are_refused_or_read_and_never_crash(tmp_path: P
     assert refused > 500
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None)
 @given(
     st.integers(2, 60),
     st.integers(1, 8),
@@ -120,7 +120,7 @@ def test_partitions_lose_and_repeat_nothing(count: int, clients: int, kind: str,
     assert parts == Partitioner(clients, kind)(pairs, seed)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None)
 @given(
     st.lists(st.integers(1, 9), min_size=1, max_size=4),
     st.integers(0, 10),
