@@ -4,6 +4,7 @@ feature space."""
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -55,6 +56,8 @@ def _quiet_machine(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     monkeypatch.setenv("FEDVPA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    # a command that is run in this process sets the level of our log for good
+    monkeypatch.setattr(logging.getLogger("fedvpa"), "level", logging.NOTSET)
 
 
 @pytest.fixture(autouse=True, scope="session")
