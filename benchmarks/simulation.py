@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(model: str, engine: str, clients: int, rounds: int) -> tuple[float | None, float]:
-    """Run one engine in a fresh process: median seconds a round, and peak memory in GiB."""
+    """Run one engine in a fresh process: median seconds per round, and peak memory in GiB."""
     command = [
         sys.executable,
         "-m",

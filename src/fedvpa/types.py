@@ -63,7 +63,7 @@ class ServerState:
     """Everything the federation knows between rounds; tensors only, so that a checkpoint is
     complete.
 
-    `optimiser` holds the server optimiser's moments, `clients` tables with one row a client
+    `optimiser` holds the server optimiser's moments, `clients` tables with one row per client
     (posterior means and log-variances, the round they were seen, labels, private prior logits,
     cluster assignments, personal parameters), `population` the fitted components (empty until there
     are any), `components` what is known of those of a prior that is fitted from sums.

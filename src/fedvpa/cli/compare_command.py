@@ -43,7 +43,7 @@ def run_compare(arguments: argparse.Namespace, reporter: Reporter) -> int:
                 "no context",
                 "other group's z",
                 f"minus {table['reference']}, unseen",
-                "s a run",
+                "s per run",
             ],
             rows,
         )

@@ -29,7 +29,7 @@ def run_plan(arguments: argparse.Namespace, reporter: Reporter) -> int:
     marks = sorted({1, *(max(1, rounds * k // 5) for k in range(1, 6))})
     path = [{"round": r, "epsilon": planned.epsilon(r, fits)} for r in marks]
     reporter.table(
-        f"{config.data.clients} clients, {planned.expected:g} a round on average,"
+        f"{config.data.clients} clients, {planned.expected:g} per round on average,"
         f" {fits * planned.fit_releases} sums for fits",
         ["after round", "epsilon"],
         [(str(row["round"]), f"{row['epsilon']:.2f}") for row in path],

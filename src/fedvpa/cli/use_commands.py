@@ -36,7 +36,7 @@ def run_personalize(arguments: argparse.Namespace, reporter: Reporter) -> int:
         else ""
     )
     reporter.say(
-        f"surprise, each by the others: {user.surprise:.2f} nats a pair (a coin: 0.69){hint}"
+        f"surprise, each by the others: {user.surprise:.2f} nats per pair (a coin: 0.69){hint}"
     )
     emit_json(arguments.json or "-", user.to_json())
     return 0
@@ -61,7 +61,7 @@ def run_score(arguments: argparse.Namespace, reporter: Reporter) -> int:
 
 
 def read_responses(path: Path) -> list[Item]:
-    """Responses to score, one JSON object a line.
+    """Responses to score, one JSON object per line.
 
     Raises:
         BadInputError: with file, line and reason.

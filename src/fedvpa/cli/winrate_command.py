@@ -82,7 +82,7 @@ def _show(results: dict[str, Any], reporter: Reporter) -> None:
                 f"{group} {show(value)}" for group, value in found["accuracy"].items()
             )
             reporter.say(f"accuracy of that judge on prompts it was not trained on: {shown}")
-    columns = ["", "words", "at limit", "distinct-2", "repetition-4", "KL a token", "perplexity"]
+    columns = ["", "words", "at limit", "distinct-2", "repetition-4", "KL per token", "perplexity"]
     rows = [
         [name, f"{t['words']['mean']:.0f}", f"{t['at_limit']:.0%}",
         f"{t['distinct_2']['mean']:.2f}",

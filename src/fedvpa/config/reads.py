@@ -1,4 +1,4 @@
-"""Which settings a run reads: those of its method, and those of every part that is chosen.
+"""Which settings per run reads: those of its method, and those of every part that is chosen.
 
 A choice is a setting whose value decides what else is read. "Set but would not be read", the flags
 that a command's help shows, and the settings that several methods share all follow from here.

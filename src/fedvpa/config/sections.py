@@ -49,12 +49,10 @@ class Section(BaseModel):
 class PersonasConfig(Section):
     """The built-in generator, used when `data.source` is ``personas``."""
 
-    groups: Annotated[int, Field(ge=1, le=10)] = Field(
-        2, description="number of preference groups M"
-    )
-    pairs: Annotated[int, Field(ge=2)] = Field(30, description="comparisons a user")
+    groups: Annotated[int, Field(ge=1, le=10)] = Field(2, description="number of preference groups")
+    pairs: Annotated[int, Field(ge=2)] = Field(30, description="comparisons per user")
     noise: Annotated[float, Field(ge=0, lt=0.5)] = Field(
-        0.05, description="share of labels flipped"
+        0.05, description="share of labels that are flipped at random"
     )
     spread: NonNegative = Field(
         0.2, description="how far users scatter around their group's preference vector"
@@ -65,9 +63,12 @@ class DataConfig(Section):
     """Which comparisons are read, and how they are divided among clients."""
 
     source: str = Field(
-        "personas", description="file, folder, Hub dataset, or the built-in 'personas'"
+        "personas",
+        description="comparisons: a file, a folder, a Hub dataset, or the built-in 'personas'",
     )
-    split: str | None = Field(None, description="only files called SPLIT.* (a Hub dataset's split)")
+    split: str | None = Field(
+        None, description="read only files called SPLIT.* (a Hub dataset: its split)"
+    )
     on_bad_record: Literal["few", "error", "skip"] = Field(
         "few",
         description=(
@@ -83,10 +84,10 @@ class DataConfig(Section):
         None, description="shares of clients per group (sorted names), as 70:30"
     )
     dirichlet_alpha: Annotated[float, Field(gt=0)] = Field(
-        0.5, description="concentration, with partition=dirichlet"
+        0.5, description="concentration of the Dirichlet distribution, with partition=dirichlet"
     )
     mixing: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.2, description="share of foreign pairs, with partition=mixed"
+        0.2, description="share of another group's pairs per client, with partition=mixed"
     )
     protocol: Literal["natural", "mirrored"] = Field(
         "natural",
@@ -95,14 +96,16 @@ class DataConfig(Section):
         ),
     )
     corrupted: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="share of training clients with spoilt labels"
+        0.0, description="share of training clients whose labels are corrupted"
     )
-    corruption: Literal["random", "reversed"] = Field("random", description="how they are spoilt")
+    corruption: Literal["random", "reversed"] = Field(
+        "random", description="kind of corruption: labels at random, or every label reversed"
+    )
     max_pairs: Annotated[int, Field(ge=0)] = Field(
-        0, description="at most this many pairs a client (0: all)"
+        0, description="largest number of pairs per client (0: no limit)"
     )
     validation_share: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.1, description="of each client's pairs, held out"
+        0.1, description="share of each client's pairs that is held out for validation"
     )
     public: str | None = Field(
         None,
@@ -133,14 +136,14 @@ class FeaturesConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 where it is native"
     )
-    device: str = Field("cpu", description="torch device that runs the backbone")
+    device: str = Field("cpu", description="torch device of the backbone")
 
 
 class ModelConfig(Section):
     """The variational selector (M1, M2)."""
 
-    inputs: Positive = Field(32, description="whitened dimensions of the features")
-    latent: Positive = Field(16, description="dimensions d of z")
+    inputs: Positive = Field(32, description="dimensions p of the whitened features")
+    latent: Positive = Field(16, description="dimensions d of the latent preference z")
     encoder_hidden: tuple[Positive, ...] = Field(
         (), description="widths of the encoder's hidden tanh layers (none: linear)"
     )
@@ -148,16 +151,16 @@ class ModelConfig(Section):
         True, description="swap guidance by construction: reversed labels reverse the mean"
     )
     pooling: Literal["mean", "attention", "poe"] = Field(
-        "mean", description="how a context's pairs are pooled"
+        "mean", description="how the pairs of a context are pooled into one posterior"
     )
     shrinkage: NonNegative = Field(
-        4.0, description="with pooling=mean: as many pairs' worth of pull towards z = 0"
+        4.0, description="with pooling=mean: the mean over n pairs is scaled by n / (n + shrinkage)"
     )
-    conditioning: HeadName = Field("bilinear", description="reward head: how z steers r")
+    conditioning: HeadName = Field("bilinear", description="reward head: how z steers the reward")
     rank: Annotated[int, Field(ge=0)] = Field(0, description="rank of the bilinear form (0: full)")
     reward_hidden: Positive = Field(64, description="hidden units of an MLP reward")
     decoder_scale: Annotated[float, Field(gt=0)] = Field(
-        0.15, description="initial scale of z's effect on the reward"
+        0.15, description="initial scale of the effect of z on the reward"
     )
 
 
@@ -172,21 +175,27 @@ class PriorConfig(Section):
         ),
     )
     weights: Literal["gumbel", "uniform", "sample-size"] = Field(
-        "gumbel", description="weights of the mixture (M4)"
+        "gumbel",
+        description="weights of the components (M4): learned, equal, or by number of pairs",
     )
     temperature: Annotated[float, Field(gt=0)] = Field(
         1.0, description="Gumbel-Softmax temperature"
     )
     estimator: Literal["monte-carlo", "hershey-olsen"] = Field(
-        "monte-carlo", description="KL to the mixture (M5)"
+        "monte-carlo", description="estimator of the KL divergence to the mixture (M5)"
     )
-    exclude_self: bool = Field(True, description="leave a client's own posterior out of its prior")
+    exclude_self: bool = Field(
+        True, description="leave a client's own posterior out of its mixture prior"
+    )
     max_components: Annotated[int, Field(ge=1)] = Field(
-        128, description="at most this many peers in the mixture"
+        128, description="largest number of peers in the mixture"
     )
-    start_round: Annotated[int, Field(ge=0)] = Field(0, description="N(0, I) before this round")
+    start_round: Annotated[int, Field(ge=0)] = Field(
+        0, description="first round with the mixture; N(0, I) before"
+    )
     members: Literal["known", "last-round"] = Field(
-        "known", description="peers: all that were ever seen, or the last cohort"
+        "known",
+        description="peers in the mixture: all clients that ever took part, or the last cohort",
     )
 
 
@@ -218,59 +227,73 @@ class PrototypesConfig(Section):
 class ObjectiveConfig(Section):
     """Weights of the local objective (M7)."""
 
-    kl_weight: NonNegative = Field(0.002, description="beta")
+    kl_weight: NonNegative = Field(0.002, description="weight beta of the KL divergence")
     kl_schedule: Literal["constant", "linear", "cyclical"] = Field(
-        "constant", description="warm-up of beta"
+        "constant", description="schedule of beta over rounds"
     )
-    kl_warmup_rounds: Positive = Field(10, description="length of the warm-up, or of one cycle")
-    free_bits: NonNegative = Field(0.0, description="nats per latent dimension that cost nothing")
-    pull_weight: NonNegative = Field(1.0, description="lambda")
-    orthonormal_weight: NonNegative = Field(0.1, description="gamma")
+    kl_warmup_rounds: Positive = Field(
+        10, description="rounds of the warm-up of beta, or of one cycle"
+    )
+    free_bits: NonNegative = Field(
+        0.0, description="KL divergence per latent dimension, in nats, that costs nothing"
+    )
+    pull_weight: NonNegative = Field(
+        1.0, description="weight lambda of the pull towards prototypes"
+    )
+    orthonormal_weight: NonNegative = Field(
+        0.1, description="weight gamma of the orthonormality of prototypes"
+    )
     reward_decay: NonNegative = Field(
-        0.0, description="L2 penalty on the bilinear reward's direction under z"
+        0.0, description="L2 penalty on the direction of the reward under z"
     )
-    samples: Positive = Field(1, description="latent samples a step")
+    samples: Positive = Field(1, description="samples of z per local step")
 
 
 class FederationConfig(Section):
     """Rounds, cohorts, local training and aggregation (M8)."""
 
     rounds: Positive = Field(50, description="communication rounds")
-    cohort: Annotated[int, Field(ge=0)] = Field(40, description="clients a round (0: all)")
-    local_steps: Positive = Field(30, description="steps a client and round")
+    cohort: Annotated[int, Field(ge=0)] = Field(40, description="clients per round (0: all)")
+    local_steps: Positive = Field(30, description="local optimiser steps per client per round")
     batch_size: Annotated[int, Field(ge=0)] = Field(
-        0, description="pairs a step (0: all of the client's)"
+        0, description="pairs per local step (0: all pairs of the client)"
     )
     context_share: Share = Field(
-        0.7, description="of a step's pairs, read as context; the rest are targets"
+        0.7, description="share of a step's pairs that is context; the other pairs are targets"
     )
     protocol: Literal["disjoint", "single-pair"] = Field(
-        "disjoint", description="single-pair LEAKS: z is inferred from the very pair that is scored"
-    )
-    optimiser: Literal["adam", "sgd"] = Field("adam", description="the clients' optimiser")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(
-        0.003, description="the clients' step size"
-    )
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="with optimiser=sgd")
-    weight_decay: NonNegative = Field(0.0, description="L2 penalty in the clients' optimiser")
-    aggregation: Literal["uniform", "samples"] = Field("uniform", description="weights of FedAvg")
-    aggregator: AggregatorName = Field(
-        "mean",
+        "disjoint",
         description=(
-            "how clients' updates are brought together; all but mean withstand some attackers"
+            "disjoint: context and targets share no pair; single-pair LEAKS: z is inferred from the"
+            " scored pair"
         ),
     )
+    optimiser: Literal["adam", "sgd"] = Field("adam", description="optimiser of the local steps")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        0.003, description="learning rate of the local steps"
+    )
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="momentum of the local steps, with optimiser=sgd"
+    )
+    weight_decay: NonNegative = Field(0.0, description="weight decay of the local steps")
+    aggregation: Literal["uniform", "samples"] = Field(
+        "uniform", description="weights of clients in the mean: equal, or by number of pairs"
+    )
+    aggregator: AggregatorName = Field(
+        "mean",
+        description=("how the clients' updates become one; all but mean withstand some attackers"),
+    )
     trim: Annotated[float, Field(gt=0, lt=0.5)] = Field(
-        0.2, description="share of attackers that these withstand"
+        0.2, description="share of attackers that trimmed-mean and krum withstand"
     )
     max_norm: NonNegative = Field(
-        0.0, description="longer updates are shortened to this L2 norm (0: they are not)"
+        0.0, description="L2 norm that updates are clipped to (0: no clipping)"
     )
     server_optimiser: Literal["average", "momentum", "adam"] = Field(
         "average", description="FedAvg, FedAvgM, FedAdam"
     )
     server_learning_rate: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="the server's step size"
+        1.0, description="learning rate of the server optimiser"
     )
     posterior_from: Literal["broadcast", "local"] = Field(
         "broadcast",
@@ -286,13 +309,13 @@ class FederationConfig(Section):
         10, description="fedavg-btl+finetune: local steps on a user's context"
     )
     backend: Literal["vectorised", "sequential"] = Field(
-        "vectorised", description="sequential: readable, names faults"
+        "vectorised", description="sequential: one client after the other, checked after every step"
     )
     chunk: Annotated[int, Field(ge=0)] = Field(
-        0, description="clients trained side by side (0: what fits the cache)"
+        0, description="clients trained side by side (0: as many as fit the processor cache)"
     )
     workers: Annotated[int, Field(ge=0)] = Field(
-        0, description="threads, one chunk each (0: one a core)"
+        0, description="threads, each with a chunk of clients (0: one per core)"
     )
     checkpoint_every: Positive = Field(5, description="rounds between checkpoints")
     validate_every: Positive = Field(5, description="rounds between validations")
@@ -317,26 +340,27 @@ class PrivacyConfig(Section):
     """Client-level differential privacy of all that the server releases."""
 
     enabled: bool = Field(
-        False, description="clip what a client contributes, noise the sums, account for epsilon"
+        False,
+        description="clip every client's contribution, add noise to the sums, account for epsilon",
     )
     noise: NonNegative = Field(
-        1.0, description="of a round, in multiples of the bounds; see `fedvpa privacy plan`"
+        1.0, description="noise multiplier of a round, over the bounds; see `fedvpa privacy plan`"
     )
     clip: Annotated[float, Field(gt=0)] = Field(1.0, description="L2 bound of a client's update")
     fit_noise: NonNegative = Field(
-        40.0, description="of every sum from which components are fitted"
+        40.0, description="noise multiplier of every sum from which components are fitted"
     )
     latent_clip: Annotated[float, Field(gt=0)] = Field(
-        2.0, description="L2 bound of a client's latent mean, in these sums"
+        2.0, description="L2 bound of a client's posterior mean, in these sums"
     )
     variance_clip: Annotated[float, Field(gt=0)] = Field(
-        4.0, description="L2 bound of its posterior variance, in these sums"
+        4.0, description="L2 bound of a client's posterior variance, in these sums"
     )
     delta: Annotated[float, Field(gt=0, lt=1)] = Field(
-        1e-5, description="delta, well under one over the number of clients"
+        1e-5, description="delta of (epsilon, delta); well under one over the number of clients"
     )
     budget: NonNegative = Field(
-        0.0, description="training stops before epsilon exceeds this (0: it does not)"
+        0.0, description="largest epsilon: training stops before it is exceeded (0: no limit)"
     )
 
 
@@ -346,14 +370,14 @@ MethodName = Annotated[str, AfterValidator(_method_name)]
 class Config(Section):
     """Everything a run depends on."""
 
-    method: MethodName = Field("fedvpa-gp", description="what is trained")
+    method: MethodName = Field("fedvpa-gp", description="method to train")
     preset: Literal["default", "paper"] = Field(
         "default", description="paper: the published configuration"
     )
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="all randomness follows from it")
-    out: str = Field("runs/default", description="directory of the run")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of all randomness")
+    out: str = Field("runs/default", description="folder of the run")
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = Field(
-        "none", description="where curves are logged too"
+        "none", description="where curves are logged as well"
     )
     data: DataConfig = DataConfig()
     features: FeaturesConfig = FeaturesConfig()

@@ -115,7 +115,7 @@ def personas(
     ``train``.
 
     Raises:
-        BadInputError: more comparisons a user than half of all that there are, or more groups than
+        BadInputError: more comparisons per user than half of all there are, or more groups than
             poles.
     """
     names = group_names(settings.groups)
@@ -123,7 +123,7 @@ def personas(
     wanted, most = pairs or settings.pairs, len(bank) * CANDIDATES * (CANDIDATES - 1) // 4
     if wanted > most:
         raise BadInputError(
-            f"personas: at most {most} comparisons a user in '{split}', not {wanted}"
+            f"personas: at most {most} comparisons per user in '{split}', not {wanted}"
         )
     out = []
     for user in users:

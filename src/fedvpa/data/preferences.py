@@ -42,7 +42,9 @@ def parse_record(record: Any, where: str) -> PreferencePair:
     """
     if not isinstance(record, Mapping):
         raise RecordError(
-            where, f"expected a JSON object, found {_kind(record)}", "one object a line, not a list"
+            where,
+            f"expected a JSON object, found {_kind(record)}",
+            "one object per line, not a list",
         )
     for key in ("chosen", "rejected"):
         if key not in record:

@@ -234,7 +234,7 @@ def _decode(raw: bytes, where: str) -> Any:
         )
     except json.JSONDecodeError as error:
         advice = (
-            "a JSON list over several lines? write one object a line"
+            "a JSON list over several lines? write one object per line"
             if raw.strip() == b"["
             else error.msg
         )

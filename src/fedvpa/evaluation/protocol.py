@@ -65,7 +65,7 @@ class Scores:
         return (self.correct / self.count).tolist()
 
     def mean_nll(self) -> list[float]:
-        """Per client, in nats a pair."""
+        """Per client, in nats per pair."""
         return (self.nll / self.count).tolist()
 
     def ece(self) -> float:

@@ -65,8 +65,9 @@ def compare(
     comparisons: Sequence[Comparison], out: Path, jobs: int = 1, on_cell: OnCell | None = None,
     on_features: Progress | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Run all cells and write results.csv, results.md and report.html into `out`; returns a table a
-    setting.
+    """Run all cells and write results.csv, results.md and report.html into `out`.
+
+    Returns a table per setting.
 
     Raises:
         BadInputError: unusable settings or data, or cells of other settings in `out`.
@@ -232,12 +233,12 @@ def _finished(cell: Cell) -> dict[str, Any] | None:
     """Results of a finished cell; None if it has still to run.
 
     Raises:
-        BadInputError: the directory holds a run of other settings.
+        BadInputError: the directory holds per run of other settings.
     """
     paths = RunPaths(Path(cell.config.out))
     if paths.config.is_file() and load_config(paths) != cell.config:
         raise BadInputError(
-            f"{paths.root}: holds a run with other settings; choose another --out, or remove it"
+            f"{paths.root}: holds per run with other settings; choose another --out, or remove it"
         )
     file = paths.root / "eval.json"
     if not file.is_file():

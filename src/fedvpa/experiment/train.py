@@ -66,7 +66,7 @@ def train(
     """Train the configured method and leave a run in `config.out`.
 
     Nothing is written before the data have been read and checked. An interruption at any time
-    leaves a run that `resume=True` continues to the same bits as if it had not been interrupted.
+    leaves per run that `resume=True` continues to the same bits as if it had not been interrupted.
 
     Raises:
         BadInputError: unusable data or settings, or an output directory that is in use.

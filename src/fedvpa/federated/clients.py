@@ -108,7 +108,7 @@ class SimulatedClients:
     def train(
         self, broadcast: Broadcast, cohort: Sequence[int], tables: Params
     ) -> Iterator[tuple[Int[Tensor, "c"], Update]]:
-        """Chunks of the cohort, a chunk to a thread.
+        """Chunks of the cohort, one chunk per thread.
 
         Raises:
             NonFiniteUpdateError: a client's update holds NaN or Inf.

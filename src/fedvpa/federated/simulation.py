@@ -1,5 +1,5 @@
-"""Many clients on one machine: chunks of clients trained side by side, a chunk to a thread; and its
-sequential twin.
+"""Many clients on one machine: chunks of clients trained side by side, one chunk per thread; and
+the sequential twin.
 
 After one step every client has weights of its own, so a large model is limited by memory traffic
 and not by arithmetic, and a small one by the cost of starting operations: chunks are bounded in

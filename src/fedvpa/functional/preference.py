@@ -20,7 +20,7 @@ def choice_log_likelihood(
 def mean_choice_loss(
     margin: Float[Tensor, "*b n"], weight: Float[Tensor, "*#b n"]
 ) -> Float[Tensor, "*b"]:
-    """Negative log-likelihood a pair; 0 where no pair has weight."""
+    """Negative log-likelihood per pair; 0 where no pair has weight."""
     return -choice_log_likelihood(margin, weight) / weight.sum(-1).clamp_min(1)
 
 

@@ -28,9 +28,9 @@ class TrainingConfig(Section):
     epochs: Annotated[int, Field(ge=1)] = Field(
         1, description="passes over the pairs (feddpo: a client's, each time)"
     )
-    batch: Annotated[int, Field(ge=1)] = Field(4, description="pairs a step")
+    batch: Annotated[int, Field(ge=1)] = Field(4, description="pairs per step")
     micro_batch: Annotated[int, Field(ge=1)] = Field(
-        2, description="pairs of a step that are computed at a time (memory)"
+        2, description="pairs of a step that are computed at once (bounds memory)"
     )
     learning_rate: Annotated[float, Field(gt=0)] = Field(
         1e-3, description="of adapter and conditioner"
@@ -99,7 +99,7 @@ class FedDPOConfig(TrainingConfig):
     """Every setting of ``fedvpa feddpo``."""
 
     rounds: Annotated[int, Field(ge=1)] = Field(4, description="rounds of federated averaging")
-    cohort: Annotated[int, Field(ge=1)] = Field(4, description="clients a round, at random")
+    cohort: Annotated[int, Field(ge=1)] = Field(4, description="clients per round, drawn at random")
     pairs: Annotated[int, Field(ge=1)] = Field(
         16, description="pairs of a client that are trained on, at most"
     )
