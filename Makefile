@@ -21,7 +21,7 @@ demo: env
 
 # the tests for every change: laws, numbers, pages, doctests (minutes)
 test: env
-	$(PYTEST) -m "not slow and not soak" --doctest-modules tests src
+	$(PYTEST) -m "not slow and not soak"
 
 # what starts processes, language models, or federations
 test-slow: env

@@ -106,6 +106,12 @@ def evaluate(
 
     Raises:
         BadInputError: no finished run there, or unusable evaluation data.
+
+    Example:
+        >>> import fedvpa
+        >>> found = fedvpa.evaluate(run, test_pairs, clients=2, context=4, progress=False)
+        >>> sorted(found.results["accuracy"]["own"])
+        ['high', 'low', 'mean', 'n']
     """
     root = run.root if isinstance(run, TrainResult) else Path(run)
     source = data

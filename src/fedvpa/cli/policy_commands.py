@@ -110,7 +110,7 @@ def run_chat(arguments: argparse.Namespace, reporter: Reporter) -> int:
 def _switch(
     text: str, card: PolicyCard, z: torch.Tensor | None, history: list[Message]
 ) -> tuple[torch.Tensor | None, list[Message]]:
-    """What a command within a conversation changes."""
+    """Preference and history after a command within a conversation, as ``/prefer NAME``."""
     command, _, value = text.partition(" ")
     if command == "/prefer":
         return card.z(value.strip()), history

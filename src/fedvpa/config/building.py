@@ -17,8 +17,10 @@ from fedvpa.methods import METHODS, PAPER, method
 
 
 def build_config(*layers: Mapping[str, Any]) -> Config:
-    """Merge explicit settings (later wins) over the defaults of their preset and method, and check
-    the result.
+    """Merge explicit settings over the defaults of their preset and method, and check the result.
+
+    Args:
+        layers: nested settings, as ``{"federation": {"rounds": 3}}``; later ones win.
 
     Raises:
         BadInputError: an unknown name, a bad value, or a setting that nothing would read.

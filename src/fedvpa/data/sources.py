@@ -165,15 +165,15 @@ class Elsewhere:
     generates: bool = False
 
     def training(self, seed: int) -> Clients:
-        """Not here."""
+        """Refuse: the training pairs are the clients' own."""
         self._refuse()
 
     def unseen(self, seed: int, context: int, seen: set[str]) -> Clients:
-        """Not here."""
+        """Refuse: evaluation data has to be named."""
         self._refuse()
 
     def held_out(self, seed: int, seen: Sequence[ClientPairs]) -> list[ClientPairs]:
-        """Not here."""
+        """Refuse: evaluation data has to be named."""
         self._refuse()
 
     def _refuse(self) -> NoReturn:

@@ -93,7 +93,7 @@ def _difference(
 
 
 def _figures(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What else a row says, over seeds."""
+    """Further figures of a row: wrong group's z, ARI, ECE, NLL, collapsed runs."""
     swapped = [
         run["seen"]["accuracy"]["other_group"]["mean"]
         for run in runs
@@ -193,7 +193,7 @@ def _groups(
 
 
 def as_csv(results: Sequence[Result]) -> str:
-    """A line a run."""
+    """One CSV line per run."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     few = sorted({int(n) for r in results for n in r.found["few_shot"]})

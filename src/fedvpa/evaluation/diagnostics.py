@@ -1,5 +1,7 @@
-"""What the latent holds: collapse, clusters, use (method.md, *Diagnostics*). True groups are
-read here and nowhere else."""
+"""Diagnostics of the latent preference: collapse, clusters, and whether predictions use it.
+
+True groups are read here and nowhere else.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The honest protocol: z from context pairs, scores on target pairs that are disjoint from them
-(method.md).
+"""The honest protocol: z is inferred from context pairs and scored on disjoint target pairs.
 
 Every user's pairs are divided into a context and targets, in several random ways; a method adapts
 to the context and predicts the targets. Whether the adapted state is used at all is asked by
@@ -48,7 +47,7 @@ class Scores:
 
     @staticmethod
     def empty(users: int) -> Scores:
-        """Nothing scored yet."""
+        """Scores of so many users, before the first trial."""
         return Scores(torch.zeros(users), torch.zeros(users), torch.zeros(users))
 
     def add(self, margin: Float[Tensor, "u m"], mask: Tensor) -> None:
@@ -61,11 +60,11 @@ class Scores:
         self.probability.append(torch.sigmoid(margin)[mask])
 
     def accuracy(self) -> list[float]:
-        """Per client; NaN for one without targets."""
+        """Accuracy per client; NaN for a client without targets."""
         return (self.correct / self.count).tolist()
 
     def mean_nll(self) -> list[float]:
-        """Per client, in nats per pair."""
+        """Negative log-likelihood per client, in nats per pair."""
         return (self.nll / self.count).tolist()
 
     def ece(self) -> float:

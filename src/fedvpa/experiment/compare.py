@@ -50,7 +50,7 @@ class Cell:
 
     @property
     def reads(self) -> tuple[str | None, ...]:
-        """What decides which texts have to be encoded."""
+        """Settings that decide which texts have to be encoded."""
         data = self.config.data
         return (
             data.source,

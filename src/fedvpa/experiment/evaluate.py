@@ -185,7 +185,7 @@ def _subjects(
 def _described(
     run: Run, settings: EvaluationSettings, subjects: _Subjects, names: list[str]
 ) -> dict[str, Any]:
-    """What was evaluated, on what, and how."""
+    """Run, data and protocol of an evaluation, for the report."""
     config, data = run.config, subjects.data
     return {
         "fedvpa": __version__,

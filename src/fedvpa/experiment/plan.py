@@ -52,7 +52,7 @@ class PlannedSetting(Section):
 
 
 class Quick(Section):
-    """What ``--quick`` changes."""
+    """Settings of the short form of a plan, ``--quick``."""
 
     seeds: list[int] | None = None
     train: dict[str, Any] = Field(default_factory=dict)

@@ -47,7 +47,7 @@ OnRound = Callable[[int, int, dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where the run is, and its history."""
+    """A trained run: its folder, settings, history (one row per round) and seconds of training."""
 
     root: Path
     config: Config

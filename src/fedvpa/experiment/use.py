@@ -69,11 +69,14 @@ class PreferenceModel:
     Raises:
         BadInputError: no finished run there, or one of a method without a latent preference.
 
-    Example::
-
-        model = PreferenceModel("runs/hh")
-        me = model.personalize("mine.jsonl")
-        model.score([("Is tea healthy?", "Yes, in moderation.")], me)
+    Example:
+        >>> from fedvpa import PreferenceModel
+        >>> model = PreferenceModel(run)
+        >>> me = model.personalize([{"prompt": "tea is", "chosen": "good", "rejected": "bad"}])
+        >>> me.pairs, me.mean.shape == (model.latent,)
+        (1, True)
+        >>> model.score([("tea is", "very good"), ("tea is", "very bad")], me).shape
+        torch.Size([2])
     """
 
     def __init__(self, run: TrainResult | str | Path) -> None:

@@ -1,4 +1,4 @@
-r"""Frozen backbone: texts to features h(x, y) in R^H (method.md, *Notation*).
+r"""Frozen backbone: texts to features h(x, y) in R^H (docs/equations.md).
 
 A causal model reads each prompt once for all its responses: one row holds the prompt and, behind
 it, every response, and an attention mask lets a response see the prompt and itself alone, at the

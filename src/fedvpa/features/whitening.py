@@ -63,7 +63,7 @@ class Whitener:
         return (features.mean(1) - self.centre) @ self.projection
 
     def to_bytes(self) -> bytes:
-        """As a safetensors file."""
+        """The whitening as the bytes of a safetensors file."""
         return save({"centre": self.centre, "projection": self.projection})
 
     @staticmethod

@@ -286,7 +286,7 @@ class SimulatedClients:
         return torch.cat(parts), torch.cat(counted)
 
     def scores(self, params: Params, populations: Sequence[Population]) -> Scores:
-        """Those of all clients, added up."""
+        """Sums of the log-probabilities of all clients' withheld choices."""
         each, counted = self.choice_scores(params, populations)
         return summed_scores(each[counted])
 
@@ -332,7 +332,11 @@ def build(
 def build_pooled(
     *, config: Config, store: ClientStore, total: int, identity: Int[Tensor, "c"] | None = None
 ) -> PooledClients:
-    """The same with their pairs pooled."""
+    """The clients of `store`, with their pairs in one place.
+
+    Raises:
+        BadInputError: the settings do not go together.
+    """
     found = _build(PooledClients, config, store, total, identity, pooled=True)
     assert isinstance(found, PooledClients)
     return found

@@ -40,7 +40,7 @@ class Moments(NamedTuple):
     variance: Float[Tensor, "*t m d"]
 
     def plus(self, other: Moments) -> Moments:
-        """Of both sets of clients."""
+        """Moments of the union of two disjoint sets of clients."""
         return Moments(*(a + b for a, b in zip(self, other)))
 
 

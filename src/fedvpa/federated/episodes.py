@@ -67,8 +67,7 @@ def local_draws(
 
 
 class Episode(NamedTuple):
-    """Pairs [c, n] of one step; `context` and `target` mark disjoint subsets of them (method.md,
-    *Honest protocol* 1).
+    """Pairs [c, n] of one step; `context` and `target` mark disjoint subsets of them.
 
     `rows` says which of the clients' pairs these are (None: all of them, in place).
     """

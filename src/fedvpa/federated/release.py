@@ -1,4 +1,4 @@
-"""What the server makes of a round's contributions: their mean, or their noised sums.
+"""Releases: what the server lets through of a round, the mean update or noised sums.
 
 A release with privacy on is noised before anything else reads it. Numbers and costs are in
 `fedvpa.federated.accounting`.
@@ -96,7 +96,7 @@ FREELY = FitLimits()
 
 @runtime_checkable
 class Release(Protocol):
-    """Lets through what may be known of a round and of a fit."""
+    """Decides what is known of a round and of a fit: everything, or noised sums."""
 
     @property
     def hides_cohort(self) -> bool:
@@ -110,7 +110,7 @@ class Release(Protocol):
 
     @property
     def limits(self) -> FitLimits:
-        """What a fit may ask."""
+        """Bounds of a fit: starts, iterations, smallest component."""
         ...
 
     def require(self, rounds: int) -> None:
@@ -128,25 +128,25 @@ class Release(Protocol):
         ...
 
     def row(self, rounds: int) -> dict[str, float]:
-        """What the history is told of it."""
+        """Columns of the history that the release adds."""
         ...
 
 
 @dataclass(frozen=True)
 class PlainRelease:
-    """Everything as it was sent."""
+    """No protection: the server reads every sum as it was sent."""
 
     hides_cohort: bool = False
     round_floor: float = 0.0
     limits: FitLimits = FREELY
 
     def require(self, rounds: int) -> None:
-        """Nothing is forbidden."""
+        """Allow every round."""
 
     def update(
         self, aggregator: Aggregator, total: Total, start: Params, sums: Sums, round_number: int
     ) -> tuple[Params, Sums]:
-        """What the aggregator makes of the round.
+        """The aggregated update of the round, and its sums.
 
         Raises:
             ValueError: nobody sent an update.
@@ -160,7 +160,7 @@ class PlainRelease:
         )
 
     def row(self, rounds: int) -> dict[str, float]:
-        """Nothing."""
+        """No columns."""
         return {}
 
 

@@ -25,7 +25,7 @@ class SharedPredictor:
     params: Params
 
     def adapt(self, context: PairBatch, group: Int[Tensor, "u"]) -> Float[Tensor, "u 0"]:
-        """Nothing to adapt."""
+        """An empty state for every user: the reward is the same for all."""
         return self.neutral(context.mask.shape[0])
 
     @torch.no_grad()

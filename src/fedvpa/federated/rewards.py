@@ -184,13 +184,13 @@ class FederatedReward:
         return replace(state, clients={"assignment": assignment})
 
     def finalise(self, state: ServerState, clients: RewardClients) -> ServerState:
-        """Nothing is left to do."""
+        """The state as it is: a reward without a latent has no population."""
         return state
 
     def predictor(
         self, state: ServerState
     ) -> SharedPredictor | GroupPredictor | BayesPredictor | FittedPredictor:
-        """How users are served."""
+        """The predictor that serves users under the state's rewards."""
         if self.infer_group:
             counts = torch.bincount(
                 state.clients["assignment"], minlength=_selectors(state)
@@ -221,7 +221,7 @@ class FederatedReward:
 
 
 def _selectors(state: ServerState) -> int:
-    """How many rewards a state holds."""
+    """Number of rewards in a state (the leading axis of its parameters)."""
     return next(iter(state.params.values())).shape[0]
 
 

@@ -105,7 +105,7 @@ class NetworkedClients(Reach):
     def posteriors(
         self, params: Params, *, withhold: bool = False
     ) -> tuple[Int[Tensor, "c"], Posterior]:
-        """Those of everybody who is connected and answers."""
+        """Posteriors of the clients that are connected and answer."""
         header, shapes = {"withhold": withhold}, self._layout("posterior")
         found = self._everybody("posterior", header, under("params", params), shapes)
         index = torch.tensor([place for place, _ in found])

@@ -105,7 +105,7 @@ def align(
 
 
 class _Job(NamedTuple):
-    """What every iteration reads."""
+    """Inputs of every iteration of an alignment."""
 
     selector: Selector
     prompts: list[Prompt]

@@ -43,7 +43,7 @@ WEIGHTS = ("adapter/adapter_model.safetensors", CONDITIONER)
 
 @dataclass(frozen=True)
 class PolicyCard:
-    """What `policy.json` holds."""
+    """Contents of `policy.json`: the base model, the named preferences, and the selector."""
 
     base: str
     revision: str
@@ -128,7 +128,7 @@ class Policy:
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """Torch device of the parameters."""
         return next(self.model.parameters()).device
 
     def prompt_ids(self, prompt: Sequence[Message]) -> list[int]:
@@ -315,11 +315,25 @@ def load_card(folder: Path) -> PolicyCard:
 def load_policy(
     folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[Policy, PolicyCard]:
-    """Open an aligned policy.
+    """Open a policy that `fedvpa align` has made.
+
+    Args:
+        folder: the policy's folder.
+        device: torch device of the model.
+        dtype: number type of the base model (None: bfloat16 where it is native).
+
+    Returns:
+        The policy, and its card with the named preferences.
 
     Raises:
         BadInputError: no policy there, or its base model cannot be had or is another one than it
             was trained on.
+
+    Example:
+        >>> policy, card = load_policy("runs/policy")  # doctest: +SKIP
+        >>> chat = [Message("user", "Is tea healthy?")]
+        >>> policy.respond(chat, card.z("helpful"), Sampling(), seed=0)  # doctest: +SKIP
+        'Yes, in moderation.'
     """
     from peft import PeftModel
 

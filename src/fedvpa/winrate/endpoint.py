@@ -58,7 +58,7 @@ class EndpointJudge:
 
     @property
     def criteria(self) -> list[str]:
-        """Those that are described."""
+        """Preferences that have a description."""
         return list(self.descriptions)
 
     def compare(

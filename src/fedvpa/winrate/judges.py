@@ -30,12 +30,12 @@ class Judge(Protocol):
 
     @property
     def name(self) -> str:
-        """What its figures are printed under."""
+        """Name of the judge in reports."""
         ...
 
     @property
     def criteria(self) -> list[str]:
-        """What it can measure."""
+        """Criteria that the judge can measure."""
         ...
 
     @property

@@ -106,6 +106,6 @@ def _grams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
 
 
 def monotone(values: Sequence[float]) -> bool:
-    """Whether the values never turn back."""
+    """Whether the values only rise, or only fall."""
     steps = [b - a for a, b in pairwise(values)]
     return all(s >= 0 for s in steps) or all(s <= 0 for s in steps)

@@ -72,7 +72,7 @@ class Answer(NamedTuple):
 
 @dataclass
 class Setting:
-    """What is compared, and how."""
+    """Arms, prompts and sampling of a comparison."""
 
     prompts: str
     split: str | None = None
