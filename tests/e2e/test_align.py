@@ -273,7 +273,7 @@ def test_the_monolithic_and_the_federated_baseline_are_policies_with_one_prefere
     # no client's pairs are left on the disk
     assert not list((tmp_path / "fed/work").rglob("pairs"))
     assert main(["chat", str(tmp_path / "fed"), "--user", str(data / "kind/test.jsonl")]) == 2
-    assert "the policy was trained with 1" in capsys.readouterr().err
+    assert "the policy has one preference for everybody" in capsys.readouterr().err
 
 
 def test_what_cannot_be_aligned_is_refused(

@@ -149,6 +149,11 @@ def posterior_mean(file: str, card: PolicyCard) -> torch.Tensor:
 
 
 def _checked(z: torch.Tensor, card: PolicyCard) -> torch.Tensor:
+    if card.latent == 0:
+        raise BadInputError(
+            "the policy has one preference for everybody and reads no z; use --prefer"
+            f" {next(iter(card.preferences))}"
+        )
     if z.shape != (card.latent,):
         raise BadInputError(
             f"z has {z.numel()} dimensions, but the policy was trained with {card.latent}"

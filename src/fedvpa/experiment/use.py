@@ -230,18 +230,17 @@ class PreferenceModel:
 
 
 class SharedRewardModel:
-    """A finished run of `fedavg-btl`: one reward for everybody, under a latent preference of one
-    dimension that it does not read. It stands where a `PreferenceModel` does, as the monolithic
-    baseline."""
+    """A finished run of `fedavg-btl`: one reward for everybody. It stands where a `PreferenceModel`
+    does, as the monolithic baseline, with one preference, `shared`, whose z has no dimension."""
 
-    latent = 1
+    latent = 0
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self._cache = FeatureCache(run.config.features)
-        self.prototypes: Float[Tensor, "1 1"] | None = torch.zeros(1, 1)
-        self.neutral: Float[Tensor, "1"] = torch.zeros(1)
-        self.posterior_means: Float[Tensor, "k 1"] | None = None
+        self.prototypes: Float[Tensor, "1 0"] | None = torch.zeros(1, 0)
+        self.neutral: Float[Tensor, "0"] = torch.zeros(0)
+        self.posterior_means: Float[Tensor, "k 0"] | None = None
         self.component_groups: list[str | None] = ["shared"]
 
     def score(self, items: Sequence[Item], z: Float[Tensor, "*n d"]) -> Float[Tensor, "n"]:

@@ -74,10 +74,16 @@ EVERY_ROUND, ONCE, FITTED = "every round", "once", "when the population is fitte
 def _moments(shape: str, prefix: str = "", given: str = "") -> tuple[Field, ...]:
     wide = f"{shape} d".strip()
     return (
-        Field(f"{prefix}weight", shape, "shares of the components", bound=1.0, given=given),
-        Field(f"{prefix}total", wide, "shares of the own latent", given=given),
-        Field(f"{prefix}squared", wide, "of its square", bound=256.0, given=given),
-        Field(f"{prefix}variance", wide, "of its posterior variance", given=given),
+        Field(f"{prefix}weight", shape, "share of each component", bound=1.0, given=given),
+        Field(f"{prefix}total", wide, "posterior mean, by component", given=given),
+        Field(
+            f"{prefix}squared",
+            wide,
+            "square of the posterior mean, by component",
+            bound=256.0,
+            given=given,
+        ),
+        Field(f"{prefix}variance", wide, "posterior variance, by component", given=given),
     )
 
 
@@ -107,13 +113,17 @@ EXCHANGES: dict[str, Exchange] = {
         request=(
             _PARAMS,
             Field("prior/mean", "k d", "means of the prior's components", given="prior"),
-            Field("prior/log_var", "k d", "their log-variances", given="prior"),
-            Field("prior/size", "k", "their sizes", given="prior"),
-            Field("prior/client", "k", "whose they are (-1: nobody's)", _INDEX, given="prior"),
-            Field("prior/slot", "k", "their place among the peers", _INDEX, given="prior"),
+            Field("prior/log_var", "k d", "log-variances of the prior's components", given="prior"),
+            Field("prior/size", "k", "sizes of the prior's components", given="prior"),
+            Field(
+                "prior/client", "k", "client of each component (-1: none)", _INDEX, given="prior"
+            ),
+            Field(
+                "prior/slot", "k", "place of each component among the peers", _INDEX, given="prior"
+            ),
             Field("anchors/mean", "m d", "centres of the anchors", given="anchors"),
-            Field("anchors/variance", "m", "their variances", given="anchors"),
-            Field("anchors/weight", "m", "their weights", given="anchors"),
+            Field("anchors/variance", "m", "variances of the anchors", given="anchors"),
+            Field("anchors/weight", "m", "weights of the anchors", given="anchors"),
             Field("price", "m", "prices of the components", given="price"),
             Field("label", "", "the client's own prototype", _INDEX, given="label"),
         ),
@@ -121,7 +131,9 @@ EXCHANGES: dict[str, Exchange] = {
             Field("delta/*", "*", "change of a parameter", reduce="mean", bound=4.0),
             Field("loss/*", "", "a term of the loss", reduce="mean", given="losses"),
             Field("posterior/mean", "d", "mean of q(z)", reduce="each", given="posterior"),
-            Field("posterior/log_var", "d", "its log-variance", reduce="each", given="posterior"),
+            Field(
+                "posterior/log_var", "d", "log-variance of q(z)", reduce="each", given="posterior"
+            ),
             Field("size", "", "number of pairs", reduce="each", bound=4096.0, given="size"),
             *_moments("m", "moments/", "moments"),
             Field("labelled", "m", "the component chosen", bound=1.0, given="choices"),
@@ -132,7 +144,7 @@ EXCHANGES: dict[str, Exchange] = {
         request=(_PARAMS,),
         reply=(
             Field("mean", "d", "mean of q(z) under the present model", reduce="each"),
-            Field("log_var", "d", "its log-variance", reduce="each"),
+            Field("log_var", "d", "log-variance of q(z) under the present model", reduce="each"),
         ),
     ),
     "moments": Exchange(FITTED, request=(_PARAMS, _CENTRES), reply=_moments("t m")),
@@ -142,7 +154,7 @@ EXCHANGES: dict[str, Exchange] = {
         reply=(
             Field("clients", "", "whether any choice was withheld", _WIDE, bound=1.0),
             Field("total", "t", "log-probability of the withheld choices", _WIDE),
-            Field("outer", "t t", "products of these", _WIDE, bound=1024.0),
+            Field("outer", "t t", "products of these log-probabilities", _WIDE, bound=1024.0),
         ),
     ),
     "settle": Exchange(FITTED, request=(_PARAMS, _POPULATIONS)),

@@ -73,7 +73,7 @@ class PreferenceConditioner(nn.Module):
         gates start at 1, and the adapter is a plain LoRA adapter."""
         u = (preferences.float() - centre.float()) / scale
         _, size, directions = torch.linalg.svd(u - u.mean(0), full_matrices=False)
-        kept = size > 1e-4 * max(1.0, float(size[0]))
+        kept = size > 1e-4 * max([1.0, *size[:1].tolist()])
         steered = rank // 2 if kept.any() else 0
         start, weight = torch.ones(1, rank), torch.zeros(1, rank, centre.shape[-1])
         for at in range(steered):

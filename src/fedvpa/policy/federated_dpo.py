@@ -58,9 +58,7 @@ def feddpo(
         raise BadInputError(
             f"{run}: no client has a pair within --max-prompt-tokens and --max-response-tokens"
         )
-    card = PolicyCard(
-        config.base, loaded.revision, config.form, {"shared": [0.0]}, [0.0], [0.0], 1.0, run
-    )
+    card = PolicyCard(config.base, loaded.revision, config.form, {"shared": []}, [], [], 1.0, run)
     work.mkdir(parents=True, exist_ok=True)
     write_atomically(work / "asked.json", plain_json(wanted))
     history: list[dict[str, Any]] = []
@@ -116,7 +114,7 @@ def _rows(client: ClientPairs, policy: Policy, config: FedDPOConfig) -> list[dic
                     "prompt": [{"role": m.role, "content": m.content} for m in pair.prompt],
                     "chosen": [{"role": "assistant", "content": pair.chosen}],
                     "rejected": [{"role": "assistant", "content": pair.rejected}],
-                    "preference": [0.0],
+                    "preference": [],
                 }
             )
     return out
