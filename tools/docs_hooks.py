@@ -52,7 +52,7 @@ def with_mathml(markdown: str) -> str:
     """Formulas as MathML, which browsers show without any script."""
     block = re.compile(r"\$\$(.+?)\$\$", re.DOTALL)
     display = block.sub(lambda m: convert(m[1].strip(), display="block"), markdown)
-    return re.sub(r"\$([^$\n]+)\$", lambda m: convert(m[1].strip()), display)
+    return re.sub(r"\$([^$\n]+)\$", lambda m: f"<span>{convert(m[1].strip())}</span>", display)
 
 
 def cli_reference() -> str:

@@ -64,7 +64,8 @@ def one_round() -> str:
         y = 10 + 44 * row
         parts += [box(10, y, 90, where, COLOURS[where]), box(110, y, 520, text, COLOURS[where])]
         if row:
-            parts.append(f'<path d="M 370 {y - 15} v 12" stroke="#888" stroke-width="2"/>')
+            arrow = f"M 370 {y - 15} v 12 m -4 -5 l 4 5 l 4 -5"
+            parts.append(f'<path d="{arrow}" stroke="#888" stroke-width="2" fill="none"/>')
     return page(10 + 44 * len(ROUND), parts)
 
 
