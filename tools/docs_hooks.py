@@ -20,7 +20,14 @@ from fedvpa.config import BASIC, build_config, leaf_settings, settings_readable,
 from fedvpa.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
-OUTSIDE = ("results/*", "examples/*.py", "examples/*.ipynb", "benchmarks/*.yaml", "benchmarks/*.md")
+OUTSIDE = (
+    "results/*",
+    "examples/data/*",
+    "examples/*.py",
+    "examples/*.ipynb",
+    "benchmarks/*.yaml",
+    "benchmarks/*.md",
+)
 """Files that pages link to, though they lie outside of docs/."""
 
 

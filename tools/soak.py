@@ -1,7 +1,7 @@
 """`make soak`: what takes as long as it takes, again and again; the result in results/soak.json.
 
-python tools/soak.py [--repeats 3]: tests marked `soak` (kills at random moments, load), and the
-property tests with many more examples.
+python tools/soak.py [--repeats 3]: tests marked `soak` (kills at random moments), the slow tests
+that kill or stop, and the property tests with many more examples.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SUITES = {"kills and load": ["-m", "soak", "tests"], "fuzzing": ["tests/property"]}
+SUITES = {
+    "many kills": ["-m", "soak", "tests"],
+    "kills in the middle": ["-m", "slow", "-k", "kill or stopped or survives", "tests"],
+    "fuzzing": ["tests/property"],
+}
 
 
 def main() -> int:

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from fedvpa.cli.use_commands import read_responses
 from fedvpa.data.preferences import parse_record
+from fedvpa.data.reading import read_pairs
 from fedvpa.federated.exchanges import exchange_table
 from fedvpa.methods import METHODS
 from fedvpa.parts import AGGREGATORS, HEADS, JUDGES, PRIORS
+from fedvpa.policy.prompts import read_prompts
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
@@ -31,6 +34,16 @@ def test_examples_of_records_are_read() -> None:
     pairs = [parse_record(e, "docs") for e in examples if "chosen" in e]
     assert len(pairs) == 3
     assert {p.prompt[0].content for p in pairs} == {"Is tea healthy?"}
+
+
+def test_example_files_are_read() -> None:
+    folder = ROOT / "examples" / "data"
+    for name, clients in (("pairs", 2), ("conversations", 0), ("hh", 0)):
+        pairs = read_pairs(folder / f"{name}.jsonl", None, "error").pairs
+        assert len({p.client_id for p in pairs} - {None}) == clients
+        assert {p.prompt[0].content for p in pairs} == {"Is tea healthy?", "How do I cook rice?"}
+    assert len(read_responses(folder / "responses.jsonl")) == 4
+    assert len(read_prompts(str(folder / "prompts.txt"), None, 99, lambda p: 1).prompts) == 2
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())

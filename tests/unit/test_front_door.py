@@ -19,6 +19,7 @@ from fedvpa.config import BASIC, leaf_settings, settings_readable
 from fedvpa.data.memory import items_from, pairs_from
 from fedvpa.methods import METHODS
 from fedvpa.parts import AGGREGATORS, HEADS, JUDGES, PRIORS, SOURCES, builder
+from tests.conftest import write_groups
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {
@@ -82,6 +83,20 @@ def test_wrong_arguments_and_what_needs_no_tensors_import_no_torch(tmp_path: Pat
         code, names = loaded_by(*arguments)
         assert code == expected, arguments
         assert not names & (HEAVY - {"scipy"}), arguments
+
+
+def test_training_imports_no_trl_no_peft_and_no_matplotlib(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    data = write_groups(tmp_path / "data")
+    code, names = loaded_by(
+        "train", "--data", str(data), "--split", "train", "--backbone", str(tiny_model), "--layer",
+        "2", "--clients", "4", "--rounds", "2", "--inputs", "8", "--method", "fedvpl", "--quiet",
+        "--out", str(tmp_path / "run"),
+    )  # fmt: skip
+    assert code == 0
+    assert "torch" in names
+    assert not names & {"trl", "peft", "matplotlib", "datasets", "flwr"}
 
 
 @pytest.mark.parametrize("words", paths(), ids=" ".join)

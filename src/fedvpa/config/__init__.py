@@ -3,6 +3,7 @@ become one checked configuration (`building`)."""
 
 from fedvpa.config.building import build_config, explain, flatten, merged, read_yaml, settings_for
 from fedvpa.config.reads import (
+    BASIC,
     leaf_settings,
     settings_read,
     settings_readable,
@@ -10,7 +11,6 @@ from fedvpa.config.reads import (
     value_of,
 )
 from fedvpa.config.sections import (
-    BASIC,
     FEDERATION,
     Config,
     DataConfig,

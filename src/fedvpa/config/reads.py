@@ -20,6 +20,15 @@ from fedvpa.parts import AGGREGATORS, HEADS, PRIORS, SOURCES, Table, is_referenc
 
 Reads = tuple[str, ...]
 
+BASIC = (
+    "method", "seed", "out", "data.source", "data.split", "data.clients", "data.partition",
+    "data.personas.groups", "data.personas.pairs", "features.backbone", "features.layer",
+    "features.device", "model.inputs", "model.latent", "model.conditioning", "prior.kind",
+    "prototypes.kind", "prototypes.modes", "federation.rounds", "federation.cohort",
+    "federation.local_steps", "federation.learning_rate", "federation.aggregation",
+    "privacy.enabled", "privacy.noise", "privacy.clip",
+)  # fmt: skip
+"""Settings that ``--help`` shows; ``--help-all`` shows the rest too."""
 PARTS: dict[str, tuple[str, Table]] = {
     "prior.kind": ("prior", PRIORS),
     "model.conditioning": ("reward head", HEADS),

@@ -1,7 +1,4 @@
-"""Every setting: name, type, default and help, once. YAML files and flags are derived from this.
-
-`BASIC` are those that ``--help`` shows; ``--help-all`` shows the rest too.
-"""
+"""Every setting: name, type, default and help, once. YAML files and flags are derived from this."""
 
 from __future__ import annotations
 
@@ -21,15 +18,6 @@ HeadName = Annotated[str, AfterValidator(Known("reward head", HEADS))]
 AggregatorName = Annotated[str, AfterValidator(Known("aggregator", AGGREGATORS))]
 FEDERATION = "federation"
 """The data source of pairs that the clients of a federation keep."""
-
-BASIC = (
-    "method", "seed", "out", "data.source", "data.split", "data.clients", "data.partition",
-    "data.personas.groups", "data.personas.pairs", "features.backbone", "features.layer",
-    "features.device", "model.inputs", "model.latent", "model.conditioning", "prior.kind",
-    "prototypes.kind", "prototypes.modes", "federation.rounds", "federation.cohort",
-    "federation.local_steps", "federation.learning_rate", "federation.aggregation",
-    "privacy.enabled", "privacy.noise", "privacy.clip",
-)  # fmt: skip
 
 
 def _method_name(name: str) -> str:
