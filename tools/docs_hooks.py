@@ -94,7 +94,13 @@ def _section(title: str, parser: argparse.ArgumentParser) -> str:
 def settings_reference() -> str:
     """Every setting: name, default, what it is, and which methods read it."""
     defaults = build_config({})
-    rows = ["# Settings\n", "`*` marks what `--help` shows; the rest is in `--help-all`.\n",
+    rows = [
+        "# Methods and settings\n",
+        "| `--method` | trains | serves a user by |",
+        "|---|---|---|",
+    ]
+    rows += [f"| `{name}` | {m.about} | {m.served} |" for name, m in METHODS.items()]
+    rows += ["", "## Settings\n", "`*` marks what `--help` shows; the rest is in `--help-all`.\n",
             "| setting | default of fedvpa-gp | what | read by |", "|---|---|---|---|"]  # fmt: skip
     for name, info in leaf_settings().items():
         readers = [m for m in METHODS if name in settings_readable(m)]

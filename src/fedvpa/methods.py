@@ -49,7 +49,7 @@ class Method:
         paper: the same under ``--preset paper``.
         latent: whether it infers a latent preference.
         networked: whether it runs as a federation across machines.
-        role: what it stands for where methods are compared.
+        role: `monolithic` or `oracle`: closure counts from the best of the first to the second.
     """
 
     about: str

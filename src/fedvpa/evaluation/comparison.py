@@ -15,11 +15,7 @@ from matplotlib.figure import Figure
 from fedvpa.evaluation import plots
 from fedvpa.evaluation.pages import render
 from fedvpa.evaluation.statistics import Interval, interval, ratio_interval, show
-
-MONOLITHIC = ("fedavg-btl", "fedavg-btl-mlp")
-"""Closure counts from the better of these."""
-ORACLE = "oracle-group"
-"""Closure counts up to this."""
+from fedvpa.methods import METHODS
 
 COLUMNS = (
     ("seen", "seen"), ("closure_seen", "closure, seen"), ("worst_group", "worst group, seen"),
@@ -59,7 +55,7 @@ def compared(
     by_row = {row: {r.seed: r.found for r in results if r.row == row} for row in rows}
     by_row = {row: found for row, found in by_row.items() if found}
     method = {r.row: r.method for r in results}
-    oracle = next((row for row in by_row if method[row] == ORACLE), None)
+    oracle = next((row for row in by_row if METHODS[method[row]].role == "oracle"), None)
     reference = next(iter(by_row))
     table = []
     for row, found in by_row.items():
@@ -150,7 +146,7 @@ def _closure(
     oracle: str | None,
     value: Any,
 ) -> Interval | None:
-    baselines = [r for r in by_row if method[r] in MONOLITHIC]
+    baselines = [r for r in by_row if METHODS[method[r]].role == "monolithic"]
     if oracle is None or not baselines or row == oracle or row in baselines:
         return None
 

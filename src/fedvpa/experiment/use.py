@@ -264,7 +264,7 @@ def open_selector(directory: str | Path) -> Selector:
     run = open_run(directory)
     return (
         SharedRewardModel(run)
-        if run.config.method in ("fedavg-btl", "fedavg-btl-mlp")
+        if run.config.entry.role == "monolithic"
         else PreferenceModel(directory)
     )
 

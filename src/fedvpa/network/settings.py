@@ -115,7 +115,7 @@ def training_config(settings: ServerSettings) -> Config:
     if method(settings.training.get("method", "fedvpa-gp")).latent:
         given = merged({"prior": {"kind": "components"}}, given)
     config = build_config(given)
-    if not config.variational or config.method == "centralised-vpl":
+    if not config.entry.networked:
         raise BadInputError(
             f"training.method: {config.method} does not run as a federation of variational"
             " selectors"
