@@ -6,16 +6,21 @@ import gzip
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
-from fedvpa.checkpoint import load_checkpoint
+from fedvpa.checkpoint import load_checkpoint, save_checkpoint
 from fedvpa.cli.main import main
+from fedvpa.experiment.run import fingerprint_by_features, open_run
 from tests.conftest import write_groups
 
 GOOD = {"prompt": "is tea good", "chosen": "yes", "rejected": "no"}
@@ -363,3 +368,45 @@ def test_a_privacy_plan_keeps_to_its_target(
     ):
         assert main([*plan, *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_run_is_known_by_its_comparisons_and_not_by_the_last_bits_of_its_features(
+    tiny_model: Path, pair_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Features that are computed again in other batches differ in their last bits; a run of version
+    0.1.0 carries the hash of these bits."""
+    out = tmp_path / "run"
+    assert (
+        main(["train", "--data", str(pair_file), "--split", "train", *flags(tiny_model, out)]) == 0
+    )
+    cache = Path(os.environ["FEDVPA_CACHE"]) / "features.sqlite"
+    with closing(sqlite3.connect(cache)) as database:
+        rows = database.execute("SELECT key, value FROM feature").fetchall()
+        moved = [
+            ((np.frombuffer(value, "<f4") * np.float32(1 + 1e-6)).tobytes(), key)
+            for key, value in rows
+        ]
+        database.executemany("UPDATE feature SET value = ? WHERE key = ?", moved)
+        database.commit()
+    evaluation = [
+        "evaluate",
+        str(out),
+        "--data",
+        str(pair_file),
+        "--split",
+        "test",
+        "--clients",
+        "2",
+    ]
+    assert main(["train", "--resume", "--out", str(out)]) == 0
+    assert main(evaluation) == 0
+    run = open_run(out, with_clients=True)
+    assert run.store is not None
+    signature = json.loads((out / "data.json").read_text())["signature"]
+    former = fingerprint_by_features(run.config, run.store, signature)
+    path = out / "checkpoint.safetensors"
+    save_checkpoint(path, replace(load_checkpoint(path), fingerprint=former))
+    assert main(evaluation) == 0
+    save_checkpoint(path, replace(load_checkpoint(path), fingerprint="another"))
+    assert main(evaluation) == 2
+    assert "have changed since it was trained" in capsys.readouterr().err

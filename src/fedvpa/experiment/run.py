@@ -141,13 +141,17 @@ def open_run(
     if with_clients:
         clients = training_data(config).train
         features, _, signature = features_of(clients, FeatureCache(config.features), progress)
-        if fingerprint(config, clients, signature) != checkpoint.fingerprint:
+        store = to_store(clients, features, whitener, needs_common(config))
+        known = (
+            fingerprint(config, clients, signature),
+            fingerprint_by_features(config, store, signature),
+        )
+        if checkpoint.fingerprint not in known:
             raise BadInputError(
                 f"{paths.root}: its training data, or the backbone that reads them, have changed"
-                " since it was trained (or an earlier version of fedvpa trained it); what it was"
-                " trained on is no longer known, so nothing can be evaluated honestly"
+                " since it was trained; what it was trained on is no longer known, so nothing can"
+                " be evaluated honestly"
             )
-        store = to_store(clients, features, whitener, needs_common(config))
     roster = roster_of(paths.root)
     algorithm = build_algorithm(config, len(roster.names))
     return Run(config, paths, whitener, checkpoint, algorithm, roster, store)
@@ -164,6 +168,15 @@ def fingerprint(config: Config, clients: Sequence[ClientPairs], signature: str) 
         digest.update(json.dumps([client.name, client.group, len(client.pairs)]).encode())
         for pair in client.pairs:
             digest.update(f"{pair.content_key()}{pair.chosen_is_first():d}".encode())
+    return digest.hexdigest()
+
+
+def fingerprint_by_features(config: Config, store: ClientStore, signature: str) -> str:
+    """The fingerprint that versions up to 0.1.0 wrote: that of the whitened features' bits."""
+    settings = config.model_dump(mode="json", exclude=ELSEWHERE)
+    named = [settings, signature, store.names, store.offset.tolist()]
+    digest = hashlib.sha256(json.dumps(named).encode())
+    digest.update(store.difference.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

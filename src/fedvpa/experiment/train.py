@@ -24,7 +24,14 @@ from fedvpa.experiment.dataset import (
     to_store,
     training_data,
 )
-from fedvpa.experiment.run import ELSEWHERE, RunPaths, fingerprint, load_config, save_config
+from fedvpa.experiment.run import (
+    ELSEWHERE,
+    RunPaths,
+    fingerprint,
+    fingerprint_by_features,
+    load_config,
+    save_config,
+)
 from fedvpa.experiment.tracking import Tracker, open_tracker
 from fedvpa.features.cache import FeatureCache
 from fedvpa.features.whitening import Whitener
@@ -136,17 +143,19 @@ def _prepare(
     features, backbone, signature = features_of([*data.train, *data.validation], cache, on_features)
     train_features, held_features = features[: len(data.train)], features[len(data.train) :]
     identity = fingerprint(config, data.train, signature)
-    found = None
-    if resume and paths.checkpoint.is_file():
-        found = load_checkpoint(paths.checkpoint, identity)
-        whitener = Whitener.read(paths.whitening)
-    else:
+    resumes = resume and paths.checkpoint.is_file()
+    whitener = Whitener.read(paths.whitening) if resumes else None
+    if whitener is None:
         whitener = public_whitener(config, cache, on_features) or Whitener.fit(
             torch.cat(train_features), config.model.inputs
         )
     common = needs_common(config)
     store = to_store(data.train, train_features, whitener, common)
     held = to_store(data.validation, held_features, whitener, common)
+    found = None
+    if resumes:
+        former = fingerprint_by_features(config, store, signature)
+        found = load_checkpoint(paths.checkpoint, identity, former)
     return _Ready(store, held, whitener, identity, backbone, signature, found)
 
 
