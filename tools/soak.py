@@ -29,14 +29,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--repeats", type=int, default=3, help="how often (default: 3)")
     repeats = parser.parse_args().repeats
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
     rows = [
         {"repeat": repeat, "suite": name} | run(arguments)
         for repeat in range(repeats)
         for name, arguments in SUITES.items()
     ]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
     result = {
         "date": time.strftime("%Y-%m-%d"), "commit": commit, "python": platform.python_version(),
         "cores": os.cpu_count(), "runs": rows,
