@@ -34,7 +34,8 @@ def train(
 
     Args:
         data: comparisons: a path, ``"personas"``, a list of records or of `PreferencePair`, or a
-            `datasets.Dataset`; what is in memory is written to ``OUT/data/train.jsonl``.
+            `datasets.Dataset`, or a `pandas.DataFrame`; what is in memory is written to
+            ``OUT/data/train.jsonl``.
         out: folder of the run; it must be new or empty, unless the run is resumed.
         config: settings as nested dicts, a `Config`, or a YAML file.
         resume: continue the interrupted run in `out`, with its own settings.
@@ -127,13 +128,18 @@ def evaluate(
         return evaluate_run(str(root), settings, on_features)
 
 
-def _layer(config: Mapping[str, Any] | Config | str | Path | None) -> dict[str, Any]:
+def _layer(config: Any) -> dict[str, Any]:
     if config is None:
         return {}
     if isinstance(config, str | Path):
         return read_yaml(Path(config))
     if isinstance(config, Config):
         return config.model_dump(exclude_unset=True)
+    if not isinstance(config, Mapping):
+        raise BadInputError(
+            f"train(config): is a {type(config).__name__}; give nested settings, a fedvpa.Config,"
+            " or the path of a YAML file"
+        )
     return dict(config)
 
 
@@ -162,6 +168,8 @@ def _with_data(given: dict[str, Any], data: Any) -> dict[str, Any]:
     source = data
     if not isinstance(data, str | Path):
         pairs = pairs_from(data, "train(data)")
+        if not pairs:
+            raise BadInputError("train(data): holds no pairs")
         out = Path(given.get("out", leaf_settings()["out"].default))
         claim(out, "continue an interrupted run with resume=True, or choose another out")
         build_config(merged(given, {"data": {"source": "personas"}}))  # refuse before writing

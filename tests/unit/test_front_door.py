@@ -12,7 +12,7 @@ import pytest
 
 import fedvpa
 from fedvpa import BadInputError, PreferencePair, build_config
-from fedvpa.api import _by_section
+from fedvpa.api import _by_section, _layer
 from fedvpa.cli.main import COMMANDS, Command, build_parser, main
 from fedvpa.cli.options import kebab
 from fedvpa.config import BASIC, leaf_settings, settings_readable
@@ -184,6 +184,10 @@ def test_settings_are_given_by_name_and_wrong_arguments_are_told_by_name(tmp_pat
         items_from("text")
     with pytest.raises(BadInputError, match="pairs: is a int"):
         pairs_from(3)
+    with pytest.raises(BadInputError, match=r"train\(data\): holds no pairs"):
+        fedvpa.train([], tmp_path / "r")
+    with pytest.raises(BadInputError, match=r"train\(config\): is a int"):
+        _layer(3)
     assert not (tmp_path / "r").exists()
 
 
@@ -197,6 +201,8 @@ def test_pairs_come_from_records_pairs_and_datasets() -> None:
     pairs = pairs_from(records)
     assert [p.client_id for p in pairs] == ["ann", "bob"]
     assert all(isinstance(p, PreferencePair) for p in pairs)
+    table = pytest.importorskip("pandas").DataFrame(records)
+    assert [p.client_id for p in pairs_from(table)] == ["ann", "bob"]
     again = pairs_from(Dataset.from_list(records))
     assert [p.content_key() for p in again] == [p.content_key() for p in pairs_from(pairs)]
 

@@ -18,7 +18,8 @@ def pairs_from(data: Any, name: str = "pairs") -> list[PreferencePair]:
     """Comparisons as `PreferencePair`s.
 
     Args:
-        data: a path, `PreferencePair`s, records (dicts, as in a file), or a `datasets.Dataset`.
+        data: a path, `PreferencePair`s, records (dicts, as in a file), a `datasets.Dataset`, or a
+            `pandas.DataFrame` with a row per record.
         name: the caller's argument, for messages.
 
     Raises:
@@ -31,6 +32,8 @@ def pairs_from(data: Any, name: str = "pairs") -> list[PreferencePair]:
     """
     if isinstance(data, str | Path):
         return read_pairs(str(data)).pairs
+    if hasattr(data, "columns") and hasattr(data, "to_dict"):  # a table, as of pandas
+        data = data.to_dict("records")
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
         raise BadInputError(
             f"{name}: is a {type(data).__name__}; give a path, a list of records or of"
