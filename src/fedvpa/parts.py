@@ -9,7 +9,9 @@ is a `Part`. docs/extending.md shows one of each kind.
 from __future__ import annotations
 
 import importlib
+import os
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -142,16 +144,22 @@ def part(kind: str, table: Table, name: str) -> Part:
 
 
 def resolve(reference: str) -> Any:
-    """What ``package.module:NAME`` refers to.
+    """What ``package.module:NAME`` refers to; modules of the current folder are found as well.
 
     Raises:
         BadInputError: no such module, or nothing of that name in it.
     """
     module, _, name = reference.partition(":")
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)  # at the end: nothing that is installed is hidden by it
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise BadInputError(f"'{reference}' cannot be imported: {error}") from error
+        raise BadInputError(
+            f"'{reference}' cannot be imported: {error} (modules are looked for in the current"
+            " folder and on PYTHONPATH)"
+        ) from error
 
 
 def builder(entry: Part) -> Callable[..., Any]:

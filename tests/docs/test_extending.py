@@ -52,3 +52,17 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
         build_config({"federation": {"aggregator": "pathlib:Path"}})
     with pytest.raises(BadInputError, match=r"unknown judge 'gpt' \(known: exact, reward, endpoi"):
         build_judges(["gpt"], Judging([], [], ""))
+
+
+def test_a_module_of_the_current_folder_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedvpa import build_config
+
+    (tmp_path / "lies_here.py").write_text(
+        "from fedvpa import Part\nMINE = Part('mine', build=lambda *, config: None)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
+    config = build_config({"federation": {"aggregator": "lies_here:MINE"}})
+    assert config.federation.aggregator == "lies_here:MINE"

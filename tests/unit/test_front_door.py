@@ -207,6 +207,26 @@ def test_pairs_come_from_records_pairs_and_datasets() -> None:
     assert [p.content_key() for p in again] == [p.content_key() for p in pairs_from(pairs)]
 
 
+def test_a_setting_that_is_not_read_is_traced_to_the_choice_that_matters() -> None:
+    with pytest.raises(BadInputError, match=r"prior\.weights is not read: prior\.kind is gaussian"):
+        build_config({"method": "fedvpl", "prior": {"kind": "gaussian", "temperature": 2}})
+
+
+def test_strangers_pairs_are_not_dealt_to_clients_without_a_group(tmp_path: Path) -> None:
+    from fedvpa.data.partition import ClientPairs
+    from fedvpa.data.sources import source_of
+
+    file = tmp_path / "test.jsonl"
+    record = {"prompt": "Tea?", "chosen": "Yes.", "rejected": "No."}
+    file.write_text(json.dumps(record | {"client_id": "new"}) + "\n")
+    source = source_of(build_config({"data": {"source": str(file)}}).data)
+    (row,) = source.held_out(0, [ClientPairs("ann", None, ())])
+    assert not row.pairs
+    file.write_text(json.dumps(record) + "\n")
+    (row,) = source.held_out(0, [ClientPairs("ann", None, ())])
+    assert len(row.pairs) == 1
+
+
 def test_a_config_that_was_built_can_be_given_again() -> None:
     config = build_config({"method": "fedvpl", "federation": {"rounds": 3}})
     assert build_config(config.model_dump(exclude_unset=True)) == config

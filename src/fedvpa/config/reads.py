@@ -188,6 +188,9 @@ def why_unread(config: Config, name: str) -> str:
             {n: p.reads for n, p in PARTS[choice][1].items()} if choice in PARTS else VALUES[choice]
         )
         values = [v for v, reads in table.items() if name in _expanded(reads)]
+        if values and _key(choice, value_of(config, choice)) in values:
+            # what it depends on is chosen rightly, and is itself not read
+            return f"{choice} is not read: {why_unread(config, choice)}"
         if values:
             own = _key(choice, value_of(config, choice))
             ways.append(f"{choice} is {own}; it is read where that is {' or '.join(values)}")

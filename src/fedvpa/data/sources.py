@@ -145,7 +145,12 @@ class Files:
         out = []
         for client in seen:
             holders = [c.name for c in seen if c.group == client.group]
-            pool = [p for p in pairs if client.group is None or p.group == client.group]
+            # a stranger's pairs say nothing of a client whose group is not known
+            pool = [
+                p
+                for p in pairs
+                if (p.client_id is None if client.group is None else p.group == client.group)
+            ]
             own = pool[holders.index(client.name) :: len(holders)]
             out.append(replace(client, pairs=tuple(own)))
         return out

@@ -98,7 +98,7 @@ def compare(parser: argparse.ArgumentParser, asked: Asked) -> None:
     plan.add_argument("--quick", action="store_true", help="the plan's short form")
     readable = {name for method in METHODS for name in settings_readable(method)}
     shown = [name for name in leaf_settings() if name in readable]
-    add_settings(many, asked, shown, skip=("method", "seed"))
+    add_settings(many, asked, shown, skip=("method", "seed"), given={"out": "runs/compare"})
     add_json(many, "the table")
     add_common(many)
 
