@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedvpa.config import Config, build_config, leaf_settings, merged, read_yaml, short_names
 from fedvpa.console import Reporter
@@ -40,8 +40,8 @@ def train(
         config: settings as nested dicts, a `Config`, or a YAML file.
         resume: continue the interrupted run in `out`, with its own settings.
         progress: show progress on standard error.
-        settings: settings by name, as ``rounds=30`` or ``federation={"rounds": 30}``; the names are
-            those of the flags of ``fedvpa train --help-all``.
+        settings: settings by their short name, as ``rounds=30``, or by section, as
+            ``prior={"kind": "peers"}``; ``fedvpa train --help-all`` lists them.
 
     Returns:
         The run: its folder, configuration, history (a row per round), and seconds.
@@ -88,6 +88,7 @@ def evaluate(
     context: int = 32,
     repeats: int = 4,
     seed: int = 0,
+    on_bad_record: Literal["few", "error", "skip"] = "few",
     progress: bool = True,
 ) -> Evaluation:
     """Evaluate a run on unseen clients, and on its own where it holds their pairs.
@@ -103,6 +104,7 @@ def evaluate(
         context: context pairs of a client, at most (and at most half of its pairs).
         repeats: random divisions into context and targets.
         seed: seed of these divisions.
+        on_bad_record: as for `read_pairs`.
         progress: show progress on standard error.
 
     Raises:
@@ -122,8 +124,9 @@ def evaluate(
         source = root / "data" / f"evaluation-{keys[:12]}.jsonl"
         write_pairs(pairs, source)
     settings = EvaluationSettings(
-        None if source is None else str(source), split, clients, context, repeats, seed
-    )
+        None if source is None else str(source), split, clients, context, repeats, seed,
+        on_bad_record,
+    )  # fmt: skip
     with Reporter(quiet=not progress).texts() as on_features:
         return evaluate_run(str(root), settings, on_features)
 
@@ -146,7 +149,7 @@ def _layer(config: Any) -> dict[str, Any]:
 def _by_section(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Nested settings from keywords: short names, or whole sections."""
     short = {flag.replace("-", "_"): name for name, flag in short_names().items()}
-    known = {*short, *Config.model_fields}
+    known = {*short, *Config.model_fields, *leaf_settings()}
     nested: dict[str, Any] = {}
     for key, value in settings.items():
         if key not in known:

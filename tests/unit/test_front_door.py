@@ -92,7 +92,7 @@ def test_training_imports_no_trl_no_peft_and_no_matplotlib(
     code, names = loaded_by(
         "train", "--data", str(data), "--split", "train", "--backbone", str(tiny_model), "--layer",
         "2", "--clients", "4", "--rounds", "2", "--inputs", "8", "--method", "fedvpl", "--quiet",
-        "--out", str(tmp_path / "run"),
+        "--out", str(tmp_path / "run"), "--dtype", "float32",
     )  # fmt: skip
     assert code == 0
     assert "torch" in names

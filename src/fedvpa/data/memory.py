@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedvpa.data.preferences import parse_prompt, parse_record, to_record
-from fedvpa.data.reading import read_pairs
+from fedvpa.data.reading import PairSet, read_pairs
 from fedvpa.errors import BadInputError
 from fedvpa.files import write_atomically
 from fedvpa.records import Item, PreferencePair
@@ -18,8 +18,8 @@ def pairs_from(data: Any, name: str = "pairs") -> list[PreferencePair]:
     """Comparisons as `PreferencePair`s.
 
     Args:
-        data: a path, `PreferencePair`s, records (dicts, as in a file), a `datasets.Dataset`, or a
-            `pandas.DataFrame` with a row per record.
+        data: a path, what `read_pairs` returned, `PreferencePair`s, records (dicts, as in a file),
+            a `datasets.Dataset`, or a `pandas.DataFrame` with a row per record.
         name: the caller's argument, for messages.
 
     Raises:
@@ -32,6 +32,8 @@ def pairs_from(data: Any, name: str = "pairs") -> list[PreferencePair]:
     """
     if isinstance(data, str | Path):
         return read_pairs(str(data)).pairs
+    if isinstance(data, PairSet):
+        return data.pairs
     if hasattr(data, "columns") and hasattr(data, "to_dict"):  # a table, as of pandas
         data = data.to_dict("records")
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
