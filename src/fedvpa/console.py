@@ -23,8 +23,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from fedvpa.files import plain_json, write_atomically
+from fedvpa.foreign import OneLine, harmless
 from fedvpa.records import Progress as TextProgress
 
 
@@ -47,7 +49,7 @@ class Reporter:
         for i, column in enumerate(columns):
             table.add_column(column, justify="left" if i == 0 else "right")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(Text(harmless(cell)) for cell in row))
         self.console.print(table)
 
     @contextmanager
@@ -127,9 +129,10 @@ def emit_json(target: str | None, content: Any) -> None:
 
 def configure_logging(quiet: bool, debug: bool) -> None:
     """Our log lines to standard error; the libraries' progress bars and advice off."""
+    lines = logging.StreamHandler(sys.stderr)
+    lines.setFormatter(OneLine("%(message)s"))
     logging.basicConfig(
-        stream=sys.stderr,
-        format="%(message)s",
+        handlers=[lines],
         level=logging.DEBUG if debug else logging.ERROR if quiet else logging.WARNING,
     )
     logging.getLogger("fedvpa").setLevel(

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-import tempfile
+import re
+import secrets
+import stat
 from pathlib import Path
 from typing import Any
 
 from fedvpa.errors import BadInputError
+
+_RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{n}{i}" for n in ("COM", "LPT") for i in range(1, 10))}
+"""Names that some systems keep for devices."""
 
 
 def plain_json(content: Any) -> bytes:
@@ -27,24 +33,63 @@ def _without_nan(value: Any) -> Any:
     return value
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes, *, private: bool = False) -> None:
     """Replace the file at `path` by `content`, or leave it as it was.
+
+    A new file has its final mode before it holds anything: that of the umask, or readable for this
+    user alone if it is `private`. An existing file keeps its mode (less what `private` forbids). A
+    symbolic link is followed. A device or a pipe is written to; it is not replaced.
 
     Raises:
         OSError: the disk is full or not writable.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    path = path.resolve() if path.is_symlink() else path
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with path.open("wb") as file:
+            file.write(content)
+        return
+    make_folder(path.parent)
+    mode = 0o600 if private else 0o666
+    aside = path.with_name(f".{path.name[:100]}-{secrets.token_hex(6)}")
+    # the system applies the umask, as for any other file that this user makes
+    handle = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with os.fdopen(handle, "wb") as file:
+            if path.is_file():
+                kept = stat.S_IMODE(path.stat().st_mode) & (0o700 if private else 0o777)
+                os.fchmod(file.fileno(), kept)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+        os.replace(aside, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)
         raise
+
+
+def make_folder(folder: Path, *, private: bool = False) -> Path:
+    """The folder, made with its final mode if it is not there; `private`: for this user alone.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700 if private else 0o777)
+    return folder
+
+
+def file_name(name: str) -> str:
+    """A file name for a name from outside: without separators, never ``..``, never hidden, at most
+    80 characters, and another one for every other name. Names of letters, digits, ``-``, ``_`` and
+    ``.`` stay as they are.
+
+    >>> file_name("user-7"), file_name("../../x")
+    ('user-7', 'x-9cdf6a50')
+    """
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:64]
+    if plain == name and name.upper() not in _RESERVED:
+        return plain
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{plain or 'name'}-{digest}"
 
 
 def claim(folder: Path, otherwise: str = "choose another --out", ignored: str = "") -> None:

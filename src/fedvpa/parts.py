@@ -18,7 +18,8 @@ from typing import Any
 
 from fedvpa.errors import BadInputError
 
-_REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+"""How a part outside of fedvpa is named."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ JUDGES: Table = {
 
 def is_reference(name: str) -> bool:
     """Whether a name has the form ``package.module:NAME``."""
-    return _REFERENCE.fullmatch(name) is not None
+    return REFERENCE.fullmatch(name) is not None
 
 
 def part(kind: str, table: Table, name: str) -> Part:

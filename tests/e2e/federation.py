@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from fedvpa.data.preferences import to_record
-from fedvpa.network.processes import port_is_free
+from fedvpa.network.ports import port_is_free
 from fedvpa.network.project import init_project
 from fedvpa.records import PreferencePair
 
@@ -56,7 +56,7 @@ class Federation:
     ) -> None:
         self.folder, self.run = folder, folder / "run"
         secure = bool(server.pop("secure", False))
-        port = free_ports(len(pairs) + 1)
+        port = free_ports(1)
         self.homes = init_project(folder, list(pairs), port=port, training=training, secure=secure)
         for home, own in zip(self.homes, pairs.values()):
             (home / "pairs.jsonl").write_text("".join(json.dumps(to_record(p)) + "\n" for p in own))

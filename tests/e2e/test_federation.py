@@ -21,7 +21,7 @@ from fedvpa.data.reading import read_pairs
 from fedvpa.experiment.train import train
 from fedvpa.network.project import init_project
 from fedvpa.records import PreferencePair
-from tests.e2e.federation import Federation, free_ports
+from tests.e2e.federation import Federation
 
 pytestmark = pytest.mark.slow
 
@@ -125,17 +125,13 @@ def test_survives_kills_and_refuses_strangers(
     others = init_project(tmp_path / "other", ["stranger", "doubter"], port=1)
     with Federation(tmp_path / "f", own, training, **settings) as federation:
         federation.start()
-        ports = free_ports(2)
-        for i, home in enumerate(others):
+        for home in others:
             given = yaml.safe_load((home / "client.yaml").read_text())
             server = yaml.safe_load((federation.homes[0] / "client.yaml").read_text())["server"]
-            (home / "client.yaml").write_text(
-                yaml.safe_dump(given | {"server": server, "runtime_port": ports + i})
-            )
+            (home / "client.yaml").write_text(yaml.safe_dump(given | {"server": server}))
             (home / "pairs.jsonl").write_text("{}\n")
         # the stranger trusts the server, but its key is not registered
-        for name in ("ca.crt", "node.crt", "node-tls.key"):
-            (others[0] / name).write_text((federation.homes[0] / name).read_text())
+        (others[0] / "ca.crt").write_text((federation.homes[0] / "ca.crt").read_text())
         federation.wait_for("round 1 of 8")
         strangers = [
             federation.launch(["client", str(home), "--patience", "6"], home / "client.out")

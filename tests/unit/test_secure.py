@@ -4,21 +4,25 @@ vectors and the sum."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("flwr")
-from flwr.app import ConfigRecord, Context, Message, RecordDict
-from flwr.common import bytes_to_ndarray
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.common import bytes_to_ndarray, ndarray_to_bytes
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key, Stage
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedvpa.federated.exchanges import field_of
-from fedvpa.network import masks, relay
-from fedvpa.network.secure import LEVELS, MODULUS, SecureSumError, secure_sum
-from fedvpa.network.wire import WireError, flatten, unflatten
+from fedvpa.network import masks
+from fedvpa.network.codes import RefusedError
+from fedvpa.network.masked import SecureSums
+from fedvpa.network.secure import LEVELS, MODULUS, SecureSumError, Summed, secure_sum
+from fedvpa.network.wire import flatten, unflatten
 
 SIZE = 40
 
@@ -28,25 +32,27 @@ class Nodes:
     stage on."""
 
     def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, count: int, gone: Mapping[int, str] = {}
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        folder: Path,
+        count: int,
+        gone: Mapping[int, str] = {},
     ) -> None:
         generator = torch.Generator().manual_seed(0)
         self.vectors = {
             100 + i: (torch.rand(SIZE, generator=generator) * 2 - 1).numpy() for i in range(count)
         }
-        self.contexts = {
-            n: Context(1, n, {"relay": str(n), "min-cohort": 3}, RecordDict(), {})
-            for n in self.vectors
+        self.clients = {
+            n: SecureSums(partial(self.answer, n), folder / f"{n}.json", 3) for n in self.vectors
         }
-        self.gone, self.seen, self.errors = gone, [], list[str]()
+        self.gone, self.seen, self.errors, self.subject = gone, [], list[str](), "round 0"
+        self.lie: Callable[[str, int, ConfigRecord], None] = lambda stage, node, record: None
         self.tamper: Callable[[str, ConfigRecord], None] = lambda stage, record: None
         for name in ("_run_id", "_task_id", "_node_id"):
             monkeypatch.setattr(TaskIdentity, name, 1, raising=False)
-        monkeypatch.setattr(
-            relay,
-            "through",
-            lambda m, c: b"\x01" + self.vectors[int(c.node_config["relay"])].tobytes(),
-        )
+
+    def answer(self, node: int, blob: bytes) -> tuple[str, bytes]:
+        return self.subject, self.vectors[node].tobytes()
 
     def exchange(self, contents: Mapping[int, RecordDict]) -> dict[int, RecordDict | str]:
         out: dict[int, RecordDict | str] = {}
@@ -61,26 +67,27 @@ class Nodes:
             message = Message(content, dst_node_id=node, message_type="train")
             message.metadata.__dict__["_message_id"] = "m"
             try:
-                reply = relay._secure(message, self.contexts[node], relay.masked)
+                reply = self.clients[node].reply(message)
             except Exception as error:
                 self.errors.append(str(error))
                 out[node] = str(error)
                 continue
             self.seen.append(reply.content)
+            self.lie(stage, node, reply.content.config_records[RECORD_KEY_CONFIGS])
             out[node] = reply.content
         return out
 
-    def sum(self) -> tuple[list[int], torch.Tensor]:
+    def sum(self, least: int = 0) -> Summed:
         requests = {n: RecordDict({"fedvpa": ConfigRecord({"blob": b"x"})}) for n in self.vectors}
-        return secure_sum(requests, SIZE, self.exchange)
+        return secure_sum(requests, SIZE, self.exchange, least)
 
 
 @pytest.mark.parametrize("count", [3, 7])
 def test_the_sum_is_right_and_only_masked_vectors_are_seen(
-    monkeypatch: pytest.MonkeyPatch, count: int
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, count: int
 ) -> None:
-    nodes = Nodes(monkeypatch, count)
-    active, total = nodes.sum()
+    nodes = Nodes(monkeypatch, tmp_path, count)
+    active, total, _ = nodes.sum()
     assert sorted(active) == sorted(nodes.vectors)
     expected = np.sum(list(nodes.vectors.values()), axis=0)
     np.testing.assert_allclose(total.numpy(), expected, atol=count * 2 / LEVELS)
@@ -111,9 +118,11 @@ def test_the_sum_is_right_and_only_masked_vectors_are_seen(
 @pytest.mark.parametrize(
     "stage", [Stage.SETUP, Stage.SHARE_KEYS, Stage.COLLECT_MASKED_VECTORS, Stage.UNMASK]
 )
-def test_a_client_may_drop_out_at_every_stage(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
-    nodes = Nodes(monkeypatch, 6, {102: stage, 104: stage})
-    active, total = nodes.sum()
+def test_a_client_may_drop_out_at_every_stage(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stage: str
+) -> None:
+    nodes = Nodes(monkeypatch, tmp_path, 6, {102: stage, 104: stage})
+    active, total, _ = nodes.sum()
     there = [n for n in nodes.vectors if n not in nodes.gone or stage == Stage.UNMASK]
     assert sorted(active) == there
     np.testing.assert_allclose(
@@ -122,14 +131,18 @@ def test_a_client_may_drop_out_at_every_stage(monkeypatch: pytest.MonkeyPatch, s
 
 
 @pytest.mark.parametrize("stage", [Stage.SHARE_KEYS, Stage.COLLECT_MASKED_VECTORS, Stage.UNMASK])
-def test_too_many_dropouts_open_nothing(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
-    nodes = Nodes(monkeypatch, 6, {102: stage, 103: stage, 104: stage})
+def test_too_many_dropouts_open_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stage: str
+) -> None:
+    nodes = Nodes(monkeypatch, tmp_path, 6, {102: stage, 103: stage, 104: stage})
     with pytest.raises(SecureSumError, match="of 6 clients are left, 4 are needed"):
         nodes.sum()
 
 
-def test_clients_refuse_a_server_that_asks_for_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    nodes = Nodes(monkeypatch, 5)
+def test_clients_refuse_a_server_that_asks_for_too_much(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nodes = Nodes(monkeypatch, tmp_path, 5)
 
     def both_secrets(stage: str, record: ConfigRecord) -> None:
         if stage == Stage.UNMASK:
@@ -139,7 +152,7 @@ def test_clients_refuse_a_server_that_asks_for_too_much(monkeypatch: pytest.Monk
     with pytest.raises(SecureSumError):
         nodes.sum()
     assert all("both secrets" in error for error in nodes.errors)
-    nodes = Nodes(monkeypatch, 5)
+    nodes = Nodes(monkeypatch, tmp_path, 5)
 
     def low_threshold(stage: str, record: ConfigRecord) -> None:
         if stage == Stage.SETUP:
@@ -150,7 +163,104 @@ def test_clients_refuse_a_server_that_asks_for_too_much(monkeypatch: pytest.Monk
         nodes.sum()
     assert all("threshold 2" in error for error in nodes.errors)
     with pytest.raises(SecureSumError, match="secure sums take from 3"):
-        Nodes(monkeypatch, 2).sum()
+        Nodes(monkeypatch, tmp_path, 2).sum()
+
+
+def test_the_same_numbers_are_opened_in_one_sum_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A second sum over other clients would show the difference; the same sum again is fine."""
+    nodes = Nodes(monkeypatch, tmp_path, 6)
+    nodes.sum()
+    nodes.sum()
+    nodes.gone = {103: Stage.COLLECT_MASKED_VECTORS}
+    with pytest.raises(SecureSumError, match="of 5 clients are left, 4 are needed"):
+        nodes.sum()
+    assert "the difference of two sums would show single clients" in nodes.errors[-1]
+    # also by a client that was started anew
+    nodes.clients = {
+        n: SecureSums(partial(nodes.answer, n), tmp_path / f"{n}.json", 3) for n in nodes.vectors
+    }
+    with pytest.raises(SecureSumError):
+        nodes.sum()
+    nodes.subject = "round 1"
+    assert len(nodes.sum().nodes) == 5
+
+
+def test_a_sum_over_fewer_than_were_asked_for_is_not_opened(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nodes = Nodes(monkeypatch, tmp_path, 6, {103: Stage.COLLECT_MASKED_VECTORS})
+    with pytest.raises(SecureSumError, match="5 clients are left, 6 are asked for"):
+        nodes.sum(least=6)
+    assert not list(tmp_path.glob("*.json"))  # nobody was asked for what opens it
+
+
+def _swap(record: ConfigRecord, key: str, change: Callable[[list], list]) -> None:  # type: ignore[type-arg]
+    record[key] = change(list(record[key]))  # type: ignore[arg-type]
+
+
+DEVIATIONS: dict[str, tuple[str, Callable[[ConfigRecord], None], bool]] = {
+    "a key that is none": (
+        Stage.SETUP, lambda r: r.__setitem__(Key.PUBLIC_KEY_1, b"key"), False),
+    "no key": (Stage.SETUP, lambda r: r.__delitem__(Key.PUBLIC_KEY_2), False),
+    "shares for strangers": (
+        Stage.SHARE_KEYS, lambda r: _swap(r, Key.DESTINATION_LIST, lambda d: [7, *d[1:]]), False),
+    "a share too few": (
+        Stage.SHARE_KEYS, lambda r: _swap(r, Key.CIPHERTEXT_LIST, lambda c: c[1:]), False),
+    "a vector of another length": (
+        Stage.COLLECT_MASKED_VECTORS,
+        lambda r: _swap(r, Key.MASKED_PARAMETERS, lambda p: p[:-1]), False),
+    "a vector that is none": (
+        Stage.COLLECT_MASKED_VECTORS,
+        lambda r: r.__setitem__(Key.MASKED_PARAMETERS, [b"\x93NUMPY"]), False),
+    "a share twice": (
+        Stage.UNMASK, lambda r: _swap(r, Key.NODE_ID_LIST, lambda n: [n[0], n[0], *n[2:]]), True),
+    "shares that open nothing": (
+        Stage.UNMASK,
+        lambda r: _swap(r, Key.SHARE_LIST, lambda s: [bytes(b ^ 1 for b in x) for x in s]), True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DEVIATIONS)
+def test_a_client_that_deviates_is_named_and_the_others_are_summed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    stage, change, counts = DEVIATIONS[name]
+    nodes = Nodes(monkeypatch, tmp_path, 6)
+    nodes.lie = lambda at, node, record: change(record) if (at, node) == (stage, 102) else None
+    found = nodes.sum()
+    assert list(found.culprits) == [102]
+    there = sorted(nodes.vectors.keys() - (set() if counts else {102}))
+    assert sorted(found.nodes) == there
+    np.testing.assert_allclose(
+        found.values.numpy(), np.sum([nodes.vectors[n] for n in there], axis=0), atol=12 / LEVELS
+    )
+
+
+def test_what_one_client_can_spoil_opens_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Numbers that are masked otherwise than agreed, and shares that others cannot read: the sum
+    fails, nobody is named, and nobody is shown."""
+    nodes = Nodes(monkeypatch, tmp_path, 6)
+
+    def other_masks(stage: str, node: int, record: ConfigRecord) -> None:
+        if (stage, node) == (Stage.COLLECT_MASKED_VECTORS, 102):
+            other = [bytes_to_ndarray(b) ^ 1 for b in record[Key.MASKED_PARAMETERS]]  # type: ignore[union-attr]
+            record[Key.MASKED_PARAMETERS] = [ndarray_to_bytes(b) for b in other]
+
+    nodes.lie = other_masks
+    with pytest.raises(SecureSumError, match="the masks do not cancel"):
+        nodes.sum()
+    nodes = Nodes(monkeypatch, tmp_path / "second", 6)
+    nodes.lie = lambda stage, node, record: (
+        _swap(record, Key.CIPHERTEXT_LIST, lambda c: [bytes(100) for _ in c])
+        if (stage, node) == (Stage.SHARE_KEYS, 102)
+        else None
+    )
+    with pytest.raises(SecureSumError, match="clients are left, 4 are needed"):
+        nodes.sum()
 
 
 def test_masks_use_the_whole_secret() -> None:
@@ -180,7 +290,7 @@ def test_flat_vectors_keep_names_apart_and_refuse_what_would_be_cut_off() -> Non
     back = unflatten("train", vector, shapes)
     for name, value in tensors.items():
         torch.testing.assert_close(back[name], value)
-    with pytest.raises(WireError, match="delta/w"):
+    with pytest.raises(RefusedError, match="delta/w"):
         flatten("train", {"delta/w": torch.tensor([field_of("train", "delta/w").bound * 1.01])})
-    with pytest.raises(WireError, match="not finite"):
+    with pytest.raises(RefusedError, match="not finite"):
         flatten("train", {"delta/w": torch.tensor([torch.nan])})

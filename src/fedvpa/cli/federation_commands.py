@@ -11,7 +11,7 @@ from fedvpa.network.supernode import run_client
 
 
 def run_server_command(arguments: argparse.Namespace, reporter: Reporter) -> int:
-    """Start the SuperLink and the run; follow it to its end."""
+    """Let the clients in, and follow the run to its end."""
     _stop_on_terminate()
     result = run_server(arguments.directory / "server.yaml")
     reporter.say(
@@ -24,12 +24,7 @@ def run_server_command(arguments: argparse.Namespace, reporter: Reporter) -> int
 def run_client_command(arguments: argparse.Namespace, reporter: Reporter) -> int:
     """Serve until interrupted."""
     _stop_on_terminate()
-    run_client(
-        arguments.directory / "client.yaml",
-        arguments.min_cohort,
-        arguments.patience,
-        arguments.cold,
-    )
+    run_client(arguments.directory / "client.yaml", arguments.min_cohort, arguments.patience)
     return 0
 
 

@@ -39,7 +39,7 @@ def run_init(arguments: argparse.Namespace, reporter: Reporter) -> int:
             arguments.directory, [c.name for c in made.train], training=_plain(trained), **options
         )
         for folder, client in zip(folders, made.train):
-            write_pairs(client.pairs, folder / "pairs.jsonl")
+            write_pairs(client.pairs, folder / "pairs.jsonl", private=True)
         reporter.say(
             f"{len(folders)} clients from {whole.data.source},"
             f" {sum(len(c.pairs) for c in made.train)} pairs"

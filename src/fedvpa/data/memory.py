@@ -91,7 +91,8 @@ def _item(entry: Any, where: str) -> Item:
     return Item(parse_prompt(prompt, where), response.strip())
 
 
-def write_pairs(pairs: Iterable[PreferencePair], path: Path) -> None:
-    """The pairs as a JSON-lines file, which `read_pairs` reads back to the same pairs."""
+def write_pairs(pairs: Iterable[PreferencePair], path: Path, *, private: bool = False) -> None:
+    """The pairs as a JSON-lines file, which `read_pairs` reads back to the same pairs; `private`:
+    readable for this user alone."""
     lines = [json.dumps(to_record(pair), ensure_ascii=False) for pair in pairs]
-    write_atomically(path, ("\n".join(lines) + "\n").encode())
+    write_atomically(path, ("\n".join(lines) + "\n").encode(), private=private)

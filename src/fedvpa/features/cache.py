@@ -8,6 +8,7 @@ number type, layer, pooling and text. The backbone is loaded only if something i
 from __future__ import annotations
 
 import hashlib
+import os
 import sqlite3
 import time
 from collections.abc import Iterable, Sequence
@@ -24,7 +25,8 @@ from fedvpa.config import FeaturesConfig
 from fedvpa.errors import RunError
 from fedvpa.features.backbone import Backbone, Tap
 from fedvpa.features.loading import cache_home, location_stamp
-from fedvpa.records import Item, PreferencePair, Progress
+from fedvpa.files import make_folder
+from fedvpa.records import Item, Message, PreferencePair, Progress
 
 CREATING_SECONDS = 60.0
 """How long to wait for another process that creates the cache."""
@@ -66,12 +68,23 @@ class FeatureCache:
         values, name, signature, computed = self.items(items, progress)
         return FeatureTable(values.view(len(pairs), 2, -1), name, signature, computed)
 
+    def identity(self) -> tuple[str, int]:
+        """The backbone's signature, and the width of its features.
+
+        Raises:
+            BadInputError: the backbone cannot be loaded, or lacks the layer.
+        """
+        values, _, signature, _ = self.items([Item((Message("user", "."),), ".")])
+        return signature, values.shape[-1]
+
     def items(
         self, items: Sequence[Item], progress: Progress | None = None
     ) -> tuple[Float[Tensor, "n h"], str, str, int]:
         """Features, the backbone's name and signature, and how many features had to be computed."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path.parent, private=True)
+            # readable for this user alone: it holds features of private texts
+            _private_file(self.path)
             with closing(sqlite3.connect(self.path, timeout=60, isolation_level=None)) as database:
                 _prepare(database)
                 return self._items(database, items, progress)
@@ -150,6 +163,17 @@ class FeatureCache:
                 "INSERT OR REPLACE INTO backbone VALUES (?, ?, ?)", (stamp, name, signature)
             )
         return name, signature
+
+
+def _private_file(path: Path) -> None:
+    """Make the file for this user alone; one that is there already is closed to strangers."""
+    handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        status = os.fstat(handle)
+        if status.st_uid == os.geteuid() and status.st_mode & 0o007:
+            os.fchmod(handle, status.st_mode & 0o770)
+    finally:
+        os.close(handle)
 
 
 def _prepare(database: sqlite3.Connection) -> None:

@@ -142,5 +142,5 @@ class NetworkedClients(Reach):
 
     def _layout(self, kind: str, **sizes: int) -> Layout:
         """Names, shapes and types of a reply."""
-        known = {"d": self.config.model.latent, "h": self.width}
+        known = {"d": self.config.model.latent, "h": self.features.width}
         return layout(EXCHANGES[kind].reply, known | sizes)

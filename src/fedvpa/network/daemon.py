@@ -1,19 +1,23 @@
 """A networked client: it owns its pairs, their features and its private state, and answers the
 server's requests.
 
-It outlives the processes that Flower starts for each message (see `relay`), so that neither torch
-nor the features are loaded anew every round, and so that the code which the server's operator ships
-never touches the data: it only passes blobs on.
+What a request may do is settled here, whatever its sender says of it: which features are read,
+which code is run and whether an answer is masked are the client's own decisions (`client.yaml`).
+What goes wrong reaches the server as a code (`fedvpa.network.codes`), and this client's log in
+words.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +27,7 @@ from torch import Tensor
 from fedvpa.config import Config
 from fedvpa.data.partition import ClientPairs, split_off, without_duplicates
 from fedvpa.data.reading import read_pairs
-from fedvpa.errors import BadInputError, FedvpaError
+from fedvpa.errors import BadInputError, CheckpointError, FedvpaError, RunError
 from fedvpa.evaluation.protocol import validation
 from fedvpa.experiment.build import build_algorithm, build_clients, needs_common
 from fedvpa.experiment.dataset import to_store
@@ -35,10 +39,14 @@ from fedvpa.federated.clients import SimulatedClients
 from fedvpa.federated.exchanges import EXCHANGES, may_hold
 from fedvpa.federated.messages import PROTOTYPES, broadcast_of, reply_of, section, under
 from fedvpa.files import write_atomically
+from fedvpa.foreign import harmless
+from fedvpa.network.codes import RefusedError
 from fedvpa.network.records import populations_of
 from fedvpa.network.serve import describe
 from fedvpa.network.settings import ClientSettings
-from fedvpa.network.wire import NOT_READY, UNGREETED, Packet, WireError, flatten, pack, unpack
+from fedvpa.network.wire import Packet, WireError, flatten, pack, unpack
+from fedvpa.parts import REFERENCE
+from fedvpa.records import PreferencePair
 from fedvpa.selector.predictor import VariationalPredictor
 from fedvpa.types import Params
 
@@ -68,84 +76,115 @@ class Client:
         self._told = ""
 
     def answer(self, blob: bytes) -> bytes:
-        """Reply to one request; what went wrong is a reply too, with the reason and without any
-        data."""
-        with self._one_at_a_time:
-            return self._answer(blob)
-
-    def _answer(self, blob: bytes) -> bytes:
-        secure = False
+        """Reply to one request in the clear; what went wrong is a reply too, as a code."""
         try:
+            _, reply = self._handled(blob, secure=False)
+            return pack(Packet({"ok": True, **reply.header}, reply.tensors))
+        except RefusedError as error:
+            return pack(Packet({"ok": False, "code": error.code}, {}))
+
+    def numbers(self, blob: bytes) -> tuple[str, bytes]:
+        """Reply to one request as a flat float32 vector, which is masked before it leaves this
+        machine; and the subject of the vector: two sums of one subject show their difference.
+
+        Raises:
+            RefusedError: there is no answer; its code may be sent.
+        """
+        packet, reply = self._handled(blob, secure=True)
+        kind = str(packet.header["kind"])
+        about = [self._identity, kind, packet.header["round"]] if kind == "train" else [blob.hex()]
+        with self._refusing():
+            vector = flatten(kind, reply.tensors)
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest(), vector
+
+    def _handled(self, blob: bytes, *, secure: bool) -> tuple[Packet, Packet]:
+        """The request and the reply to it.
+
+        Raises:
+            RefusedError: there is none.
+        """
+        with self._one_at_a_time, self._refusing():
             packet = unpack(blob)
-            kind, secure = str(packet.header.get("kind")), bool(packet.header.get("secure"))
+            kind = str(packet.header.get("kind"))
             handler: Callable[[Packet], Packet] | None = getattr(self, f"_on_{kind}", None)
             if kind not in EXCHANGES or handler is None:
-                raise WireError(f"unknown request '{kind}'")
+                raise RefusedError("unknown-request", f"unknown request '{harmless(kind, 40)}'")
             if self.settings.secure_only and not secure and kind not in IN_THE_CLEAR:
-                raise WireError(
-                    f"client '{self.settings.name}' answers '{kind}' in secure sums alone"
-                    " (secure_only)"
-                )
+                raise RefusedError("secure-only", f"'{kind}' is answered in secure sums alone")
             reply = handler(packet)
             for name in reply.tensors:
                 if not may_hold(kind, name):
-                    raise WireError(
-                        f"refused to send '{name}', which the reply to '{kind}' does not hold"
-                    )
-            if secure:  # a flat vector that is masked before it leaves this machine
-                return b"\x01" + flatten(kind, reply.tensors)
-            return pack(Packet({"ok": True, **reply.header}, reply.tensors))
-        except FedvpaError as error:
-            reason = f"{type(error).__name__}: {error}"
-        except OSError as error:  # a full disk: the state is the old one, and nothing was sent
-            reason = f"the client could not save its state: {error}"
-        # a message of another version, say: it must not end the client, nor tell what it holds
+                    raise RefusedError("failed", f"'{name}' is not part of a reply to '{kind}'")
+            return packet, reply
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Whatever goes wrong is written to the log of this client, and raised as a code."""
+        try:
+            yield
         except Exception as error:
-            logger.exception("%s: a request could not be answered", self.settings.name)
-            reason = f"the request could not be answered ({type(error).__name__})"
-        logger.log(
-            logging.INFO if NOT_READY in reason else logging.ERROR,
-            "%s: %s",
-            self.settings.name,
-            reason,
-        )
-        return (
-            b"\x00" + reason.encode()
-            if secure
-            else pack(Packet({"ok": False, "error": reason}, {}))
-        )
+            found = _as_code(error)
+            level = logging.INFO if found.code == "not-ready" else logging.ERROR
+            logger.log(level, "%s: [%s] %s", self.settings.name, found.code, found)
+            if found.code == "failed" and not isinstance(error, FedvpaError):
+                logger.exception("%s: a request could not be answered", self.settings.name)
+            raise found from error
 
     def _on_hello(self, packet: Packet) -> Packet:
-        """Learn the settings; say who this is, which backbone its features come from and which
-        whitening it holds."""
+        """Learn the settings; say who this is, and which features these are."""
         h = packet.header
-        config = Config.model_validate(h["config"])
-        if (self._identity, self._config) != (h["run"], config):
-            self._identity, self._config, self._side = h["run"], config, None
-            self._features = self._reading = None
-        if self.settings.name not in h["clients"]:
-            raise BadInputError(
-                f"the server does not know a client '{self.settings.name}'; add it to server.yaml"
+        names, mine = [str(name) for name in h["clients"]], self.settings.name
+        if mine not in names:
+            raise RefusedError(
+                "not-invited", f"the server knows no client '{mine}'; add it to its server.yaml"
             )
-        self._index, self._columns = int(h["clients"].index(self.settings.name)), int(h["columns"])
-        self._clients = len(h["clients"])
+        config = self._agreed(h["config"])
+        if (self._identity, self._config) != (str(h["run"]), config):
+            self._identity, self._config, self._side = str(h["run"]), config, None
+            self._features = self._reading = None
+        self._index, self._columns, self._clients = names.index(mine), int(h["columns"]), len(names)
         if self._reading is None:  # computing features may take long; the server asks again
             self._reading = ThreadPoolExecutor(1).submit(self._own_features)
         try:
-            _, _, _, signature = self._reading.result(READING_SECONDS)
+            _, _, (own, _), signature = self._reading.result(READING_SECONDS)
         except TimeoutError:
-            raise WireError(
-                f"{NOT_READY}: client '{self.settings.name}' is still computing its features"
-            ) from None
+            raise RefusedError("not-ready", "features are being computed") from None
         except BaseException:
             self._reading = None  # a file that was missing may be there the next time
             raise
-        width = self._own_features()[2][0].shape[-1]
+        width = own.shape[-1]
         if self._told != self._identity:  # what leaves, by this client's own reckoning
             self._told = self._identity
-            for line in self._leaves(h["clients"], width):
+            logger.info("%s: features %s, width %d", mine, signature, width)
+            for line in self._leaves(names, width):
                 logger.info("%s", line)
-        return Packet({"name": self.settings.name, "signature": signature, "width": width}, {})
+        return Packet({"name": mine, "signature": signature, "width": width}, {})
+
+    def _agreed(self, given: Any) -> Config:
+        """The server's settings, less what is this client's own: its backbone, its device, and code
+        that is not fedvpa's.
+
+        Raises:
+            RefusedError: they name a part that this client has not agreed to.
+        """
+        text = json.dumps({k: v for k, v in given.items() if k not in ("features", "data", "out")})
+        for name in sorted(set(REFERENCE.findall(text)) - set(self.settings.parts)):
+            raise RefusedError(
+                "parts",
+                f"the server asks for the part {harmless(name)}, which would be imported here; if"
+                " you agree, name it under parts in client.yaml",
+            )
+        asked, own = given["features"], self.settings
+        if asked["backbone"] != own.backbone:
+            logger.info(
+                "%s: the server's backbone is %s; this client reads %s (backbone in client.yaml)",
+                own.name, harmless(asked["backbone"]), own.backbone,
+            )  # fmt: skip
+        features = {**asked, "backbone": own.backbone, "device": own.device}
+        try:
+            return Config.model_validate({**given, "features": features})
+        except ValueError as error:
+            raise RefusedError("unread", f"settings of another version: {error}") from error
 
     def _leaves(self, names: Sequence[str], width: int) -> list[str]:
         """The payload manifest of these settings, in words."""
@@ -154,6 +193,27 @@ class Client:
         state = algorithm.init(Roster(tuple(names), (None,) * len(names)))
         whitener = Whitener(torch.zeros(width), torch.zeros(width, config.model.inputs))
         return describe(manifest(algorithm, state, whitener), self.settings.secure_only)
+
+    def _check_pairs(self, pairs: Sequence[PreferencePair]) -> None:
+        """Refuse to go on in a run that was joined with other pairs. The fingerprint stays here.
+
+        Raises:
+            RefusedError: they are others.
+        """
+        keys = sorted(f"{p.content_key()}{p.chosen_is_first()}" for p in pairs)
+        found = hashlib.sha256("".join(keys).encode()).hexdigest()
+        file = self._file("pairs").with_suffix(".sha256")
+        before = file.read_text() if file.is_file() else found
+        if before != found and self.settings.pairs == "fixed":
+            raise RefusedError(
+                "other-pairs",
+                f"{self._data}: holds other pairs than when '{self.settings.name}' joined this run;"
+                " put them back, or let the run go on with the new ones (pairs: may-change in"
+                " client.yaml)",
+            )
+        if before != found:
+            logger.warning("%s: holds other pairs than before", self._data)
+        write_atomically(file, found.encode(), private=True)
 
     def _on_scale(self, packet: Packet) -> Packet:
         """Logarithms of the size of every dimension of dh and of h, so that secure sums of them
@@ -178,7 +238,11 @@ class Client:
     def _on_prepare(self, packet: Packet) -> Packet:
         """Keep the whitening."""
         whitener = Whitener(packet.tensors["centre"], packet.tensors["projection"])
-        write_atomically(self._file("whitening"), whitener.to_bytes())
+        h, p = self._own_features()[2][0].shape[-1], self._known().model.inputs
+        fits = whitener.centre.shape == (h,) and whitener.projection.shape == (h, p)
+        if not fits or not whitener.projection.isfinite().all():
+            raise RefusedError("unread", "the whitening does not fit this client's features")
+        write_atomically(self._file("whitening"), whitener.to_bytes(), private=True)
         self._side = None
         return Packet({"whitening": self._whitening_digest()}, {})
 
@@ -214,7 +278,7 @@ class Client:
     def _on_settle(self, packet: Packet) -> Packet:
         """Note which component this client belongs to; the answer stays here."""
         own = self._sides()[0].settle(section(packet.tensors, "params"), populations_of(packet)[0])
-        write_atomically(self._file("settled"), save(own))
+        write_atomically(self._file("settled"), save(own), private=True)
         return Packet({}, {})
 
     def _on_validate(self, packet: Packet) -> Packet:
@@ -233,7 +297,7 @@ class Client:
 
     def _known(self) -> Config:
         if self._config is None:
-            raise WireError(f"{UNGREETED}: the client has been restarted")
+            raise RefusedError("not-greeted", "started anew")
         return self._config
 
     def _own_features(self) -> tuple[ClientPairs, ClientPairs, list[Tensor], str]:
@@ -246,6 +310,7 @@ class Client:
                 raise BadInputError(
                     f"{self._data}: holds {len(pairs)} pair, but a client needs at least 2"
                 )
+            self._check_pairs(pairs)
             train, held = split_off(
                 ClientPairs(self.settings.name, None, tuple(pairs)),
                 config.data.validation_share,
@@ -261,7 +326,7 @@ class Client:
         out."""
         config, digest = self._known(), self._whitening_digest()
         if not digest:
-            raise WireError(f"{UNGREETED}: the client has not been sent the whitening")
+            raise RefusedError("not-greeted", "the whitening has not been sent")
         if self._side is None or self._side[0] != digest:
             whitener = Whitener.read(self._file("whitening"))
             train, held, (own, rest), _ = self._own_features()
@@ -296,19 +361,33 @@ class Client:
         try:
             saved = load_file(path)
         except (SafetensorError, OSError) as error:
-            raise WireError(
-                f"{path}: damaged: {error}; remove it to start this client afresh"
+            raise RefusedError(
+                "state", f"{path}: damaged: {error}; remove it to start this client afresh"
             ) from error
         last = int(saved["round"])
         if number < last:
-            raise WireError(
-                f"round {number} was asked for, but round {last} has been trained already: a"
-                " replayed request"
+            raise RefusedError(
+                "replayed",
+                f"round {number} was asked for, but round {last} has been trained already",
             )
         return section(saved, "before" if number == last else "after")
 
     def _save_tables(self, number: int, before: Params, after: Params) -> None:
         tensors = {"round": torch.tensor(number)} | under("before", before) | under("after", after)
         write_atomically(
-            self._file("private"), save({k: v.contiguous().clone() for k, v in tensors.items()})
+            self._file("private"),
+            save({k: v.contiguous().clone() for k, v in tensors.items()}),
+            private=True,
         )
+
+
+def _as_code(error: Exception) -> RefusedError:
+    """What the server is told of an error."""
+    if isinstance(error, RefusedError):
+        return error
+    codes: tuple[tuple[type[Exception], str], ...] = (
+        (WireError, "unread"), (BadInputError, "data"), (CheckpointError, "state"),
+        (OSError, "disk"), (RunError, "features"),
+    )  # fmt: skip
+    code = next((code for kind, code in codes if isinstance(error, kind)), "failed")
+    return RefusedError(code, str(error) or type(error).__name__)

@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
+from fedvpa.config import FeaturesConfig
 from fedvpa.errors import BadInputError
-from fedvpa.files import claim, write_atomically
+from fedvpa.files import claim, make_folder, write_atomically
 
 _APP = """# The Flower app of this federation. Install fedvpa on every machine: its parts are there.
 [build-system]
@@ -38,9 +39,19 @@ clientapp = "federation_app.client:app"
 
 [tool.flwr.app.config]
 settings = "server.yaml"
-attempt = ""
 """
-_PART = '"""{about}."""\n\nfrom fedvpa.network import {module}\n\napp = {module}.app\n'
+_SERVER = '''"""Rounds, checkpoints, resume."""
+
+from fedvpa.network import server_app
+
+app = server_app.app
+'''
+_CLIENT = '''"""Flower asks an app for a ClientApp; clients of this federation run none."""
+
+from flwr.clientapp import ClientApp
+
+app = ClientApp()
+'''
 
 
 def init_project(
@@ -66,6 +77,10 @@ def init_project(
         raise BadInputError("clients: a name is given twice")
     if data and len(data) != len(clients):
         raise BadInputError(f"{len(data)} data files for {len(clients)} clients")
+    given = (training or {}).get("features", {}).get("backbone", FeaturesConfig().backbone)
+    backbone = (
+        str(Path(given).expanduser().resolve()) if Path(given).expanduser().is_dir() else given
+    )
     authority = _Authority()
     server: dict[str, Any] = {
         "clients": list(clients),
@@ -77,14 +92,8 @@ def init_project(
     _write(folder / "server.yaml", yaml.safe_dump(server, sort_keys=False))
     _write(folder / "app" / "pyproject.toml", _APP)
     _write(folder / "app" / "federation_app" / "__init__.py", '"""A federation of fedvpa."""\n')
-    _write(
-        folder / "app" / "federation_app" / "server.py",
-        _PART.format(about="Rounds, checkpoints, resume", module="server_app"),
-    )
-    _write(
-        folder / "app" / "federation_app" / "client.py",
-        _PART.format(about="Passes requests to the client on its machine", module="relay"),
-    )
+    _write(folder / "app" / "federation_app" / "server.py", _SERVER)
+    _write(folder / "app" / "federation_app" / "client.py", _CLIENT)
     _write(folder / "certificates" / "ca.crt", authority.certificate)
     key, certificate = authority.issue("fedvpa server", [host, "127.0.0.1", "localhost"])
     _write(folder / "certificates" / "server.crt", certificate)
@@ -92,35 +101,26 @@ def init_project(
     folders = []
     for i, name in enumerate(clients):
         own = {"name": name, "data": data[i] if data else "pairs.jsonl", "server": f"{host}:{port}"}
-        folders.append(_client_folder(folder, authority, own, port + 1 + i))
+        own["backbone"] = backbone
+        folders.append(_client_folder(folder, authority, own))
     return folders
 
 
-def _client_folder(
-    folder: Path, authority: _Authority, own: dict[str, Any], runtime_port: int
-) -> Path:
+def _client_folder(folder: Path, authority: _Authority, own: dict[str, Any]) -> Path:
     """What a client takes to its machine, and its public key on the server's side."""
     name = own["name"]
-    home = folder / "clients" / name
+    home = make_folder(folder / "clients" / name, private=True)
     private, public = _node_key()
-    key, certificate = authority.issue(f"fedvpa client {name}", ["127.0.0.1", "localhost"])
-    own = own | {
-        "root_certificate": "ca.crt", "key": "node.key", "certificate": "node.crt",
-        "certificate_key": "node-tls.key", "runtime_port": runtime_port,
-    }  # fmt: skip
+    own = own | {"root_certificate": "ca.crt", "key": "node.key"}
     _write(home / "client.yaml", yaml.safe_dump(own, sort_keys=False))
     _write(home / "ca.crt", authority.certificate)
     _write(home / "node.key", private, private=True)
-    _write(home / "node.crt", certificate)
-    _write(home / "node-tls.key", key, private=True)
     _write(folder / "keys" / f"{name}.pub", public)
     return home
 
 
 def _write(path: Path, text: str, private: bool = False) -> None:
-    write_atomically(path, text.encode())
-    if private:
-        path.chmod(0o600)
+    write_atomically(path, text.encode(), private=private)
 
 
 def _node_key() -> tuple[str, str]:

@@ -7,30 +7,63 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from fedvpa.config import Config
-from fedvpa.errors import BadInputError, RunError
+from fedvpa.errors import RunError
 from fedvpa.features.whitening import Whitener
 from fedvpa.federated.exchanges import Layout
 from fedvpa.federated.messages import Contract
+from fedvpa.foreign import harmless
 from fedvpa.network.checks import expected, sensible
-from fedvpa.network.records import opened
+from fedvpa.network.conduct import STRIKES, Conduct
+from fedvpa.network.records import Broken, NoAnswerError, opened
 from fedvpa.network.settings import ServerSettings
-from fedvpa.network.wire import NOT_READY, UNGREETED, Packet, WireError, pack, unflatten
+from fedvpa.network.wire import Packet, WireError, pack, unflatten
 from fedvpa.types import Params
 
 logger = logging.getLogger("fedvpa")
 
 
-MOST_WIDTH = 1 << 16
 REFUSED_SECONDS = 30.0
 """A node that was refused may try again after so long: what was wrong with it may have been put
 right."""
+
+
+class Expected(NamedTuple):
+    """The features that the clients of a run read: the backbone's signature, and their width. The
+    server knows them for itself; no client's word counts."""
+
+    signature: str
+    width: int
+
+    def check(self, name: str, header: Mapping[str, Any]) -> None:
+        """Refuse a client of other features.
+
+        Raises:
+            WireError: saying what it says.
+        """
+        signature, width = header.get("signature"), header.get("width")
+        if not isinstance(signature, str) or _without_type(signature) != _without_type(
+            self.signature
+        ):
+            raise WireError(
+                f"client '{name}' reads its features from another backbone, or from other weights"
+                f" or another layer of it: {harmless(signature)}, not {self.signature}"
+            )
+        if width != self.width or isinstance(width, bool):
+            raise WireError(
+                f"client '{name}' has features of width {harmless(width, 20)}, not {self.width}"
+            )
+
+
+def _without_type(signature: str) -> str:
+    """A signature less the number type that the backbone computes in, which is the machine's."""
+    return "|".join(part for part in signature.split("|") if part not in ("bfloat16", "float32"))
 
 
 class CohortError(RunError):
@@ -45,17 +78,29 @@ class Transport(Protocol):
         """Nodes that are connected."""
         ...
 
-    def ask(self, blobs: Mapping[int, bytes], enough: int) -> dict[int, bytes | str]:
-        """Replies by node: a blob, or why there is none. Waits for all; once `enough` are there,
-        for a grace period more."""
+    def ask(self, blobs: Mapping[int, bytes], enough: int) -> dict[int, bytes | str | Broken]:
+        """Replies by node: a blob, why there is none, or how it is broken. Waits for all; once
+        `enough` are there, for a grace period more."""
         ...
 
-    def ask_sum(
-        self, blobs: Mapping[int, bytes], size: int, least: int
-    ) -> tuple[list[int], Float[Tensor, "n"]]:
-        """Who took part, and the secure sum of the flat vectors that they answered with; none is
-        opened over fewer than `least` clients."""
+    def ask_sum(self, blobs: Mapping[int, bytes], size: int, least: int) -> Sum:
+        """The secure sum of the flat vectors of `size` numbers that nodes answer with; none is
+        opened over fewer than `least` of them."""
         ...
+
+
+@runtime_checkable
+class Sum(Protocol):
+    """An opened sum: who is in it, its values, and who deviated from the protocol, and how."""
+
+    @property
+    def nodes(self) -> list[int]: ...
+
+    @property
+    def values(self) -> Float[Tensor, "n"]: ...
+
+    @property
+    def culprits(self) -> dict[int, str]: ...
 
 
 @dataclass
@@ -66,28 +111,58 @@ class Reach:
     settings: ServerSettings
     config: Config
     transport: Transport
-    run: str
-    contract: Contract
+    run: str = ""
+    contract: Contract = field(default_factory=Contract)
     columns: int = 0
     whitener: Whitener | None = None
     _place: dict[int, int] = field(default_factory=dict)
     _again: dict[int, float] = field(default_factory=dict)
-    bound: dict[str, int] = field(default_factory=dict)
-    signature: str = ""
-    width: int = 0
+    bound: Mapping[str, int] = field(default_factory=dict)
+    features: Expected = field(default_factory=lambda: Expected("", 0))
+    conduct: Conduct = field(default_factory=Conduct)
     traffic: dict[str, int] = field(default_factory=lambda: {"down": 0, "up": 0})
 
     def __len__(self) -> int:
         return len(self.settings.clients)
 
+    def _blame_all(self, culprits: Mapping[int, str], what: str) -> None:
+        for node, why in culprits.items():
+            if node in self._place:
+                self._blame(self._place[node], what, why)
+
+    def join(self, run: str, contract: Contract, columns: int) -> None:
+        """From now on clients are greeted for this run. `contract`: what they send; `columns`: of
+        the table of private logits."""
+        self.run, self.contract, self.columns = run, contract, columns
+
     def online(self) -> list[int]:
         """Places of the clients that are connected and have been greeted, in ascending order."""
         nodes = self.transport.nodes()
         now = time.monotonic()
-        fresh = [n for n in nodes if n not in self._place and now >= self._again.get(n, 0.0)]
+        out = {self.bound.get(name) for name in self.conduct.out}
+        fresh = [
+            n
+            for n in nodes
+            if n not in self._place and n not in out and now >= self._again.get(n, 0.0)
+        ]
         if fresh:
             self._greet(fresh)
-        return sorted({self._place[n] for n in nodes if n in self._place})
+        here = {self._place[n] for n in nodes if n in self._place}
+        return sorted(place for place in here if not self._is_out(place))
+
+    def _is_out(self, place: int) -> bool:
+        return self.conduct.is_out(self.settings.clients[place])
+
+    def _blame(self, place: int, what: str, why: object) -> None:
+        """Write down that a client does not keep to the protocol."""
+        name = self.settings.clients[place]
+        logger.warning("%s: the reply of '%s' does not count: %s", what, name, harmless(why))
+        if self.conduct.blame(name, f"{what}: {why}"):
+            logger.warning(
+                "client '%s' is left out from now on: it has sent what no client of this program"
+                " sends %d times (%s says what; remove it from there to let it back in)",
+                name, STRIKES, self.conduct.path or "the run",
+            )  # fmt: skip
 
     def wait(self, patience: float) -> list[int]:
         """Wait until enough clients are connected.
@@ -95,7 +170,7 @@ class Reach:
         Raises:
             CohortError: they were not within `patience` seconds.
         """
-        wanted = self.settings.min_clients or len(self)
+        wanted = self.settings.min_clients or len(self) - len(self.conduct.out)
         end = time.monotonic() + patience
         said = -1
         while len(found := self.online()) < wanted:
@@ -124,14 +199,14 @@ class Reach:
         lacking = []
         for node, reply in self._ask(dict.fromkeys(nodes, blob)).items():
             try:
-                packet = opened(reply)
-                place = self._admitted(node, packet.header)
-            except WireError as error:
-                waits = NOT_READY in str(error)
+                place = self._admitted(node, self._opened_greeting(node, reply).header)
+            except (WireError, NoAnswerError) as error:
+                waits = getattr(error, "code", "") == "not-ready"
                 self._again[node] = time.monotonic() + (1.0 if waits else REFUSED_SECONDS)
                 logger.warning(
-                    "node %d %s: %s", node, "is waited for" if waits else "is refused", error
-                )
+                    "%s %s: %s", self._called(node), "is waited for" if waits else "is refused",
+                    harmless(error),
+                )  # fmt: skip
                 continue
             self._place[node] = place
             logger.info("client '%s' is connected", self.settings.clients[place])
@@ -139,18 +214,38 @@ class Reach:
         if self.whitener is not None and lacking:
             self._hand_out(lacking)
 
+    def _opened_greeting(self, node: int, reply: bytes | str | Broken) -> Packet:
+        """The answer to a greeting; who sends one that cannot be read is known by the key."""
+        try:
+            return opened(reply)
+        except WireError as error:
+            name = next((c for c, n in self.bound.items() if n == node), None)
+            if name is not None:
+                self._blame(self.settings.clients.index(name), "hello", error)
+            raise
+
+    def _called(self, node: int) -> str:
+        """The client that a node's key belongs to, for messages."""
+        return next((f"client '{c}'" for c, n in self.bound.items() if n == node), f"node {node}")
+
     def _admitted(self, node: int, header: dict[str, Any]) -> int:
+        """The place of a node that has answered a greeting.
+
+        Raises:
+            WireError: it is not who it says, or its features are not those of this run.
+        """
         name = str(header.get("name"))
         if name not in self.settings.clients:
             raise WireError(
-                f"calls itself '{name}', which is not one of the clients in server.yaml"
+                f"calls itself '{harmless(name, 40)}', which is not one of the clients in"
+                " server.yaml"
             )
-        place = self.settings.clients.index(name)
         if self.bound and self.bound.get(name) != node:
             raise WireError(
                 f"calls itself '{name}', but its key is not the one that '{name}' was registered"
                 " with"
             )
+        place = self.settings.clients.index(name)
         holders = [n for n, p in self._place.items() if p == place and n != node]
         if any(n in self.transport.nodes() for n in holders):
             raise WireError(
@@ -158,23 +253,7 @@ class Reach:
             )
         for n in holders:
             del self._place[n]
-        signature = str(header.get("signature"))
-        if self.signature and signature != self.signature:
-            raise WireError(
-                f"client '{name}' reads its features from another backbone, or from other weights"
-                " of it"
-            )
-        width = header.get("width")
-        if (
-            not isinstance(width, int)
-            or not 0 < width <= MOST_WIDTH
-            or (self.width and width != self.width)
-        ):
-            raise WireError(
-                f"client '{name}' has features of width {width!r}"
-                + (f", not {self.width}" if self.width else "")
-            )
-        self.signature, self.width = signature, width
+        self.features.check(name, header)
         return place
 
     def hand_out(self, whitener: Whitener) -> Whitener:
@@ -191,12 +270,9 @@ class Reach:
         for node, reply in self._ask(dict.fromkeys(nodes, blob)).items():
             try:
                 opened(reply)
-            except WireError as error:
-                logger.warning(
-                    "client '%s' could not be prepared: %s",
-                    self.settings.clients[self._place.pop(node)],
-                    error,
-                )
+            except (WireError, NoAnswerError) as error:
+                name = self.settings.clients[self._place.pop(node)]
+                logger.warning("client '%s' could not be prepared: %s", name, harmless(error))
 
     def _sum(self, kind: str, header: dict[str, Any], tensors: Params, shapes: Layout) -> Params:
         if self.settings.secure:
@@ -219,21 +295,24 @@ class Reach:
             online = set(self.wait(self.settings.timeout))
             node_of = {place: node for node, place in self._place.items()}
             chosen = [p for p in (self.online() if places is None else places) if p in online]
-            blob = pack(Packet({"kind": kind, "secure": True, **header}, tensors))
+            blob = pack(Packet({"kind": kind, **header}, tensors))
+            # as in the clear: 0 replies are all of the cohort
+            least = min(self.settings.min_replies or len(chosen), len(chosen))
             try:
-                nodes, vector = self.transport.ask_sum(
-                    {node_of[p]: blob for p in chosen}, size, self.settings.min_replies
-                )
+                summed = self.transport.ask_sum({node_of[p]: blob for p in chosen}, size, least)
             except RunError as error:  # nothing was opened
-                logger.warning("%s: %s; asking again", kind, error)
+                logger.warning("%s: %s; asking again", kind, harmless(error))
+                self._blame_all(getattr(error, "culprits", {}), kind)
                 self._forget([node_of[p] for p in chosen])
                 continue
+            nodes = summed.nodes
+            self._blame_all(summed.culprits, kind)
             self._forget([node_of[p] for p in chosen if node_of[p] not in nodes])
             self.traffic["down"] += len(blob) * len(chosen)
             self.traffic["up"] += 8 * (size + 1) * len(nodes)  # masked numbers travel as int64
             if taken is not None:
                 taken[:] = sorted(p for p in chosen if node_of[p] in nodes)
-            found = unflatten(kind, vector, shapes)
+            found = unflatten(kind, summed.values, shapes)
             return len(nodes), expected(found, shapes, "the sum over all")
         raise CohortError(
             f"'{kind}': no secure sum in {self.settings.attempts} attempts; nothing of this round"
@@ -267,8 +346,8 @@ class Reach:
         """
         shared = tensors or {}
         usable: dict[int, Packet] = {}
-        wanted = min(self.settings.min_replies or len(places), len(places))
         for attempt in range(self.settings.attempts):
+            wanted = self._wanted(places)
             if attempt:
                 logger.warning(
                     "%s: %d of %d replies that are needed; asking again", kind, len(usable), wanted
@@ -276,7 +355,11 @@ class Reach:
                 self.wait(self.settings.timeout)
             self.online()
             node_of = {place: node for node, place in self._place.items()}
-            asked = {node_of[p]: p for p in places if p not in usable and p in node_of}
+            asked = {
+                node_of[p]: p
+                for p in places
+                if p not in usable and p in node_of and not self._is_out(p)
+            }
             blobs = {
                 node: pack(Packet({"kind": kind, **header}, shared | (own or {}).get(place, {})))
                 for node, place in asked.items()
@@ -286,17 +369,16 @@ class Reach:
                 try:
                     packet = opened(reply)
                     usable[place] = packet if check is None else check(place, packet)
-                except WireError as error:
-                    logger.warning(
-                        "%s: the reply of '%s' does not count: %s",
-                        kind,
-                        self.settings.clients[place],
-                        error,
-                    )
-                    if UNGREETED in str(error):
+                except NoAnswerError as error:
+                    name = self.settings.clients[place]
+                    logger.warning("%s: no answer of '%s': %s", kind, name, harmless(error))
+                    if error.code == "not-greeted":
                         self._place.pop(node, None)
-            if len(usable) >= wanted and usable:
+                except WireError as error:
+                    self._blame(place, kind, error)
+            if len(usable) >= self._wanted(places) and usable:
                 return sorted(usable.items())
+        wanted = self._wanted(places)
         missing = [self.settings.clients[p] for p in places if p not in usable]
         raise CohortError(
             f"'{kind}': {len(usable)} usable replies after {self.settings.attempts} attempts,"
@@ -304,12 +386,19 @@ class Reach:
             " used, and the run can be resumed"
         )
 
+    def _wanted(self, places: Sequence[int]) -> int:
+        """How many of these have to answer."""
+        those = sum(not self._is_out(place) for place in places)
+        return min(self.settings.min_replies or those, len(places))
+
     def _forget(self, nodes: Sequence[int]) -> None:
         """Greet these again before they are asked the next time: they may have been restarted."""
         for node in nodes:
             self._place.pop(node, None)
 
-    def _ask(self, blobs: Mapping[int, bytes], enough: int | None = None) -> dict[int, bytes | str]:
+    def _ask(
+        self, blobs: Mapping[int, bytes], enough: int | None = None
+    ) -> dict[int, bytes | str | Broken]:
         if not blobs:
             return {}
         found = self.transport.ask(blobs, len(blobs) if enough is None else enough)
@@ -318,14 +407,3 @@ class Reach:
             len(reply) for reply in found.values() if isinstance(reply, bytes)
         )
         return found
-
-    def check_backbone(self, signature: str) -> None:
-        """Refuse to go on with clients of another backbone than the run was begun with.
-
-        Raises:
-            BadInputError: they are.
-        """
-        if signature and self.signature and signature != self.signature:
-            raise BadInputError(
-                "the clients' features come from another backbone than when this run was begun"
-            )

@@ -3,24 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+from fedvpa.errors import RunError
 from fedvpa.federated.messages import section
+from fedvpa.network.codes import reason
 from fedvpa.network.wire import Packet, WireError, unpack
 from fedvpa.types import Params, Population
 
 
-def opened(reply: bytes | str) -> Packet:
+class Broken(NamedTuple):
+    """A reply that not even Flower can read."""
+
+    why: str
+
+
+class NoAnswerError(RunError):
+    """A client did not answer in time, or says that it cannot; `code` is what it says."""
+
+    def __init__(self, message: str, code: str = "") -> None:
+        self.code = code
+        super().__init__(message)
+
+
+def opened(reply: bytes | str | Broken) -> Packet:
     """The packet of a reply.
 
     Raises:
-        WireError: there is none, it cannot be read, or it says that the client failed.
+        WireError: the sender does not keep to the protocol.
+        NoAnswerError: there is none, or the client says that it cannot answer.
     """
+    if isinstance(reply, Broken):
+        raise WireError(f"a message that cannot be read ({reply.why})")
     if isinstance(reply, str):
-        raise WireError(reply)
+        raise NoAnswerError(reply)
     packet = unpack(reply)
-    if not packet.header.get("ok"):
-        raise WireError(str(packet.header.get("error", "failed without a reason")))
+    if packet.header.get("ok") is not True:
+        code = packet.header.get("code")
+        raise NoAnswerError(reason(code), code if isinstance(code, str) else "")
     return packet
 
 

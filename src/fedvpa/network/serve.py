@@ -9,7 +9,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from random import SystemRandom
@@ -32,24 +32,32 @@ from fedvpa.federated.release import PrivateRelease, secret_noise
 from fedvpa.federated.variational import FederatedVariational, build
 from fedvpa.files import write_atomically
 from fedvpa.network.clients import NetworkedClients
-from fedvpa.network.reach import Transport
+from fedvpa.network.conduct import Conduct
+from fedvpa.network.reach import Expected, Transport
 from fedvpa.network.settings import ServerSettings, read_settings, training_config
 from fedvpa.types import Population, ServerState
 
 logger = logging.getLogger("fedvpa")
 
-BOUND = "nodes.json"
-"""Which node each client's key was registered as, beside `server.yaml`."""
+CONDUCT = "conduct.json"
+"""Who has sent what no client of this program sends, in the run's directory."""
 LOG = "log.txt"
 """What the run says, in its directory."""
 PATIENCE = 600.0
 """Seconds that a run waits for its clients to connect."""
 
 
-def serve(settings_path: Path, transport: Transport, attempt: str = "") -> dict[str, Any]:
+def serve(
+    settings_path: Path, transport: Transport, bound: Mapping[str, int] | None = None,
+    features: Expected | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Run the federation of a `server.yaml` to its end, from its last checkpoint if there is one.
-    `attempt` marks what this process says of itself: one that dies with its SuperLink may still say
-    something when the next has begun.
+
+    Args:
+        settings_path: the `server.yaml`.
+        transport: reaches the clients' nodes.
+        bound: the node of every client, by the key that it was registered with.
+        features: what clients have to read, if it is known already.
 
     Raises:
         BadInputError: unusable settings, or a run directory of other settings.
@@ -58,9 +66,14 @@ def serve(settings_path: Path, transport: Transport, attempt: str = "") -> dict[
     settings = read_settings(settings_path, ServerSettings)
     config = training_config(settings)
     paths = RunPaths(settings_path.parent / settings.run)
-    status = Status(paths.root / "status.json", config.federation.rounds, attempt)
+    status = Status(paths.root / "status.json", config.federation.rounds)
     try:
-        return _serve(settings, config, paths, transport, status)
+        clients = NetworkedClients(
+            settings, config, transport, bound=bound or {},
+            features=features or expected_features(settings, config),
+            conduct=Conduct.read(paths.root / CONDUCT),
+        )  # fmt: skip
+        return _serve(settings, config, paths, clients, status)
     except BaseException as error:
         status.say(
             "failed",
@@ -72,18 +85,12 @@ def serve(settings_path: Path, transport: Transport, attempt: str = "") -> dict[
 class Status:
     """What the run is doing, in a small file that others may read."""
 
-    def __init__(self, path: Path, rounds: int, attempt: str) -> None:
-        self._path, self._rounds, self._attempt = path, rounds, attempt
+    def __init__(self, path: Path, rounds: int) -> None:
+        self._path, self._rounds = path, rounds
 
     def say(self, state: str, **more: Any) -> None:
         """Replace the file."""
-        line = {
-            "state": state,
-            "rounds": self._rounds,
-            "pid": os.getpid(),
-            "attempt": self._attempt,
-            **more,
-        }
+        line = {"state": state, "rounds": self._rounds, "pid": os.getpid(), **more}
         write_atomically(self._path, (json.dumps(line) + "\n").encode())
 
 
@@ -107,16 +114,37 @@ class Ledger:
         return max(0, self.begun() - done)
 
 
+def expected_features(settings: ServerSettings, config: Config) -> Expected:
+    """Which features the clients of these settings read: by the server's own copy of the backbone,
+    or as `server.yaml` says.
+
+    Raises:
+        BadInputError: the server has no such backbone.
+    """
+    if settings.features is not None:
+        return Expected(settings.features.signature, settings.features.width)
+    try:
+        signature, width = FeatureCache(config.features).identity()
+    except BadInputError as error:
+        raise BadInputError(
+            f"{error}; the server needs the backbone to know which features its clients read. A"
+            " server without it is told: features: {signature: ..., width: ...} in server.yaml, as"
+            " a client's log says"
+        ) from error
+    return Expected(signature, width)
+
+
 def _serve(
-    settings: ServerSettings, config: Config, paths: RunPaths, transport: Transport, status: Status
-) -> dict[str, Any]:
+    settings: ServerSettings, config: Config, paths: RunPaths, clients: NetworkedClients,
+    status: Status,
+) -> dict[str, Any]:  # fmt: skip
     started = time.perf_counter()
     # 1. The run's own name, its algorithm, and clients that are connected and have the whitening.
-    identity = _identity(paths, settings, config)
+    identity = _identity(paths, settings, config, clients.features.signature)
     algorithm = build(config=config, clients=len(settings.clients), noise=secret_noise)
+    clients.join(identity["run"], algorithm.contract, algorithm.prior.columns)
     status.say("waiting", round=0)
-    clients = _connected(settings, config, paths, transport, identity, algorithm)
-    assert clients.whitener is not None
+    whitener = _whitened(config, paths, clients)
     # 2. Where to begin.
     fingerprint = _fingerprint(config, settings, identity["run"])
     ledger = Ledger(paths.root / "ledger.json")
@@ -131,9 +159,9 @@ def _serve(
             return {"run": str(paths.root), "rounds": state.round}
     algorithm = _with_losses(algorithm, ledger, state)
     # 3. What will travel is said before anything does.
-    paths.write_json("data.json", _described(settings, clients.signature))
-    paths.write_json("manifest.json", manifest(algorithm, state, clients.whitener))
-    for line in describe(manifest(algorithm, state, clients.whitener), settings.secure):
+    paths.write_json("data.json", _described(settings, clients.features.signature))
+    paths.write_json("manifest.json", manifest(algorithm, state, whitener))
+    for line in describe(manifest(algorithm, state, whitener), settings.secure):
         logger.info("%s", line)
     # 4. The rounds.
     seconds: list[float] = []
@@ -154,13 +182,14 @@ def _serve(
         )  # fmt: skip
     # 5. What is left of it.
     paths.write_json("history.json", history)
-    paths.write_json("manifest.json", manifest(algorithm, state, clients.whitener))
+    paths.write_json("manifest.json", manifest(algorithm, state, whitener))
     result = {
         "run": str(paths.root), "rounds": state.round, "clients": len(clients),
         "seconds": time.perf_counter() - started,
         "seconds_per_round": sorted(seconds)[len(seconds) // 2] if seconds else None,
         # they tell how many took part
         "bytes": None if config.privacy.enabled else clients.traffic,
+        "left_out": clients.conduct.out,
     }  # fmt: skip
     paths.write_json("federation.json", result | {"history_rounds": len(history)})
     status.say("finished", round=state.round)
@@ -168,27 +197,17 @@ def _serve(
     return result
 
 
-def _connected(
-    settings: ServerSettings, config: Config, paths: RunPaths, transport: Transport,
-    identity: dict[str, Any], algorithm: FederatedVariational,
-) -> NetworkedClients:  # fmt: skip
-    """The clients, once enough of them are there; they are whitened once, in the first run."""
-    bound = paths.root.parent / BOUND
-    nodes = json.loads(bound.read_text()) if bound.is_file() else {}
-    clients = NetworkedClients(
-        settings, config, transport, identity["run"], algorithm.contract,
-        algorithm.prior.columns, bound=nodes,
-    )  # fmt: skip
+def _whitened(config: Config, paths: RunPaths, clients: NetworkedClients) -> Whitener:
+    """The whitening of the run, made in its first attempt, once enough clients are there."""
     if paths.whitening.is_file():
         clients.whitener = Whitener.read(paths.whitening)
     clients.wait(PATIENCE)
-    clients.check_backbone(identity.get("signature", ""))
     if clients.whitener is None:
         public = public_whitener(config, FeatureCache(config.features))
         whitener = clients.fit_whitening() if public is None else clients.hand_out(public)
         write_atomically(paths.whitening, whitener.to_bytes())
-        _save_identity(paths, identity | {"signature": clients.signature})
-    return clients
+    assert clients.whitener is not None
+    return clients.whitener
 
 
 def _with_losses(
@@ -249,7 +268,9 @@ def describe(rows: list[dict[str, Any]], secure: bool = False) -> list[str]:
     return out
 
 
-def _identity(paths: RunPaths, settings: ServerSettings, config: Config) -> dict[str, Any]:
+def _identity(
+    paths: RunPaths, settings: ServerSettings, config: Config, signature: str
+) -> dict[str, Any]:
     """The run's own name, made once; the same settings have to be given when it goes on."""
     if paths.config.is_file():
         if load_config(paths).model_dump(exclude=ELSEWHERE) != config.model_dump(exclude=ELSEWHERE):
@@ -261,15 +282,18 @@ def _identity(paths: RunPaths, settings: ServerSettings, config: Config) -> dict
             raise BadInputError(
                 f"{paths.root}: was begun with other clients; name another run in server.yaml"
             )
+        if found.get("signature", signature) != signature:
+            raise BadInputError(
+                f"{paths.root}: was begun with features of another backbone"
+                f" ({found['signature']}, now {signature}); name another run in server.yaml"
+            )
         return found
-    identity = {"run": uuid.uuid4().hex, "clients": list(settings.clients)}
-    _save_identity(paths, identity)
+    identity = {
+        "run": uuid.uuid4().hex, "clients": list(settings.clients), "signature": signature
+    }  # fmt: skip
+    paths.write_json("identity.json", identity)
     save_config(paths, config)
     return identity
-
-
-def _save_identity(paths: RunPaths, identity: dict[str, Any]) -> None:
-    paths.write_json("identity.json", identity)
 
 
 def _fingerprint(config: Config, settings: ServerSettings, run: str) -> str:

@@ -3,14 +3,26 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
-from fedvpa.config import FEDERATION, Config, Section, build_config, explain, merged, read_yaml
+from fedvpa.config import (
+    FEDERATION,
+    Config,
+    FeaturesConfig,
+    Section,
+    build_config,
+    explain,
+    merged,
+    read_yaml,
+)
 from fedvpa.errors import BadInputError
 from fedvpa.methods import method
+
+logger = logging.getLogger("fedvpa")
 
 T = TypeVar("T", bound=Section)
 
@@ -19,6 +31,13 @@ LEAST_EXPECTED = 20
 good as never drawn."""
 
 Port = Annotated[int, Field(gt=0, lt=65536)]
+
+
+class FeaturesKnown(Section):
+    """What a client's log says of the features that it reads."""
+
+    signature: str = Field(description="the backbone's signature")
+    width: Annotated[int, Field(gt=0, le=1 << 16)] = Field(description="numbers of one feature")
 
 
 class ServerSettings(Section):
@@ -49,6 +68,9 @@ class ServerSettings(Section):
     secure: bool = Field(
         False, description="secure aggregation: the server sees sums over clients alone"
     )
+    features: FeaturesKnown | None = Field(
+        None, description="features of the clients, for a server without the backbone"
+    )
     training: dict[str, Any] = Field(
         default_factory=dict, description="settings as of `fedvpa train`; data stay out of it"
     )
@@ -70,15 +92,29 @@ class ClientSettings(Section):
     key: str | None = Field(
         None, description="private key (OpenSSH) that this node proves itself with"
     )
-    state: str = Field("state", description="folder for its private state and its socket")
-    runtime_port: Port = Field(9094, description="port on loopback between node and its processes")
-    certificate: str | None = Field(
-        None, description="certificate of this node's own runtime address"
+    state: str = Field("state", description="folder for its private state")
+    backbone: str = Field(
+        FeaturesConfig().backbone,
+        description="the only backbone that this client reads its pairs with: a name as of"
+        " features.backbone, NAME@REVISION of a Hub's repository, or a folder",
+    )
+    device: str = Field("cpu", description="torch device of the backbone")
+    parts: tuple[str, ...] = Field(
+        (), description="parts from outside of fedvpa (module:NAME) that the server may ask for"
+    )
+    pairs: Literal["fixed", "may-change"] = Field(
+        "fixed", description="whether this client goes on in a run after its pairs have changed"
     )
     secure_only: bool = Field(
         False, description="refuse every request that would show this client's own numbers"
     )
-    certificate_key: str | None = Field(None, description="key of that certificate")
+
+
+RETIRED: dict[type[Section], tuple[str, ...]] = {
+    ClientSettings: ("runtime_port", "certificate", "certificate_key"),
+    ServerSettings: (),
+}
+"""Settings of older projects, which nothing reads any longer."""
 
 
 def read_settings(path: Path, model: type[T]) -> T:
@@ -87,8 +123,12 @@ def read_settings(path: Path, model: type[T]) -> T:
     Raises:
         BadInputError: unreadable, unknown names, or bad values.
     """
+    given = read_yaml(path)
+    for name in RETIRED.get(model, ()):
+        if given.pop(name, None) is not None:
+            logger.info("%s: %s: is not read any longer; remove it", path, name)
     try:
-        return model.model_validate(read_yaml(path))
+        return model.model_validate(given)
     except ValidationError as error:
         raise BadInputError(
             f"{path}: " + "; ".join(explain(e, model) for e in error.errors())

@@ -1,172 +1,129 @@
-"""`fedvpa server`: a Flower SuperLink, the registered clients, and one run, from its last
+"""`fedvpa server`: Flower's Fleet API for the registered clients, and one run, from its last
 checkpoint to its end."""
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import re
-import subprocess
-import sys
-import time
-import uuid
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedvpa.errors import BadInputError, RunError
-from fedvpa.files import write_atomically
-from fedvpa.network.processes import (
-    port_is_free,
-    program,
-    run,
-    settings_line,
-    start,
-    stop,
-    tail,
-    wait_for_port,
-)
-from fedvpa.network.serve import BOUND, LOG
+import torch
+
+from fedvpa.config import Config
+from fedvpa.errors import BadInputError
+from fedvpa.federated.exchanges import EXCHANGES
+from fedvpa.foreign import OneLine
+from fedvpa.network.grid import FlowerTransport
+from fedvpa.network.link import Link
+from fedvpa.network.ports import port_is_free
+from fedvpa.network.reach import Expected
+from fedvpa.network.serve import LOG, expected_features, serve
 from fedvpa.network.settings import ServerSettings, read_settings, training_config
+from fedvpa.selector.selector import build_selector
 
 logger = logging.getLogger("fedvpa")
 
-START_SECONDS = 120.0
+NEEDED = ("certificates/server.crt", "certificates/server.key")
+MOST_STARTS, MOST_COMPONENTS = 160, 10
+"""Starts and components of a fit at the most, which the largest reply to it follows from."""
 
 
 def run_server(settings_path: Path) -> dict[str, Any]:
-    """Start everything, follow the run, stop everything; what the run left in `federation.json`.
+    """Serve the clients and follow the run to its end; what the run left in `federation.json`.
 
     Raises:
         BadInputError: unusable settings, missing certificates or keys, or a port in use.
         RunError: the run failed; it goes on from its last checkpoint when the server is started
             again.
     """
+    # 1. Everything that can be wrong with the project is found before anybody is let in.
     settings_path = settings_path.resolve()
     settings = read_settings(settings_path, ServerSettings)
-    training_config(settings)
+    config = training_config(settings)
     folder = settings_path.parent
-    needed = [
-        "certificates/ca.crt",
-        "certificates/server.crt",
-        "certificates/server.key",
-        "app/pyproject.toml",
-    ]
-    for name in [*needed, *(f"keys/{client}.pub" for client in settings.clients)]:
+    keys = read_keys(settings, folder)
+    for name in NEEDED:
         if not (folder / name).is_file():
             raise BadInputError(
                 f"{folder / name}: no such file; `fedvpa federation init` makes a project with all"
                 " of them"
             )
-    local = "127.0.0.1" if settings.host == "0.0.0.0" else settings.host
+    local = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
     if not port_is_free(local, settings.port):
         raise BadInputError(
             f"port {settings.port} on {settings.host} is in use; choose another in {settings_path}"
         )
-    home, log = folder / ".flwr", folder / "server.log"
-    write_atomically(home / "config.toml", _connection(settings, folder, local).encode())
-    status = folder / settings.run / "status.json"
-    status.unlink(missing_ok=True)
-    link = start(command(settings, folder), log, home)
-    try:
-        wait_for_port(local, settings.port, link, log)
-        keys = {client: str(folder / "keys" / f"{client}.pub") for client in settings.clients}
-        flags = ["--format", "json"]
-        commands = [
-            ["supernode", "register", key, "fedvpa", "--name", client, *flags]
-            for client, key in keys.items()
-        ]
-        said_nodes = run(
-            [sys.executable, "-m", "fedvpa.network.submit"], home, json.dumps(commands)
-        )
-        write_atomically(
-            folder / BOUND, json.dumps(dict(zip(keys, _node_ids(said_nodes)))).encode()
-        )
-        said = folder / settings.run / LOG
-        begin = said.stat().st_size if said.is_file() else 0
-        attempt = uuid.uuid4().hex
-        given = settings_line({"settings": str(settings_path), "attempt": attempt})
-        begin_run = ["run", str(folder / "app"), "fedvpa", "--run-config", given]
-        run([sys.executable, "-m", "fedvpa.network.submit"], home, json.dumps([begin_run]))
-        return _follow(link, log, begin, folder / settings.run, attempt)
-    finally:
-        stop(link)
+    with logged(folder / "server.log", folder / settings.run / LOG):
+        # 2. What a reply can hold at the most bounds what is taken from anybody.
+        features = expected_features(settings, config)
+        link = Link(keys, largest_reply(config, features))
+        certificate, key = (folder / name for name in NEEDED)
+        # 3. From here on clients are let in.
+        with link.listening(settings.host, settings.port, certificate, key):
+            transport = FlowerTransport(link, settings)
+            return serve(settings_path, transport, link.nodes, features)
 
 
-def _node_ids(said: str) -> list[int]:
-    """Ids of the nodes that `flwr supernode register --format json` has registered, in their order.
+def read_keys(settings: ServerSettings, folder: Path) -> dict[str, bytes]:
+    """The public key of every client.
 
     Raises:
-        RunError: it says none.
+        BadInputError: one is missing.
     """
-    found = [int(node) for node in re.findall(r'"node-id":\s*"?(\d+)', said)]
-    if not found:
-        raise RunError(f"registering the clients gave no node ids: {' '.join(said.split())[-300:]}")
-    return found
-
-
-def command(settings: ServerSettings, folder: Path) -> list[str]:
-    """The SuperLink's command line."""
-    certificates = folder / "certificates"
-    return [
-        program("flower-superlink"), "--host", settings.host, "--port", str(settings.port),
-        "--enable-supernode-auth",
-        "--ssl-certfile", str(certificates / "server.crt"), "--ssl-keyfile",
-        str(certificates / "server.key"),
-        "--ssl-ca-certfile", str(certificates / "ca.crt"),
-        "--disable-runtime-dependency-installation",
-    ]  # fmt: skip
-
-
-def _connection(settings: ServerSettings, folder: Path, host: str) -> str:
-    address = json.dumps(f"{host}:{settings.port}")
-    root = json.dumps(str(folder / "certificates" / "ca.crt"))
-    return (
-        '[superlink]\ndefault = "fedvpa"\n\n[superlink.fedvpa]\naddress ='
-        f" {address}\nroot-certificates = {root}\n"
-    )
-
-
-def _follow(
-    link: subprocess.Popen[bytes], log: Path, begin: int, root: Path, attempt: str
-) -> dict[str, Any]:
-    """Repeat what the run says, until this attempt at it is over."""
-    started, status, said = time.monotonic(), root / "status.json", root / LOG
-    while True:
-        now = json.loads(status.read_text()) if status.is_file() else {}
-        now = now if now.get("attempt") == attempt else {}
-        if said.is_file():
-            with said.open("rb") as file:
-                file.seek(begin)
-                new = file.read()
-            whole = new[: new.rfind(b"\n") + 1]
-            begin += len(whole)
-            for line in whole.decode(errors="replace").splitlines():
-                logger.info("%s", line)
-        if now.get("state") == "finished":
-            found: dict[str, Any] = json.loads((root / "federation.json").read_text())
-            return found
-        if now.get("state") == "failed":
-            raise RunError(
-                f"{now.get('message')}; start the server again to go on from the last checkpoint"
+    keys = {}
+    for client in settings.clients:
+        path = folder / "keys" / f"{client}.pub"
+        if not path.is_file():
+            raise BadInputError(
+                f"{path}: no such file; put the public key of '{client}' there (`ssh-keygen -t"
+                ' ecdsa -b 384 -N "" -f node.key` makes a pair)'
             )
-        if link.poll() is not None:
-            raise RunError(
-                f"the SuperLink ended with code {link.returncode}: {tail(log)}; start the server"
-                " again to go on"
-            )
-        if not now and time.monotonic() - started > START_SECONDS:
-            raise RunError(f"the ServerApp did not start within {START_SECONDS:.0f} s: {tail(log)}")
-        if now and not _alive(now.get("pid")):
-            raise RunError(
-                f"the ServerApp's process is gone: {tail(log)}; start the server again to go on"
-            )
-        time.sleep(0.2)
+        keys[client] = path.read_bytes()
+    return keys
 
 
-def _alive(pid: Any) -> bool:
+def largest_reply(config: Config, features: Expected) -> int:
+    """Bytes that the largest reply of a client takes, eight for each of its numbers (as masked ones
+    do), and some for names."""
+    sizes = {
+        "d": config.model.latent, "m": MOST_COMPONENTS, "t": MOST_STARTS, "h": features.width
+    }  # fmt: skip
+    kinds = [kind for kind in EXCHANGES if kind != "train"]
+    numbers = [
+        sum(math.prod(sizes.get(s) or int(s) for s in f.shape.split()) for f in EXCHANGES[k].reply)
+        for k in kinds
+    ]
+    params = build_selector(config).init(torch.Generator().manual_seed(0))
+    modes = MOST_COMPONENTS if config.prototypes.modes == "auto" else config.prototypes.modes
+    trained = sum(value.numel() for value in params.values())
+    trained += (modes + 4) * (3 * config.model.latent + 2)
+    return 8 * max(*numbers, trained) + (1 << 18)
+
+
+@contextmanager
+def logged(flower: Path, run: Path) -> Iterator[None]:
+    """While this lasts, what Flower and the web server say goes to one file, and what the run says
+    also to another."""
+    with_handlers = []
+    for path, names in ((flower, ("flwr", "uvicorn", "asyncio", "httpx")), (run, ("fedvpa",))):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path)
+        handler.setFormatter(OneLine("%(asctime)s %(message)s", "%H:%M:%S"))
+        for name in names:
+            found = logging.getLogger(name)
+            before = (found.handlers[:], found.propagate, found.level)
+            if name != "fedvpa":  # Flower writes to the terminal by itself, and much
+                found.handlers, found.propagate = [], False
+                found.setLevel(logging.WARNING)
+            found.addHandler(handler)
+            with_handlers.append((found, before, handler))
     try:
-        os.kill(int(pid), 0)
-    except (OSError, TypeError, ValueError):
-        return False
-    return True
+        yield
+    finally:
+        for found, (handlers, propagate, level), handler in with_handlers:
+            found.handlers, found.propagate = handlers, propagate
+            found.setLevel(level)
+            handler.close()

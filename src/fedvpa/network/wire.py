@@ -5,27 +5,29 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Tensor
 
 from fedvpa.errors import RunError
 from fedvpa.federated.exchanges import Layout, field_of
+from fedvpa.network.codes import RefusedError
 from fedvpa.types import Params
 
 
 class WireError(RunError):
-    """A message cannot be read, or does not hold what it should."""
+    """A message cannot be read, or does not hold what it should: its sender does not keep to the
+    protocol."""
 
 
-NOT_READY = "not ready yet"
-"""Begins the error of a client that should be greeted again a little later."""
-UNGREETED = "not greeted"
-"""Begins the error of a client that has to be greeted (again) first."""
+MOST_HEADER = 1 << 22
+"""Bytes of a blob's table of contents, the header with the settings included."""
+MOST_NUMBERS = 1 << 34
+"""Entries of one tensor."""
 
 
 class Packet(NamedTuple):
@@ -42,34 +44,39 @@ def pack(packet: Packet) -> bytes:
 
 
 def unpack(blob: bytes) -> Packet:
-    """Inverse of `pack`.
+    """Inverse of `pack`, for a blob from anybody.
 
     Raises:
-        WireError: not such a blob.
+        WireError: not such a blob. Whatever the blob makes a parser raise is this error.
     """
     try:
         (length,) = struct.unpack("<Q", blob[:8])
-        metadata = json.loads(blob[8 : 8 + length]).get("__metadata__", {})
-        header = json.loads(metadata["fedvpa"])
+        if length > min(MOST_HEADER, len(blob)):
+            raise ValueError(f"a table of contents of {length} bytes")
+        contents = json.loads(blob[8 : 8 + length])
+        header = json.loads(contents.pop("__metadata__")["fedvpa"])
         if not isinstance(header, dict):
             raise TypeError("the header is no mapping")
+        for entry in contents.values():
+            _check_shape(entry)
         return Packet(header, safetensors.torch.load(blob))
-    except (
-        SafetensorError,
-        struct.error,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ) as error:
-        raise WireError(f"not a fedvpa message: {type(error).__name__}: {error}") from error
+    # parsers of hostile input raise more than they say: RecursionError, RuntimeError, MemoryError
+    except Exception as error:
+        raise WireError(f"not a fedvpa message ({type(error).__name__})") from error
+
+
+def _check_shape(entry: Mapping[str, Any]) -> None:
+    """Refuse sizes that no tensor here has; a size of 0 would hide them from the count of bytes."""
+    sizes = entry["shape"]
+    if len(sizes) > 8 or any(not 0 <= size <= MOST_NUMBERS for size in sizes):
+        raise ValueError("a tensor of such a shape")
 
 
 def flatten(kind: str, tensors: Params) -> bytes:
     """All numbers of a reply in the order of their names, divided by their bounds, as float32.
 
     Raises:
-        WireError: a number is not finite or exceeds its bound; it would be cut off, and the sum
+        RefusedError: a number is not finite or exceeds its bound; it would be cut off, and the sum
             would be wrong.
     """
     parts = []
@@ -77,9 +84,10 @@ def flatten(kind: str, tensors: Params) -> bytes:
         bound = field_of(kind, name).bound
         value = tensors[name].double() / bound
         if not value.isfinite().all() or (value.numel() and float(value.abs().max()) > 1):
-            raise WireError(
+            raise RefusedError(
+                "range",
                 f"'{name}' holds a number that is not finite or beyond {bound:g}, what a secure sum"
-                " carries"
+                " carries",
             )
         parts.append(value.reshape(-1))
     return torch.cat(parts).float().numpy().astype("<f4").tobytes()

@@ -68,9 +68,6 @@ def client(parser: argparse.ArgumentParser, asked: Asked) -> None:
         "--patience", type=float, default=math.inf,
         help="give up after so many seconds without a server (default: never)",
     )  # fmt: skip
-    parser.add_argument(
-        "--cold", action="store_true", help="let Flower start a process for every message by itself"
-    )
     add_common(parser)
 
 

@@ -1,0 +1,44 @@
+"""Text from outside (names, replies, errors): made harmless and short before it is shown."""
+
+from __future__ import annotations
+
+import logging
+import unicodedata
+from typing import Any
+
+MOST_CHARACTERS = 200
+"""Longer texts are cut."""
+_UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+"""Unicode categories that a terminal acts upon, or that do not show: controls (with newlines and
+escapes), directions, surrogates, separators of lines."""
+
+
+def harmless(text: object, most: int = MOST_CHARACTERS) -> str:
+    r"""One line of at most `most` characters that does nothing to a terminal or a log.
+
+    >>> harmless("done\n\x1b[2Jfinished")
+    'done\\n\\x1b[2Jfinished'
+    """
+    given = str(text)
+    cut = given[:most]
+    shown = "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in _UNSEEN else c
+        for c in cut
+    )
+    return shown[:most] + ("…" if len(given) > most or len(shown) > most else "")
+
+
+class OneLine(logging.Formatter):
+    """A log in which every record begins one line, whatever text it repeats; lines of a traceback
+    are set in."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        """The record on one line."""
+        record.message = harmless(record.message, 4000)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
+        """A traceback, line by line."""
+        return "\n".join(
+            "  " + harmless(line, 400) for line in super().formatException(ei).split("\n")
+        )
