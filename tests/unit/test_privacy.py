@@ -15,6 +15,7 @@ from fedvpa.experiment.build import build_method
 from fedvpa.federated.accounting import BudgetError, Privacy, noise_for, privacy_of
 from fedvpa.federated.aggregators import Total, WeightedMean, bounded
 from fedvpa.federated.algorithm import poisson_cohort
+from fedvpa.federated.clients import silenced
 from fedvpa.federated.components import Moments
 from fedvpa.federated.random import stream
 from fedvpa.federated.release import (
@@ -26,6 +27,7 @@ from fedvpa.federated.release import (
     seeded_noise,
     seeded_normal,
 )
+from fedvpa.types import Posterior
 from tests.conftest import synthetic_store
 
 pytest.importorskip("dp_accounting")
@@ -59,12 +61,39 @@ def test_noise_has_the_deviation_that_is_accounted_for() -> None:
     update, _ = release.update(WeightedMean(), Total(), zero, Sums(), 0)
     noised = update["a"] * PRIVACY.expected
     assert noised.std() == pytest.approx(PRIVACY.noise * PRIVACY.clip, rel=0.02)
-    empty = Moments(torch.full((100,), 1e6), *(torch.full((100, 50), 1e6) for _ in range(3)))
-    found = noised_moments(PRIVACY, empty, PRIVACY.fit_noise, seeded_normal(stream(0, "m")))
-    for value, bound in zip(found, (1, 2, 4, 4)):
-        assert (value - 1e6).std() == pytest.approx(
+    # of so many clients that no projection applies
+    clients = torch.full((100,), 1e6)
+    full = Moments(clients, *(torch.full((100, 50), v * 1e6) for v in (0.1, 2.0, 0.5)))
+    found = noised_moments(PRIVACY, full, PRIVACY.fit_noise, seeded_normal(stream(0, "m")))
+    for value, before, bound in zip(found, full, (1, 2, 4, 4)):
+        assert (value - before).std() == pytest.approx(
             PRIVACY.fit_noise * bound, rel=0.2 if value.dim() == 1 else 0.03
         )
+
+
+def test_noised_moments_are_those_that_clipped_latents_can_have() -> None:
+    few = Moments(torch.full((50,), 2.0), *(torch.zeros(50, 8) for _ in range(3)))
+    weight, total, squared, variance = noised_moments(
+        PRIVACY, few, 4.0, seeded_normal(stream(0, "m"))
+    )
+    count = weight.clamp_min(1e-6).unsqueeze(-1)
+    assert (weight >= 0).all()
+    assert ((total / count).norm(dim=-1) <= PRIVACY.latent_clip * (1 + 1e-5)).all()
+    assert ((variance / count) <= PRIVACY.variance_clip * (1 + 1e-5)).all()
+    floor = (4.0 * PRIVACY.latent_clip / count.clamp_min(1.0)).square()
+    spread = squared / count - (total / count).square()
+    kept = weight > 0
+    assert (spread[kept] >= floor[kept] * (1 - 1e-3)).all()
+
+
+def test_a_private_client_without_finite_numbers_stops_nothing() -> None:
+    start = {"w": torch.ones(3)}
+    trained = {"w": torch.tensor([[2.0, 2, 2], [torch.nan, 2, 2], [2, 2, 2]])}
+    posterior = Posterior(torch.ones(3, 2), torch.tensor([[1.0, 1], [1, 1], [torch.inf, 1]]))
+    calm, quiet = silenced(start, trained, posterior, ["a", "b", "c"])
+    assert torch.equal(calm["w"], torch.tensor([[2.0, 2, 2], [1, 1, 1], [1, 1, 1]]))
+    assert torch.equal(quiet.mean, torch.tensor([[1.0, 1], [0, 0], [0, 0]]))
+    assert quiet.log_var.isfinite().all()
 
 
 def test_epsilon_is_that_of_the_gaussian_mechanism_and_grows() -> None:

@@ -16,8 +16,10 @@ from fedvpa.data.reading import read_pairs
 from fedvpa.data.sources import source_of
 from fedvpa.errors import BadInputError
 from fedvpa.features.cache import FeatureCache
-from fedvpa.features.whitening import Whitener
+from fedvpa.features.whitening import Whitener, WhiteningSums
+from fedvpa.federated.aggregators import robust_of
 from fedvpa.federated.batch import ClientStore, build_store
+from fedvpa.federated.robust import robust_whitening
 from fedvpa.records import Progress
 
 
@@ -44,6 +46,16 @@ def public_whitener(
         return None
     pairs = read_pairs(config.data.public, None, config.data.on_bad_record).pairs
     return Whitener.fit(cache.pairs(pairs, progress).values, config.model.inputs)
+
+
+def own_whitener(config: Config, features: Sequence[Float[Tensor, "_ 2 h"]]) -> Whitener:
+    """Whitening by the training clients' pairs: all of them alike, or by the robust mean over
+    clients that the settings ask for."""
+    robust = robust_of(config)
+    if robust is None:
+        return Whitener.fit(torch.cat(list(features)), config.model.inputs)
+    sums = robust_whitening([WhiteningSums.of(own) for own in features], robust)
+    return Whitener.from_sums(sums, config.model.inputs)
 
 
 def training_data(config: Config) -> TrainingData:

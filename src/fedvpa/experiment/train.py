@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from fedvpa import __version__
 from fedvpa.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -20,6 +19,7 @@ from fedvpa.experiment.build import build_method, needs_common
 from fedvpa.experiment.dataset import (
     TrainingData,
     features_of,
+    own_whitener,
     public_whitener,
     to_store,
     training_data,
@@ -45,6 +45,9 @@ from fedvpa.records import Progress
 from fedvpa.types import ServerState
 
 logger = logging.getLogger("fedvpa")
+
+PATIENT, COIN = 5, 1e-3
+"""So many rounds in a row within this of the loss of a coin are a reason for a warning."""
 
 KEPT = "data"
 """Folder, within that of a run, of pairs that a caller had in memory."""
@@ -146,9 +149,8 @@ def _prepare(
     resumes = resume and paths.checkpoint.is_file()
     whitener = Whitener.read(paths.whitening) if resumes else None
     if whitener is None:
-        whitener = public_whitener(config, cache, on_features) or Whitener.fit(
-            torch.cat(train_features), config.model.inputs
-        )
+        public = public_whitener(config, cache, on_features)
+        whitener = own_whitener(config, train_features) if public is None else public
     common = needs_common(config)
     store = to_store(data.train, train_features, whitener, common)
     held = to_store(data.validation, held_features, whitener, common)
@@ -234,6 +236,7 @@ def run_rounds(
                 final = algorithm.finalise(state, clients)
                 row |= validate(final)
             now = (state, [*now[1], row])
+            _warn_where_nothing_is_learnt(now[1])
             seconds = time.perf_counter() - began
             journal.tracker.log(row, state.round)
             if state.round % f.checkpoint_every == 0 and state.round < f.rounds:
@@ -249,6 +252,19 @@ def run_rounds(
     now = (algorithm.finalise(now[0], clients) if final is None else final, now[1])
     save(finished=True)
     return now
+
+
+def _warn_where_nothing_is_learnt(history: list[dict[str, Any]]) -> None:
+    """Say it once, when the loss has been that of a coin for so many rounds."""
+    said = [row.get("recon", row.get("loss")) for row in history]
+    flat = [loss is not None and abs(loss - math.log(2)) < COIN for loss in said]
+    first = len(flat) == PATIENT or (len(flat) > PATIENT and not flat[-PATIENT - 1])
+    if first and all(flat[-PATIENT:]):
+        logger.warning(
+            "rounds %d to %d have learnt nothing: the loss is that of a coin, %.4f; look at the"
+            " features and at their whitening (one client may have spoilt it), and at"
+            " federation.learning_rate", len(flat) - PATIENT + 1, len(flat), math.log(2),
+        )  # fmt: skip
 
 
 def _claim(paths: RunPaths, config: Config, resume: bool) -> None:

@@ -53,6 +53,13 @@ def build_aggregator(config: Config) -> Aggregator:
     return aggregator
 
 
+def robust_of(config: Config) -> RobustMean | None:
+    """The aggregator of the settings where it withstands attackers: it then averages all that
+    clients tell, not their updates alone."""
+    aggregator = build_aggregator(config)
+    return aggregator if isinstance(aggregator, RobustMean) else None
+
+
 @dataclass(frozen=True)
 class WeightedMean:
     """Weighted mean (FedAvg, McMahan et al., 2017), of updates of at most `max_norm` (0:
@@ -125,9 +132,13 @@ class RobustMean:
         """
         if not total.each:
             raise ValueError("no client sent an update")
-        updates = {name: torch.cat([u[name] for u in total.each]) for name in total.each[0]}
-        clients = next(iter(updates.values())).shape[0]
-        return self.of(updates, min(int(self.share * clients), (clients - 1) // 2))
+        return self.means({n: torch.cat([u[n] for u in total.each]) for n in total.each[0]})
+
+    def means(self, values: Params) -> Params:
+        """The robust means of anything that each of c clients has told, [c, ...]; norms are not
+        bounded."""
+        clients = next(iter(values.values())).shape[0]
+        return self.of(values, min(int(self.share * clients), (clients - 1) // 2))
 
     def of(self, updates: Params, attackers: int) -> Params:
         """The mean of all clients' updates [c, ...], of which so many may be attacks."""

@@ -8,6 +8,7 @@ state.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -19,7 +20,7 @@ from torch import Tensor
 from fedvpa.config import Config, settings_read
 from fedvpa.errors import BadInputError
 from fedvpa.federated.accounting import Privacy, privacy_of
-from fedvpa.federated.aggregators import bounded
+from fedvpa.federated.aggregators import RobustMean, bounded, robust_of
 from fedvpa.federated.batch import ClientStore, Roster, first_pairs, select
 from fedvpa.federated.components import Moments, assignments, moments, summed_moments
 from fedvpa.federated.episodes import local_draws
@@ -29,6 +30,7 @@ from fedvpa.federated.objective import RoundContext, VariationalObjective
 from fedvpa.federated.population import modes_of, summed_scores
 from fedvpa.federated.priors import build_prior
 from fedvpa.federated.release import clipped_latent
+from fedvpa.federated.robust import robust_moments
 from fedvpa.federated.simulation import Simulation, build_simulation
 from fedvpa.federated.variational import contract_of
 from fedvpa.functional.preference import mean_choice_loss
@@ -36,6 +38,8 @@ from fedvpa.selector.heads import DirectionalHead
 from fedvpa.selector.predictor import VariationalPredictor
 from fedvpa.selector.selector import Selector, build_selector
 from fedvpa.types import PairBatch, Params, Population, Posterior
+
+logger = logging.getLogger("fedvpa")
 
 WITHHELD = 0.2
 """Share of a client's pairs by which the number of components is chosen."""
@@ -83,6 +87,7 @@ class SimulatedClients:
             which the number of anchors is found (None: no pairs are).
         identity: by what number the server knows them (None: their place in the store).
         privacy: bounds of their contributions.
+        robust: how their latents are averaged, if attackers are to be withstood.
     """
 
     store: ClientStore
@@ -96,6 +101,7 @@ class SimulatedClients:
     withhold_until: int | None = None
     identity: Int[Tensor, "c"] | None = None
     privacy: Privacy | None = None
+    robust: RobustMean | None = None
 
     def __len__(self) -> int:
         return len(self.store)
@@ -147,7 +153,9 @@ class SimulatedClients:
         trained = dict(result.params)
         logit = trained.pop(PRIOR_LOGIT, None)
         if logit is not None:
-            private["prior_logit"] = logit
+            kept = tables["prior_logit"][clients]
+            finite = logit.isfinite() if self.privacy is not None else torch.ones_like(logit).bool()
+            private["prior_logit"] = torch.where(finite, logit, kept)
         if self.privacy is not None:
             trained = bounded(broadcast.trainable, trained, self.privacy.clip)
         # 4. What is answered; NaN is refused here, where the client is known.
@@ -155,6 +163,8 @@ class SimulatedClients:
         if self.posterior_from == "local":
             with torch.no_grad():
                 posterior = self.selector.posterior(broadcast.params | trained, pairs, pairs.mask)
+        if self.privacy is not None:
+            trained, posterior = silenced(broadcast.trainable, trained, posterior, names)
         require_finite(dict(posterior._asdict()), names, broadcast.round)
         self._check(trained, names, broadcast.round)
         update = Update(
@@ -264,7 +274,10 @@ class SimulatedClients:
     ) -> Moments:
         """Each client's moments under given centres, added up."""
         _, posterior = self.posteriors(params, withhold=withhold)
-        return summed_moments(*self._bounded(posterior), centre)
+        mean, variance = self._bounded(posterior)
+        if self.robust is None:
+            return summed_moments(mean, variance, centre)
+        return robust_moments(assignments(mean, centre), mean, variance, self.robust)
 
     @torch.no_grad()
     def choice_scores(
@@ -298,6 +311,27 @@ class SimulatedClients:
             for pairs, _ in self._blocks(withhold=False)
         ]
         return {"label": torch.cat(labels)}
+
+
+def silenced(
+    start: Params, trained: Params, posterior: Posterior, names: Sequence[str]
+) -> tuple[Params, Posterior]:
+    """Under differential privacy, clients whose numbers are not finite answer that nothing has
+    changed, with the latent of nobody: whether a round is stopped must not depend on one of them.
+    `trained` [c, ...]."""
+    everything = [*trained.values(), posterior.mean, posterior.log_var]
+    fine = torch.stack([v.flatten(1).isfinite().all(1) for v in everything]).all(0)
+    if fine.all():
+        return trained, posterior
+    bad = [name for name, good in zip(names, fine.tolist()) if not good]
+    logger.warning("%d clients have numbers that are not finite, and add nothing", len(bad))
+    calm = {
+        n: torch.where(fine.view(-1, *[1] * start[n].dim()), value, start[n])
+        for n, value in trained.items()
+    }
+    row = fine.unsqueeze(-1)
+    nobody = torch.zeros_like(posterior.mean)
+    return calm, Posterior(*(torch.where(row, value, nobody) for value in posterior))
 
 
 class PooledClients(SimulatedClients):
@@ -366,4 +400,6 @@ def _build(
         contract_of(config, prior), config.federation.posterior_from,
         withhold_until=start if withholds else None, identity=identity,
         privacy=privacy_of(config, total),
+        # a networked client is alone: the server averages
+        robust=robust_of(config) if identity is None else None,
     )  # fmt: skip

@@ -227,14 +227,31 @@ class PrivateRelease:
 
 
 def noised_moments(privacy: Privacy, found: Moments, noise: float, draw: Normal) -> Moments:
-    """Moments of clipped latents with noise; a sum of no clients is possible, a negative one is
-    not."""
+    """Moments of clipped latents with noise, of what deviation the accounting presumes, projected
+    to what such moments can be."""
     p = privacy
     bounds = (1.0, p.latent_clip, p.latent_clip**2, p.variance_clip)
-    noised = [v + noise * b * draw(v.shape) for v, b in zip(found, bounds)]
-    return Moments(
-        noised[0].clamp_min(0.0), noised[1], noised[2].clamp_min(0.0), noised[3].clamp_min(0.0)
-    )
+    noised = Moments(*(v + noise * b * draw(v.shape) for v, b in zip(found, bounds)))
+    return projected(privacy, noised, noise)
+
+
+def projected(privacy: Privacy, noised: Moments, noise: float) -> Moments:
+    """The moments, as moments of clipped latents can be.
+
+    A mean of latents within the ball is within it; a spread that is less than the noise of its
+    centre cannot be told from it. Only noised sums are read, so that this costs no privacy
+    (post-processing: Dwork & Roth, 2014, prop. 2.1).
+    """
+    p = privacy
+    weight = noised.weight.clamp_min(0.0)
+    wide = weight.unsqueeze(-1)
+    count = wide.clamp_min(1e-6)
+    centre = _within(noised.total / count, p.latent_clip)
+    floor = (noise * p.latent_clip / count.clamp_min(1.0)).square()
+    least, most = centre.square() + floor, p.latent_clip**2 + floor
+    square = (noised.squared / count).maximum(least).minimum(most)
+    spread = (noised.variance / count).clamp(0.0, p.variance_clip)
+    return Moments(weight, wide * centre, wide * square, wide * spread)
 
 
 def clipped_latent(
@@ -244,7 +261,7 @@ def clipped_latent(
     return _within(mean, privacy.latent_clip), _within(variance, privacy.variance_clip)
 
 
-def _within(x: Float[Tensor, "c d"], bound: float) -> Float[Tensor, "c d"]:
+def _within(x: Float[Tensor, "*c d"], bound: float) -> Float[Tensor, "*c d"]:
     return x * (bound / x.norm(dim=-1, keepdim=True).clamp_min(1e-12)).clamp_max(1.0)
 
 

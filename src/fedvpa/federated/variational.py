@@ -19,6 +19,7 @@ from fedvpa.config import Config
 from fedvpa.federated.accounting import privacy_of
 from fedvpa.federated.aggregators import (
     Aggregator,
+    RobustMean,
     ServerOptimiser,
     Total,
     build_aggregator,
@@ -26,6 +27,7 @@ from fedvpa.federated.aggregators import (
 )
 from fedvpa.federated.algorithm import Clients
 from fedvpa.federated.batch import Roster
+from fedvpa.federated.components import Moments
 from fedvpa.federated.exchanges import EVERY_ROUND, FITTED, Payload, loss_terms, payload_rows
 from fedvpa.federated.messages import PROTOTYPES, Broadcast, Contract, Update
 from fedvpa.federated.population import MAX_MODES, PopulationFit, build_fit, modes_of
@@ -33,6 +35,7 @@ from fedvpa.federated.priors import Prior, build_prior
 from fedvpa.federated.prototypes import Prototypes, build_prototypes
 from fedvpa.federated.random import stream
 from fedvpa.federated.release import NoiseOf, Release, Sums, build_release, seeded_noise
+from fedvpa.federated.robust import from_each, robust_moments
 from fedvpa.selector.predictor import VariationalPredictor
 from fedvpa.selector.selector import Selector, build_selector
 from fedvpa.types import Params, Population, ServerState
@@ -101,6 +104,7 @@ class FederatedVariational:
         self.release.require(state.round + 1)
         # 2. Local rounds. Updates are added in the order of the cohort, so that a run repeats.
         start, total, sums = self._trained(state.params), Total(), Sums()
+        each, robust = list[Moments](), self.robust
         tables = {name: table.clone() for name, table in state.clients.items()}
         losses, answered = dict[str, float](), 0
         broadcast = self.broadcast(state)
@@ -108,10 +112,13 @@ class FederatedVariational:
             self._note(tables, index, update, state.round)
             weight = self._weight(tables, index, update)
             total = self.aggregator.add(total, start, update.params, weight)
-            sums = sums.plus(update.moments, update.labelled)
+            sums = sums.plus(None if robust else update.moments, update.labelled)
+            each += [update.moments] if robust and update.moments is not None else []
             for name, value in update.losses.items():
                 losses[name] = losses.get(name, 0.0) + float((update.clients * value).sum())
             answered += index.numel()
+        if robust is not None and each:
+            sums = sums._replace(moments=robust_moments(*from_each(each), robust))
         # 3. From here on only what the release lets through is read.
         step, sums = self.release.update(self.aggregator, total, start, sums, state.round)
         params, slots = self.server.apply(start, state.optimiser, step)
@@ -146,6 +153,11 @@ class FederatedVariational:
         alone = update.clients.numel() == index.numel()
         by_size = self.aggregation == "samples" and alone
         return tables["size"][index] if by_size else update.clients
+
+    @property
+    def robust(self) -> RobustMean | None:
+        """The aggregator, if it withstands attackers."""
+        return self.aggregator if isinstance(self.aggregator, RobustMean) else None
 
     def finalise(self, state: ServerState, clients: Clients) -> ServerState:
         """The population is fitted to the clients under the final model, unless it is anchored."""

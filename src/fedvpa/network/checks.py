@@ -3,7 +3,11 @@ belongs to this round."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from fedvpa.federated.exchanges import Layout, update_layout
 from fedvpa.federated.messages import Broadcast, Contract
@@ -13,7 +17,10 @@ from fedvpa.types import Params
 LARGEST = 1e6
 """No parameter, latent or loss of a sane client is larger."""
 MOST_PAIRS = 1e6
-LARGEST_LATENT = 1e3
+TIMES = 20.0
+"""So many times the clients' median is plausible."""
+PLAUSIBLE_DEVIATIONS = 10.0
+"""A latent within so many standard deviations of its prior is plausible, whatever the others'."""
 
 
 def expected(tensors: Params, shapes: Layout, client: str) -> Params:
@@ -60,10 +67,11 @@ def checked_update(
     shapes = update_layout(broadcast, contract, {"d": latent})
     found = expected(packet.tensors, shapes, client)
     for name in ("moments/weight", "labelled"):
-        if name in found and (
-            float(found[name].min()) < 0 or abs(float(found[name].sum()) - 1) > 1e-4
-        ):
+        if name in found and not _one_hot(found[name]):
             raise WireError(f"client '{client}': '{name}' is not one client's share")
+    moments = {n.partition("/")[2]: v for n, v in found.items() if n.startswith("moments/")}
+    if moments:
+        sensible("moments", moments, client)
     if contract.size and not 1 <= float(found["size"]) <= MOST_PAIRS:
         raise WireError(f"client '{client}': says it holds {float(found['size']):g} pairs")
     return Packet(packet.header, found)
@@ -77,24 +85,91 @@ def sensible(kind: str, found: Params, client: str) -> None:
     """
     fine = True
     if kind == "moments":
-        weight = found["weight"]
-        one = (weight == 0).logical_or(weight == 1).all() and bool((weight.sum(-1) == 1).all())
-        inside = (found["total"].abs() <= weight.unsqueeze(-1) * LARGEST_LATENT).all()
-        fine = bool(
-            one and inside and (found["squared"] >= 0).all() and (found["variance"] >= 0).all()
-        )
-    elif kind in ("scores", "validate"):
-        fine = float(found["clients"]) in (0.0, 1.0) and bool(
-            (found.get("accuracy", torch.zeros(())) <= 1).all()
-        )
+        fine = _one_hot(found["weight"]) and _of_one_latent(found)
+    elif kind == "scores":
+        # log-probabilities, and their products
+        total = found["total"]
+        fine = bool((total <= 0).all()) and _like(found["outer"], torch.outer(total, total))
+        fine = fine and float(found["clients"]) in (0.0, 1.0)
+    elif kind == "validate":
+        counted, accuracy, nll = (float(found[name]) for name in ("clients", "accuracy", "nll"))
+        fine = counted in (0.0, 1.0) and 0 <= accuracy <= counted and nll >= 0
     elif kind == "whitening":
         moment, pairs = found["moment"], float(found["pairs"])
-        symmetric = bool((moment - moment.T).abs().max() <= 1e-6 * moment.abs().max() + 1e-12)
-        fine = symmetric and 1 <= pairs <= MOST_PAIRS
-        fine = fine and float(torch.linalg.eigvalsh(moment)[0]) >= -1e-6 * float(
-            moment.diagonal().sum()
-        )
+        fine = _like(moment, moment.T) and 1 <= pairs <= MOST_PAIRS
+        fine = fine and float(torch.linalg.eigvalsh(moment)[0]) >= -1e-6 * float(moment.trace())
     if not fine:
         raise WireError(
             f"client '{client}': its answer to '{kind}' is not one that a client could have"
         )
+
+
+def _one_hot(weight: Float[Tensor, "*t m"]) -> bool:
+    """Whether a client falls to one component of every start."""
+    whole = (weight == 0).logical_or(weight == 1).all()
+    return bool(whole and (weight.sum(-1) == 1).all())
+
+
+def _of_one_latent(found: Params) -> bool:
+    """Whether shares, their means, squares and variances belong to one latent: nothing outside of
+    its component, and the square is that of the mean."""
+    share = found["weight"].unsqueeze(-1)
+    inside = all((found[n] == found[n] * share).all() for n in ("total", "squared", "variance"))
+    square = _like(found["squared"], found["total"].square())
+    # the latent is the same, whichever start's component it falls to
+    total = found["total"].sum(-2).reshape(-1, found["total"].shape[-1])
+    same = _like(total, total[:1].expand_as(total))
+    return bool(inside and square and same and (found["variance"] >= 0).all())
+
+
+def _like(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal but for rounding."""
+    return bool(((a - b).abs() <= 1e-5 * b.abs() + 1e-6 * (1 + b.abs().max())).all())
+
+
+def outlying(kind: str, told: Mapping[int, Params], latent: int) -> dict[int, str]:
+    """Which clients' answers are out of all proportion to the others', and why.
+
+    What is compared is positive and of one scale for all clients: the mean square of a feature per
+    pair, the size of a latent and of its variance. A client may be `TIMES` as large as the median
+    of the clients (the lower one of two), which half of them cannot move at will.
+    """
+    found: dict[int, str] = {}
+    for what, floor, sizes in _sizes(kind, told, latent):
+        median = float(torch.tensor(list(sizes.values()), dtype=torch.float64).median())
+        for place, size in sizes.items():
+            if size > max(floor, TIMES * median):
+                found[place] = f"{what}: {size:.3g}, and {median:.3g} is the clients' median"
+    return found
+
+
+def _sizes(
+    kind: str, told: Mapping[int, Params], latent: int
+) -> Iterator[tuple[str, float, dict[int, float]]]:
+    """What of an answer has a size: its name, below which it is always plausible, and the sizes."""
+    some = next(iter(told.values()), {})
+    if kind == "whitening":
+        for name, title in (("moment", "second moment per pair"), ("total", "feature per pair")):
+            each = {
+                p: t[name].trace() if name == "moment" else t[name].norm() for p, t in told.items()
+            }
+            yield title, 0.0, {p: float(v / told[p]["pairs"]) for p, v in each.items()}
+        return
+    # the prior of a latent is the unit normal distribution, which hardly ever is as large as this
+    floor = PLAUSIBLE_DEVIATIONS * latent**0.5
+    prefix = {"train": "moments/", "moments": ""}.get(kind)
+    if prefix is not None and f"{prefix}total" in some:
+        for name, title in (("total", "latent"), ("variance", "variance of the latent")):
+            yield (
+                title,
+                floor,
+                {
+                    p: float(
+                        t[prefix + name].reshape(-1, *t[prefix + name].shape[-2:])[0].sum(0).norm()
+                    )
+                    for p, t in told.items()
+                },
+            )
+    name = {"train": "posterior/mean", "posterior": "mean"}.get(kind, "")
+    if name in some:
+        yield "latent", floor, {p: float(t[name].norm()) for p, t in told.items()}

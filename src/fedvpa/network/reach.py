@@ -15,11 +15,14 @@ from torch import Tensor
 
 from fedvpa.config import Config
 from fedvpa.errors import RunError
-from fedvpa.features.whitening import Whitener
+from fedvpa.features.whitening import Whitener, WhiteningSums
+from fedvpa.federated.aggregators import robust_of
+from fedvpa.federated.components import Moments
 from fedvpa.federated.exchanges import Layout
 from fedvpa.federated.messages import Contract
+from fedvpa.federated.robust import from_each, robust_moments, robust_whitening
 from fedvpa.foreign import harmless
-from fedvpa.network.checks import expected, sensible
+from fedvpa.network.checks import expected, outlying, sensible
 from fedvpa.network.conduct import STRIKES, Conduct
 from fedvpa.network.records import Broken, NoAnswerError, opened
 from fedvpa.network.settings import ServerSettings
@@ -277,8 +280,14 @@ class Reach:
     def _sum(self, kind: str, header: dict[str, Any], tensors: Params, shapes: Layout) -> Params:
         if self.settings.secure:
             return self._secure_sum(kind, header, tensors, shapes)[1]
-        found = self._everybody(kind, header, tensors, shapes)
-        return {name: torch.stack([t[name] for _, t in found]).sum(0) for name in shapes}
+        each = [t for _, t in self._everybody(kind, header, tensors, shapes)]
+        robust = robust_of(self.config)
+        if robust is not None and kind == "whitening":
+            return robust_whitening([WhiteningSums(**t) for t in each], robust)._asdict()
+        if robust is not None and kind == "moments":
+            rows = [Moments(**{n: v.unsqueeze(0) for n, v in t.items()}) for t in each]
+            return robust_moments(*from_each(rows), robust)._asdict()
+        return {name: torch.stack([t[name] for t in each]).sum(0) for name in shapes}
 
     def _secure_sum(
         self, kind: str, header: dict[str, Any], tensors: Params, shapes: Layout,
@@ -330,16 +339,16 @@ class Reach:
             sensible(kind, found, clients[place])
             return Packet(packet.header, found)
 
-        found = self._answers(kind, header, self.online(), tensors, check=check)
+        found = self._answers(kind, header, self.online(), tensors, check=check, together=True)
         return [(place, packet.tensors) for place, packet in found]
 
     def _answers(
         self, kind: str, header: dict[str, Any], places: Sequence[int],
         tensors: Params | None = None,
-        own: Mapping[int, Params] | None = None, check: Any = None,
+        own: Mapping[int, Params] | None = None, check: Any = None, together: bool = False,
     ) -> list[tuple[int, Packet]]:  # fmt: skip
         """Usable answers by place, in ascending order; asks again those who failed while there are
-        too few.
+        too few. `together`: answers are also held against each other.
 
         Raises:
             CohortError: too few after all attempts; nobody's answer has been used.
@@ -376,6 +385,11 @@ class Reach:
                         self._place.pop(node, None)
                 except WireError as error:
                     self._blame(place, kind, error)
+            if together:
+                told = {place: packet.tensors for place, packet in usable.items()}
+                for place, why in outlying(kind, told, self.config.model.latent).items():
+                    self._blame(place, kind, why)
+                    del usable[place]
             if len(usable) >= self._wanted(places) and usable:
                 return sorted(usable.items())
         wanted = self._wanted(places)
