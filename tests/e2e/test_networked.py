@@ -4,12 +4,11 @@ what is refused."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -25,85 +24,10 @@ from fedvpa.experiment.use import PreferenceModel
 from fedvpa.federated.exchanges import may_hold
 from fedvpa.network.daemon import Client
 from fedvpa.network.reach import CohortError
-from fedvpa.network.secure import Summed
 from fedvpa.network.serve import serve
 from fedvpa.network.settings import ClientSettings, ServerSettings, read_settings, training_config
 from fedvpa.network.wire import Packet, WireError, pack, unpack
-
-Tamper = Callable[[int, Packet, Packet], Packet | bytes | str]
-TRAINING: dict[str, Any] = {
-    "method": "fedvpa-gp", "model": {"inputs": 6, "latent": 3}, "prototypes": {"start_round": 2,
-    "modes": 2},
-    "federation": {"rounds": 3, "local_steps": 4, "validate_every": 1, "checkpoint_every": 1},
-}  # fmt: skip
-
-
-@dataclass
-class Loop:
-    """Carries blobs to clients in this process; `tamper(node, request, reply)` may change, spoil or
-    lose a reply."""
-
-    clients: dict[int, Client]
-    tamper: Tamper = lambda node, request, reply: reply
-    away: set[int] = field(default_factory=set)
-    asked: list[tuple[int, str]] = field(default_factory=list)
-    sent: list[Packet] = field(default_factory=list)
-
-    def nodes(self) -> list[int]:
-        return [n for n in self.clients if n not in self.away]
-
-    def ask(self, blobs: Mapping[int, bytes], enough: int) -> dict[int, bytes | str]:
-        out: dict[int, bytes | str] = {}
-        for node, blob in blobs.items():
-            request = unpack(blob)
-            self.asked.append((node, request.header["kind"]))
-            reply = unpack(self.clients[node].answer(blob))
-            self.sent.append(reply)
-            changed = self.tamper(node, request, reply)
-            out[node] = pack(changed) if isinstance(changed, Packet) else changed
-        return out
-
-    def ask_sum(self, blobs: Mapping[int, bytes], size: int, least: int) -> Summed:
-        """As the secure sum does it, but for masks."""
-        total, there = np.zeros(size), []
-        for node, blob in blobs.items():
-            self.asked.append((node, unpack(blob).header["kind"]))
-            _, numbers = self.clients[node].numbers(blob)
-            vector = np.frombuffer(numbers, dtype="<f4")
-            assert vector.shape == (size,)
-            total += vector
-            there.append(node)
-        assert len(there) >= least > 0
-        return Summed(there, torch.from_numpy(total), {})
-
-
-@pytest.fixture
-def make(pair_file: Path, tiny_model: Path, tmp_path: Path) -> Callable[..., tuple[Path, Loop]]:
-    """A project folder and its clients."""
-
-    def build(
-        count: int = 4, training: dict[str, Any] | None = None, **server: Any
-    ) -> tuple[Path, Loop]:
-        pairs = read_pairs(str(pair_file), "train").pairs
-        half = len(pairs) // 2
-        names = [f"client-{k}" for k in range(count)]
-        clients = {}
-        for k, name in enumerate(names):
-            home = tmp_path / "clients" / name
-            home.mkdir(parents=True, exist_ok=True)
-            own = (pairs[:half], pairs[half:])[k % 2][k // 2 :: (count + 1) // 2][:12]
-            (home / "pairs.jsonl").write_text("".join(json.dumps(to_record(p)) + "\n" for p in own))
-            clients[100 + k] = Client(
-                ClientSettings(name=name, data="pairs.jsonl", backbone=str(tiny_model)), home
-            )
-        given = (
-            TRAINING | {"features": {"backbone": str(tiny_model), "layer": 2}} | (training or {})
-        )
-        settings = {"clients": names, "timeout": 1.0, "attempts": 2, "training": given} | server
-        (tmp_path / "server.yaml").write_text(yaml.safe_dump(settings))
-        return tmp_path / "server.yaml", Loop(clients)
-
-    return build
+from tests.e2e.loop import TRAINING, Loop, Make, Tamper
 
 
 def state_of(path: Path) -> Any:
@@ -152,7 +76,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_equals_the_simulator(name: str, make: Callable[..., tuple[Path, Loop]]) -> None:
+def test_equals_the_simulator(name: str, make: Make) -> None:
     path, loop = make(training=VARIANTS[name])
     serve(path, loop)
     there, here = state_of(path), simulated(path, loop)
@@ -166,7 +90,7 @@ def test_equals_the_simulator(name: str, make: Callable[..., tuple[Path, Loop]])
 
 
 def test_nothing_leaves_but_what_the_manifest_lists(
-    make: Callable[..., tuple[Path, Loop]], caplog: pytest.LogCaptureFixture
+    make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     path, loop = make()
     caplog.set_level("INFO", "fedvpa")
@@ -243,7 +167,7 @@ SPOILT: dict[str, tuple[Change, str]] = {
 
 @pytest.mark.parametrize("name", SPOILT)
 def test_spoilt_replies_are_refused_with_the_client_named(
-    name: str, make: Callable[..., tuple[Path, Loop]], caplog: pytest.LogCaptureFixture
+    name: str, make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     change, reason = SPOILT[name]
     path, loop = make(min_replies=3)
@@ -254,7 +178,7 @@ def test_spoilt_replies_are_refused_with_the_client_named(
 
 
 def test_a_client_that_lies_about_its_pairs_does_not_outweigh_the_others(
-    make: Callable[..., tuple[Path, Loop]], caplog: pytest.LogCaptureFixture
+    make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     path, loop = make(training={"federation": TRAINING["federation"] | {"aggregation": "samples"}})
     loop.tamper = spoilt(put("size", lambda v: v * 1e4))
@@ -270,7 +194,7 @@ def test_a_client_that_lies_about_its_pairs_does_not_outweigh_the_others(
 
 
 def test_a_spoilt_round_without_enough_replies_changes_nothing_and_can_be_resumed(
-    make: Callable[..., tuple[Path, Loop]],
+    make: Make,
 ) -> None:
     path, loop = make()
     loop.tamper = lambda node, request, reply: (
@@ -294,9 +218,7 @@ def test_a_spoilt_round_without_enough_replies_changes_nothing_and_can_be_resume
         torch.testing.assert_close(value, whole.params[key], atol=1e-6, rtol=0)
 
 
-def test_a_reply_that_is_lost_once_is_asked_for_again_and_counts_once(
-    make: Callable[..., tuple[Path, Loop]],
-) -> None:
+def test_a_reply_that_is_lost_once_is_asked_for_again_and_counts_once(make: Make) -> None:
     path, loop = make()
     lost = [0]
 
@@ -319,9 +241,7 @@ def test_a_reply_that_is_lost_once_is_asked_for_again_and_counts_once(
         torch.testing.assert_close(value, here.params[key], atol=1e-6, rtol=1e-5)
 
 
-def test_a_restarted_client_goes_on_from_its_own_state(
-    make: Callable[..., tuple[Path, Loop]],
-) -> None:
+def test_a_restarted_client_goes_on_from_its_own_state(make: Make) -> None:
     training = VARIANTS["gumbel weights over components"]
     path, loop = make(training=training)
 
@@ -340,9 +260,7 @@ def test_a_restarted_client_goes_on_from_its_own_state(
 
 
 def test_a_full_disk_on_a_client_loses_nothing(
-    make: Callable[..., tuple[Path, Loop]],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from fedvpa.network import daemon as module
 
@@ -365,9 +283,7 @@ def test_a_full_disk_on_a_client_loses_nothing(
         torch.testing.assert_close(value, here.params[key], atol=1e-6, rtol=1e-5)
 
 
-def test_replayed_requests_and_unknown_ones_are_refused_by_the_client(
-    make: Callable[..., tuple[Path, Loop]],
-) -> None:
+def test_replayed_requests_and_unknown_ones_are_refused_by_the_client(make: Make) -> None:
     path, loop = make()
     requests = []
 
@@ -388,9 +304,7 @@ def test_replayed_requests_and_unknown_ones_are_refused_by_the_client(
         assert unpack(loop.clients[100].answer(blob)).header == {"ok": False, "code": code}
 
 
-def test_who_is_not_a_client_is_refused(
-    make: Callable[..., tuple[Path, Loop]], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_who_is_not_a_client_is_refused(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     path, loop = make()
     twin, home = loop.clients[100].settings, path.parent / "clients" / "client-0"
     loop.clients[200] = Client(twin, home)
@@ -401,9 +315,7 @@ def test_who_is_not_a_client_is_refused(
     assert {n for n, kind in loop.asked if kind == "train"} == {100, 101, 102, 103}
 
 
-def test_secure_sums_give_the_same_and_the_server_sees_no_single_reply(
-    make: Callable[..., tuple[Path, Loop]],
-) -> None:
+def test_secure_sums_give_the_same_and_the_server_sees_no_single_reply(make: Make) -> None:
     path, loop = make(secure=True)
     serve(path, loop)
     there, here = state_of(path), simulated(path, loop)
@@ -413,9 +325,7 @@ def test_secure_sums_give_the_same_and_the_server_sees_no_single_reply(
 
 
 @pytest.mark.slow
-def test_a_federation_of_private_clients_sends_no_loss(
-    make: Callable[..., tuple[Path, Loop]], pair_file: Path
-) -> None:
+def test_a_federation_of_private_clients_sends_no_loss(make: Make, pair_file: Path) -> None:
     private = {
         "data": {"public": str(pair_file / "kind" / "test.jsonl")},
         "privacy": {"enabled": True, "noise": 0.5, "fit_noise": 0.5},
@@ -431,9 +341,7 @@ def test_a_federation_of_private_clients_sends_no_loss(
     assert [row["epsilon"] for row in history] == sorted(row["epsilon"] for row in history)
 
 
-def test_the_run_serves_a_user_like_any_other(
-    make: Callable[..., tuple[Path, Loop]], pair_file: Path
-) -> None:
+def test_the_run_serves_a_user_like_any_other(make: Make, pair_file: Path) -> None:
     longer = {
         "prototypes": {"start_round": 6, "modes": 2},
         "federation": {"rounds": 8, "local_steps": 30, "learning_rate": 0.02},
@@ -471,9 +379,7 @@ def test_the_run_serves_a_user_like_any_other(
         ),
     ],
 )
-def test_bad_settings(
-    change: dict[str, Any], message: str, make: Callable[..., tuple[Path, Loop]]
-) -> None:
+def test_bad_settings(change: dict[str, Any], message: str, make: Make) -> None:
     path, loop = make()
     given = yaml.safe_load(path.read_text()) | change
     path.write_text(yaml.safe_dump(given))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.stats import trim_mean
 
+from fedvpa.features.whitening import Whitener, WhiteningSums
 from fedvpa.federated.aggregators import (
     Krum,
     Median,
@@ -16,7 +17,9 @@ from fedvpa.federated.aggregators import (
     WeightedMean,
     nearest_to_others,
 )
+from fedvpa.federated.components import assignments, moments, population, summed_moments
 from fedvpa.federated.random import stream
+from fedvpa.federated.robust import from_each, robust_moments, robust_whitening
 
 START = {"a": torch.zeros(3, 2), "b": torch.zeros(4)}
 
@@ -69,3 +72,50 @@ def test_krum_keeps_those_near_each_other_and_few_clients_are_all_kept() -> None
     assert nearest_to_others(points[:3], 1).tolist() == [0, 1, 2]
     with pytest.raises(ValueError, match="no client"):
         Median().result(Total())
+
+
+@pytest.mark.parametrize("robust", [TrimmedMean(0.2), Median(), Krum(0.2)])
+def test_whitening_withstands_a_share_of_attackers(robust: RobustMean) -> None:
+    generator = stream(0, "whitening")
+    scale = torch.linspace(2.0, 0.2, 12)
+    each = [
+        WhiteningSums.of(torch.randn(30, 2, 12, generator=generator) * scale) for _ in range(20)
+    ]
+    honest = Whitener.from_sums(WhiteningSums(*(torch.stack(x).sum(0) for x in zip(*each))), 4)
+    # within what is plausible of one client: twenty times the others, in a direction of no use
+    useless = torch.zeros(12, 12, dtype=torch.float64)
+    useless[-1, -1] = 20 * float(each[0].moment.trace())
+    attacked = [sums._replace(moment=useless) if i < 4 else sums for i, sums in enumerate(each)]
+    plain = Whitener.from_sums(WhiteningSums(*(torch.stack(x).sum(0) for x in zip(*attacked))), 4)
+    assert plain.projection[-1].abs().max() > 10 * plain.projection[0].abs().min()
+    found = Whitener.from_sums(robust_whitening(attacked, robust), 4)
+
+    def spanned(whitener: Whitener) -> torch.Tensor:
+        return torch.linalg.qr(whitener.projection)[0]
+
+    overlap = torch.linalg.svdvals(spanned(found).T @ spanned(honest))
+    assert overlap.min() > 0.8
+    assert torch.linalg.svdvals(spanned(plain).T @ spanned(honest)).min() < 0.5
+
+
+@pytest.mark.parametrize("robust", [TrimmedMean(0.2), Median(), Krum(0.2)])
+def test_components_withstand_a_share_of_attackers(robust: RobustMean) -> None:
+    generator = stream(0, "latents")
+    mean = torch.cat([torch.randn(20, 3, generator=generator) * 0.2 + side for side in (-2.0, 2.0)])
+    variance = torch.full_like(mean, 0.1)
+    centre = torch.stack([mean[:20].mean(0), mean[20:].mean(0)]).unsqueeze(0)
+    mean[[0, 1, 20, 21]] = torch.tensor([[-15.0] * 3, [-15.0] * 3, [15.0] * 3, [15.0] * 3])
+    share = assignments(mean, centre)
+    plain = population(_first(summed_moments(mean, variance, centre)))
+    found = population(_first(robust_moments(share, mean, variance, robust)))
+    truth = torch.tensor([[-2.0] * 3, [2.0] * 3])
+    assert (plain.mean - truth).abs().max() > 1
+    torch.testing.assert_close(found.mean, truth, atol=0.2, rtol=0)
+    assert plain.variance.min() > 10 * found.variance.max()
+    # nobody attacks: the trimmed mean of all clients is near their mean, and their number the same
+    again = robust_moments(*from_each([moments(share, mean, variance)]), robust)
+    torch.testing.assert_close(again.weight, share.sum(0))
+
+
+def _first(found):  # type: ignore[no-untyped-def]
+    return type(found)(*(value[0] for value in found))

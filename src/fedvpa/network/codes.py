@@ -37,10 +37,3 @@ class RefusedError(RunError):
     def __init__(self, code: str, message: str) -> None:
         self.code = code if code in REASONS else "failed"
         super().__init__(message)
-
-
-def reason(code: object) -> str:
-    """What the server says of a client that answered with `code`."""
-    if isinstance(code, str) and code in REASONS:
-        return f"{REASONS[code]} [{code}]; its own log says more"
-    return "answered with an unknown code"

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from fedvpa.errors import RunError
 from fedvpa.federated.messages import section
-from fedvpa.network.codes import reason
+from fedvpa.network.codes import REASONS
 from fedvpa.network.wire import Packet, WireError, unpack
 from fedvpa.types import Params, Population
 
@@ -40,7 +40,9 @@ def opened(reply: bytes | str | Broken) -> Packet:
     packet = unpack(reply)
     if packet.header.get("ok") is not True:
         code = packet.header.get("code")
-        raise NoAnswerError(reason(code), code if isinstance(code, str) else "")
+        if not isinstance(code, str) or code not in REASONS:
+            raise WireError("neither an answer nor a code that says why there is none")
+        raise NoAnswerError(f"{REASONS[code]} [{code}]; its own log says more", code)
     return packet
 
 

@@ -62,7 +62,7 @@ def unpack(blob: bytes) -> Packet:
         return Packet(header, safetensors.torch.load(blob))
     # parsers of hostile input raise more than they say: RecursionError, RuntimeError, MemoryError
     except Exception as error:
-        raise WireError(f"not a fedvpa message ({type(error).__name__})") from error
+        raise WireError(f"not a fedvpa message ({type(error).__qualname__})") from error
 
 
 def _check_shape(entry: Mapping[str, Any]) -> None:
