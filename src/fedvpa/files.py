@@ -67,6 +67,19 @@ def write_atomically(path: Path, content: bytes, *, private: bool = False) -> No
         raise
 
 
+def private_file(path: Path) -> Path:
+    """Make the file for this user alone; one that is there already is closed to strangers."""
+    make_folder(path.parent)
+    handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        status = os.fstat(handle)
+        if status.st_uid == os.geteuid() and status.st_mode & 0o007:
+            os.fchmod(handle, status.st_mode & 0o770)
+    finally:
+        os.close(handle)
+    return path
+
+
 def make_folder(folder: Path, *, private: bool = False) -> Path:
     """The folder, made with its final mode if it is not there; `private`: for this user alone.
 

@@ -126,9 +126,17 @@ class Federation:
         process.wait()
 
     def launch(self, arguments: list[str], out: Path) -> subprocess.Popen[bytes]:
-        """Start `fedvpa` in a process group of its own."""
-        command = [sys.executable, "-m", "fedvpa.cli.main", *arguments]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        """Start `fedvpa`."""
+        return self.launch_module("fedvpa.cli.main", arguments, out)
+
+    def launch_module(
+        self, module: str, arguments: list[str], out: Path, call: str = "", **variables: str
+    ) -> subprocess.Popen[bytes]:
+        """Start a module, or a function of it, in a process group of its own."""
+        run = ["-c", f"from {module} import {call}; {call}()"] if call else ["-m", module]
+        command = [sys.executable, *run, *arguments]
+        places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": places} | variables
         with out.open("ab") as file:
             process = subprocess.Popen(
                 command,

@@ -8,7 +8,6 @@ number type, layer, pooling and text. The backbone is loaded only if something i
 from __future__ import annotations
 
 import hashlib
-import os
 import sqlite3
 import time
 from collections.abc import Iterable, Sequence
@@ -25,7 +24,7 @@ from fedvpa.config import FeaturesConfig
 from fedvpa.errors import RunError
 from fedvpa.features.backbone import Backbone, Tap
 from fedvpa.features.loading import cache_home, location_stamp
-from fedvpa.files import make_folder
+from fedvpa.files import make_folder, private_file
 from fedvpa.records import Item, Message, PreferencePair, Progress
 
 CREATING_SECONDS = 60.0
@@ -84,7 +83,7 @@ class FeatureCache:
         try:
             make_folder(self.path.parent, private=True)
             # readable for this user alone: it holds features of private texts
-            _private_file(self.path)
+            private_file(self.path)
             with closing(sqlite3.connect(self.path, timeout=60, isolation_level=None)) as database:
                 _prepare(database)
                 return self._items(database, items, progress)
@@ -163,17 +162,6 @@ class FeatureCache:
                 "INSERT OR REPLACE INTO backbone VALUES (?, ?, ?)", (stamp, name, signature)
             )
         return name, signature
-
-
-def _private_file(path: Path) -> None:
-    """Make the file for this user alone; one that is there already is closed to strangers."""
-    handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
-    try:
-        status = os.fstat(handle)
-        if status.st_uid == os.geteuid() and status.st_mode & 0o007:
-            os.fchmod(handle, status.st_mode & 0o770)
-    finally:
-        os.close(handle)
 
 
 def _prepare(database: sqlite3.Connection) -> None:

@@ -15,6 +15,7 @@ import torch
 from fedvpa.config import Config
 from fedvpa.errors import BadInputError
 from fedvpa.federated.exchanges import EXCHANGES
+from fedvpa.files import private_file
 from fedvpa.foreign import OneLine
 from fedvpa.network.grid import FlowerTransport
 from fedvpa.network.link import Link
@@ -109,8 +110,7 @@ def logged(flower: Path, run: Path) -> Iterator[None]:
     also to another."""
     with_handlers = []
     for path, names in ((flower, ("flwr", "uvicorn", "asyncio", "httpx")), (run, ("fedvpa",))):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path)
+        handler = logging.FileHandler(private_file(path))
         handler.setFormatter(OneLine("%(asctime)s %(message)s", "%H:%M:%S"))
         for name in names:
             found = logging.getLogger(name)
