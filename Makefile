@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest -n 2 --dist worksteal
 
-.PHONY: env demo test test-slow soak lint docs notebook wheel bench clean
+.PHONY: env demo test test-slow soak lint docs notebook wheel sbom audit lock bench clean
 
 env: .venv/.made
 
-.venv/.made: requirements.lock pyproject.toml
+# every file is checked against its hash; torch, which is built for many kinds of machines, is pinned
+# to a version and comes by itself
+.venv/.made: requirements.lock requirements-torch.lock pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --no-deps --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install --quiet --no-deps --disable-pip-version-check -r requirements-torch.lock
+	$(BIN)/pip install --quiet --no-deps --disable-pip-version-check --require-hashes -r requirements.lock
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --disable-pip-version-check -e .
 	touch $@
 
@@ -45,8 +48,24 @@ docs: env
 notebook: env
 	$(BIN)/python tools/run_notebook.py examples/first_hour.ipynb
 
-wheel: env
+wheel: env sbom
 	$(BIN)/python -m build --wheel --no-isolation
+
+# what is in the environment, with licences, as CycloneDX
+sbom: env
+	mkdir -p dist
+	$(BIN)/cyclonedx-py environment .venv --pyproject pyproject.toml --of JSON -o dist/fedvpa.cdx.json
+
+# known vulnerabilities of what is locked (asks pypi.org)
+audit: env
+	$(BIN)/pip-audit --require-hashes --disable-pip -r requirements.lock
+
+# the versions of this environment with the hashes of all their files; needs uv
+lock:
+	mkdir -p build
+	$(BIN)/pip freeze --exclude-editable --exclude torch > build/frozen.txt
+	uv pip compile --quiet --no-deps --generate-hashes --no-emit-index-url --no-annotate --no-header \
+	  --universal --python-version 3.11.5 build/frozen.txt -o requirements.lock
 
 bench: env
 	$(BIN)/python -m benchmarks.simulation --quick

@@ -9,11 +9,14 @@ import argparse
 import io
 import os
 import re
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from fedvpa.cli.main import COMMANDS, Command, build_parser
 from fedvpa.config import BASIC, build_config, leaf_settings, settings_readable, value_of
@@ -33,7 +36,12 @@ OUTSIDE = (
 
 def on_files(files: Files, config: Any) -> Files:
     """Add generated pages, and the files outside of docs/ that pages link to."""
-    for name, text in (("cli.md", cli_reference()), ("settings.md", settings_reference())):
+    pages = {
+        "cli.md": cli_reference(),
+        "settings.md": settings_reference(),
+        "licences.md": licences(),
+    }
+    for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     for pattern in OUTSIDE:
         for path in sorted(ROOT.glob(pattern)):
@@ -42,6 +50,46 @@ def on_files(files: Files, config: Any) -> Files:
                 place += ".txt"
             files.append(File.generated(config, place, abs_src_path=str(path)))
     return files
+
+
+def licences() -> str:
+    """What is installed with fedvpa and its extras for use, with the licence that each states."""
+    found: dict[str, tuple[str, str]] = {}
+    todo = [Requirement("fedvpa[federation,privacy]")]
+    while todo:
+        wanted = todo.pop()
+        try:
+            package = distribution(wanted.name)
+        except PackageNotFoundError:  # not needed on this machine
+            continue
+        name = canonicalize_name(wanted.name)
+        if name in found:
+            continue
+        found[name] = (package.version, _licence(package))
+        for line in package.requires or ():
+            more = Requirement(line)
+            extras = [{"extra": extra} for extra in (*wanted.extras, "")]
+            if more.marker is None or any(more.marker.evaluate(extra) for extra in extras):
+                todo.append(more)
+    lines = [
+        "# Licences",
+        "fedvpa is under the Apache License 2.0. With it, and its extras `federation` and"
+        " `privacy`, come these packages (as installed where this page was made; `make sbom` writes"
+        " the same of a whole environment as CycloneDX):",
+        "",
+        "| package | version | licence |",
+        "|---|---|---|",
+    ]
+    rows = [f"| {name} | {version} | {text} |" for name, (version, text) in sorted(found.items())]
+    return "\n".join([*lines, *rows]) + "\n"
+
+
+def _licence(package: Distribution) -> str:
+    """The licence that a package states: an SPDX expression, or a classifier, or a short text."""
+    about = package.metadata
+    classifiers = [c for c in about.get_all("Classifier") or () if c.startswith("License ::")]
+    stated = about["License-Expression"] or "; ".join(c.rpartition(" :: ")[2] for c in classifiers)
+    return stated or (about["License"] or "see its files").splitlines()[0][:80]
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:

@@ -26,7 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedvpa.files import plain_json, write_atomically
-from fedvpa.foreign import OneLine, harmless
+from fedvpa.foreign import OneLine, harmless, harmless_lines
 from fedvpa.records import Progress as TextProgress
 
 
@@ -41,7 +41,7 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """One line, unless quiet."""
-        self.console.print(text, markup=False)
+        self.console.print(harmless_lines(text), markup=False)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table; the first column is text, the others numbers."""
@@ -103,7 +103,8 @@ class _Bar:
             self._progress.update(self._task, completed=done, total=total, note=note)
         elif done == total or time.monotonic() - self._last > 30:
             self._last = time.monotonic()
-            self._console.print(f"{self._description}: {done}/{total} {note}", markup=False)
+            line = harmless(f"{self._description}: {done}/{total} {note}")
+            self._console.print(line, markup=False)
 
     def close(self) -> None:
         """Take the bar down."""
@@ -131,6 +132,7 @@ def configure_logging(quiet: bool, debug: bool) -> None:
     """Our log lines to standard error; the libraries' progress bars and advice off."""
     lines = logging.StreamHandler(sys.stderr)
     lines.setFormatter(OneLine("%(message)s"))
+    lines.setLevel(logging.ERROR if quiet else logging.NOTSET)
     logging.basicConfig(
         handlers=[lines],
         level=logging.DEBUG if debug else logging.ERROR if quiet else logging.WARNING,

@@ -93,13 +93,14 @@ def make_folder(folder: Path, *, private: bool = False) -> Path:
 def file_name(name: str) -> str:
     """A file name for a name from outside: without separators, never ``..``, never hidden, at most
     80 characters, and another one for every other name. Names of letters, digits, ``-``, ``_`` and
-    ``.`` stay as they are.
+    ``.`` stay as they are, as does ``+``.
 
     >>> file_name("user-7"), file_name("../../x")
     ('user-7', 'x-9cdf6a50')
     """
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:64]
-    if plain == name and name.upper() not in _RESERVED:
+    plain = re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip("-.")[:64]
+    made_here = re.search(r"-[0-9a-f]{8}$", name)
+    if plain and plain == name and name.upper() not in _RESERVED and not made_here:
         return plain
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
     return f"{plain or 'name'}-{digest}"

@@ -25,7 +25,15 @@ def harmless(text: object, most: int = MOST_CHARACTERS) -> str:
         c.encode("unicode_escape").decode() if unicodedata.category(c) in _UNSEEN else c
         for c in cut
     )
-    return shown[:most] + ("…" if len(given) > most or len(shown) > most else "")
+    if len(given) <= most and (len(shown) <= most or most == len(given)):
+        return shown
+    return shown[:most] + "…"
+
+
+def harmless_lines(text: str) -> str:
+    """Text of several lines that does nothing to a terminal but to begin new ones."""
+    lines = text.replace("\r\n", "\n").expandtabs(8).split("\n")
+    return "\n".join(harmless(line, len(line)) for line in lines)
 
 
 class OneLine(logging.Formatter):

@@ -15,8 +15,8 @@ from fedvpa.experiment.build import build_method
 from fedvpa.federated.accounting import BudgetError, Privacy, noise_for, privacy_of
 from fedvpa.federated.aggregators import Total, WeightedMean, bounded
 from fedvpa.federated.algorithm import poisson_cohort
-from fedvpa.federated.clients import silenced
 from fedvpa.federated.components import Moments
+from fedvpa.federated.local import silenced
 from fedvpa.federated.random import stream
 from fedvpa.federated.release import (
     PrivateRelease,

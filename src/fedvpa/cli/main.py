@@ -169,7 +169,9 @@ def _fail(arguments: argparse.Namespace, message: str, code: int) -> int:
         import traceback
 
         traceback.print_exc()
-    print(f"fedvpa {arguments.command}: {message}", file=sys.stderr)  # noqa: T201
+    from fedvpa.foreign import harmless
+
+    print(harmless(f"fedvpa {arguments.command}: {message}", 4000), file=sys.stderr)  # noqa: T201
     return code
 
 

@@ -13,7 +13,8 @@ from fedvpa.console import Reporter
 from fedvpa.data.reading import read_pairs
 from fedvpa.errors import BadInputError
 from fedvpa.experiment.use import PreferenceModel
-from fedvpa.files import claim, write_atomically
+from fedvpa.files import claim, file_name, plain_json, write_atomically
+from fedvpa.foreign import harmless_lines
 from fedvpa.policy.export import export_adapter, export_merged
 from fedvpa.policy.policy import PolicyCard, Sampling, load_card, load_policy
 from fedvpa.policy.prompts import read_prompts
@@ -58,15 +59,18 @@ def run_export(arguments: argparse.Namespace, reporter: Reporter) -> int:
                 " --z out"
             )
         jobs = [
-            (kind, card.z(name), out / f"{name}-{kind}")
+            (kind, name, card.z(name), out / f"{file_name(name)}-{kind}")
             for name in card.preferences
             for kind in ("merged", "peft")
         ]
     else:
-        jobs = [(arguments.format, _chosen_z(arguments, card), out)]
-    for kind, z, folder in jobs:
+        jobs = [(arguments.format, arguments.prefer, _chosen_z(arguments, card), out)]
+    for kind, name, z, folder in jobs:
         policy, _ = load_policy(arguments.directory)
         (export_merged if kind == "merged" else export_adapter)(policy, z, folder)
+        # the folder's name need not be the preference's
+        built_in = {"preference": name, "z": z.tolist()}
+        write_atomically(folder / "preference.json", plain_json(built_in))
         loader = (
             "transformers' AutoModelForCausalLM"
             if kind == "merged"
@@ -103,7 +107,7 @@ def run_chat(arguments: argparse.Namespace, reporter: Reporter) -> int:
         history.append(Message("user", text))
         answer = policy.respond(history, z, sampling, arguments.seed + len(history))
         history.append(Message("assistant", answer))
-        sys.stdout.write(answer + "\n")
+        sys.stdout.write(harmless_lines(answer) + "\n")
         sys.stdout.flush()
 
 

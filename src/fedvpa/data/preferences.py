@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from fedvpa.errors import RecordError
+from fedvpa.foreign import harmless
 from fedvpa.records import Message, PreferencePair, Role
 
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
@@ -262,7 +263,12 @@ def _label(record: Mapping[str, Any], key: str, where: str) -> str | None:
         raise RecordError(where, f"wrong type: '{key}' is {_kind(value)}", "text or a whole number")
     if _unencodable(str(value)):
         raise RecordError(where, f"undecodable characters in '{key}'")
-    return str(value).strip()
+    name = str(value).strip()
+    if harmless(name) != name:  # it is shown, and files are called by it
+        raise RecordError(
+            where, f"control characters, or too many, in '{key}'", "a plain name on one line"
+        )
+    return name
 
 
 def _unencodable(text: str) -> bool:

@@ -4,7 +4,6 @@ again), then the tables."""
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -24,7 +23,7 @@ from fedvpa.experiment.evaluate import EvaluationSettings, evaluate
 from fedvpa.experiment.plan import Comparison
 from fedvpa.experiment.run import RunPaths, load_config
 from fedvpa.experiment.train import train
-from fedvpa.files import write_atomically
+from fedvpa.files import file_name, write_atomically
 from fedvpa.records import Progress
 
 OnCell = Callable[[int, int, str], None]
@@ -44,9 +43,7 @@ class Cell:
     @property
     def name(self) -> str:
         """``setting/row-seed0``."""
-        return "/".join(
-            part for part in (self.setting, f"{_slug(self.row)}-seed{self.config.seed}") if part
-        )
+        return str(_place(self.setting, self.row, self.config.seed))
 
     @property
     def reads(self) -> tuple[str | None, ...]:
@@ -75,11 +72,6 @@ def compare(
             ones once more.
     """
     cells = [cell for setting in comparisons for cell in _cells(setting, out)]
-    if len({cell.config.out for cell in cells}) < len(cells):
-        raise BadInputError(
-            "two rows of one setting differ only in characters that a directory's name cannot hold;"
-            " rename one"
-        )
     todo = [cell for cell in cells if _finished(cell) is None]
     done, failed = len(cells) - len(todo), dict[str, str]()
     if on_cell is not None and done:
@@ -142,7 +134,7 @@ def _written(
 def _cells(setting: Comparison, out: Path) -> Iterator[Cell]:
     for label, given in setting.rows.items():
         for seed in setting.seeds:
-            place = out / setting.name / f"{_slug(label)}-seed{seed}"
+            place = out / _place(setting.name, label, seed)
             config = build_config(given, {"seed": seed, "out": str(place)})
             t = setting.test
             evaluation = EvaluationSettings(
@@ -151,8 +143,10 @@ def _cells(setting: Comparison, out: Path) -> Iterator[Cell]:
             yield Cell(setting.name, label, config, evaluation, seed == setting.seeds[0])
 
 
-def _slug(label: str) -> str:
-    return re.sub(r"[^A-Za-z0-9+.]+", "-", label).strip("-")
+def _place(setting: str, row: str, seed: int) -> Path:
+    """Where a cell is, within the directory of the comparison; its true name is in its
+    configuration, and in the tables."""
+    return Path(file_name(setting) if setting else "") / f"{file_name(row)}-seed{seed}"
 
 
 def _run_all(

@@ -8,7 +8,6 @@ state.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -24,7 +23,14 @@ from fedvpa.federated.aggregators import RobustMean, bounded, robust_of
 from fedvpa.federated.batch import ClientStore, Roster, first_pairs, select
 from fedvpa.federated.components import Moments, assignments, moments, summed_moments
 from fedvpa.federated.episodes import local_draws
-from fedvpa.federated.local import LocalSettings, build_local, require_finite, stack, train_locally
+from fedvpa.federated.local import (
+    LocalSettings,
+    build_local,
+    require_finite,
+    silenced,
+    stack,
+    train_locally,
+)
 from fedvpa.federated.messages import PRIOR_LOGIT, Broadcast, Contract, Scores, Update
 from fedvpa.federated.objective import RoundContext, VariationalObjective
 from fedvpa.federated.population import modes_of, summed_scores
@@ -38,8 +44,6 @@ from fedvpa.selector.heads import DirectionalHead
 from fedvpa.selector.predictor import VariationalPredictor
 from fedvpa.selector.selector import Selector, build_selector
 from fedvpa.types import PairBatch, Params, Population, Posterior
-
-logger = logging.getLogger("fedvpa")
 
 WITHHELD = 0.2
 """Share of a client's pairs by which the number of components is chosen."""
@@ -311,27 +315,6 @@ class SimulatedClients:
             for pairs, _ in self._blocks(withhold=False)
         ]
         return {"label": torch.cat(labels)}
-
-
-def silenced(
-    start: Params, trained: Params, posterior: Posterior, names: Sequence[str]
-) -> tuple[Params, Posterior]:
-    """Under differential privacy, clients whose numbers are not finite answer that nothing has
-    changed, with the latent of nobody: whether a round is stopped must not depend on one of them.
-    `trained` [c, ...]."""
-    everything = [*trained.values(), posterior.mean, posterior.log_var]
-    fine = torch.stack([v.flatten(1).isfinite().all(1) for v in everything]).all(0)
-    if fine.all():
-        return trained, posterior
-    bad = [name for name, good in zip(names, fine.tolist()) if not good]
-    logger.warning("%d clients have numbers that are not finite, and add nothing", len(bad))
-    calm = {
-        n: torch.where(fine.view(-1, *[1] * start[n].dim()), value, start[n])
-        for n, value in trained.items()
-    }
-    row = fine.unsqueeze(-1)
-    nobody = torch.zeros_like(posterior.mean)
-    return calm, Posterior(*(torch.where(row, value, nobody) for value in posterior))
 
 
 class PooledClients(SimulatedClients):

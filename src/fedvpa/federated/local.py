@@ -6,6 +6,7 @@ same one.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -18,7 +19,9 @@ from fedvpa.config import Config
 from fedvpa.errors import NonFiniteUpdateError
 from fedvpa.federated.episodes import Episodes, local_draws
 from fedvpa.federated.objective import Loss
-from fedvpa.types import PairBatch, Params
+from fedvpa.types import PairBatch, Params, Posterior
+
+logger = logging.getLogger("fedvpa")
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,27 @@ def require_finite(params: Params, names: Sequence[str], round_number: int) -> N
                 " was not applied (lower federation.learning_rate, or look with"
                 " --federation.backend sequential)"
             )
+
+
+def silenced(
+    start: Params, trained: Params, posterior: Posterior, names: Sequence[str]
+) -> tuple[Params, Posterior]:
+    """Under differential privacy, clients whose numbers are not finite answer that nothing has
+    changed, with the latent of nobody: whether a round is stopped must not depend on one of them.
+    `trained` [c, ...]."""
+    everything = [*trained.values(), posterior.mean, posterior.log_var]
+    fine = torch.stack([v.flatten(1).isfinite().all(1) for v in everything]).all(0)
+    if fine.all():
+        return trained, posterior
+    bad = [name for name, good in zip(names, fine.tolist()) if not good]
+    logger.warning("%d clients have numbers that are not finite, and add nothing", len(bad))
+    calm = {
+        n: torch.where(fine.view(-1, *[1] * start[n].dim()), value, start[n])
+        for n, value in trained.items()
+    }
+    row = fine.unsqueeze(-1)
+    nobody = torch.zeros_like(posterior.mean)
+    return calm, Posterior(*(torch.where(row, value, nobody) for value in posterior))
 
 
 def build_local(config: Config) -> LocalSettings:

@@ -9,7 +9,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import SystemRandom
@@ -33,8 +33,8 @@ from fedvpa.federated.variational import FederatedVariational, build
 from fedvpa.files import write_atomically
 from fedvpa.network.clients import NetworkedClients
 from fedvpa.network.conduct import Conduct
-from fedvpa.network.reach import Expected, Transport
 from fedvpa.network.settings import ServerSettings, read_settings, training_config
+from fedvpa.network.transport import Expected, Transport
 from fedvpa.types import Population, ServerState
 
 logger = logging.getLogger("fedvpa")
@@ -138,8 +138,8 @@ def _serve(
     settings: ServerSettings, config: Config, paths: RunPaths, clients: NetworkedClients,
     status: Status,
 ) -> dict[str, Any]:  # fmt: skip
-    started = time.perf_counter()
     # 1. The run's own name, its algorithm, and clients that are connected and have the whitening.
+    started = time.perf_counter()
     identity = _identity(paths, settings, config, clients.features.signature)
     algorithm = build(config=config, clients=len(settings.clients), noise=secret_noise)
     clients.join(identity["run"], algorithm.contract, algorithm.prior.columns)
@@ -160,17 +160,17 @@ def _serve(
     algorithm = _with_losses(algorithm, ledger, state)
     # 3. What will travel is said before anything does.
     paths.write_json("data.json", _described(settings, clients.features.signature))
-    paths.write_json("manifest.json", manifest(algorithm, state, whitener))
-    for line in describe(manifest(algorithm, state, whitener), settings.secure):
-        logger.info("%s", line)
+    travels = manifest(algorithm, state, whitener)
+    paths.write_json("manifest.json", travels)
+    _say(describe(travels, settings.secure))
     # 4. The rounds.
     seconds: list[float] = []
 
     def on_round(done: int, total: int, row: dict[str, Any]) -> None:
         seconds.append(row["seconds"])
         status.say("running", round=done, seconds=row["seconds"], loss=row.get("loss"))
-        words = told(row, config.privacy.delta)
-        logger.info("round %d of %d: %.1f s, %s", done, total, row["seconds"], words)
+        words = f"{row['seconds']:.2f} s, {told(row, config.privacy.delta)}"
+        logger.info("round %d of %d: %s", done, total, words)
 
     with open_tracker(config.tracker, paths.root, config) as tracker:
         journal = Journal(paths, fingerprint, tracker, on_round)
@@ -195,6 +195,11 @@ def _serve(
     status.say("finished", round=state.round)
     logger.info("finished: %s", json.dumps(result))
     return result
+
+
+def _say(lines: Sequence[str]) -> None:
+    for line in lines:
+        logger.info("%s", line)
 
 
 def _whitened(config: Config, paths: RunPaths, clients: NetworkedClients) -> Whitener:

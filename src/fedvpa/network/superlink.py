@@ -20,9 +20,9 @@ from fedvpa.foreign import OneLine
 from fedvpa.network.grid import FlowerTransport
 from fedvpa.network.link import Link
 from fedvpa.network.ports import port_is_free
-from fedvpa.network.reach import Expected
 from fedvpa.network.serve import LOG, expected_features, serve
 from fedvpa.network.settings import ServerSettings, read_settings, training_config
+from fedvpa.network.transport import Expected
 from fedvpa.selector.selector import build_selector
 
 logger = logging.getLogger("fedvpa")
@@ -118,6 +118,8 @@ def logged(flower: Path, run: Path) -> Iterator[None]:
             if name != "fedvpa":  # Flower writes to the terminal by itself, and much
                 found.handlers, found.propagate = [], False
                 found.setLevel(logging.WARNING)
+            else:  # the file holds all of it, however quiet the terminal is
+                found.setLevel(min(found.getEffectiveLevel(), logging.INFO))
             found.addHandler(handler)
             with_handlers.append((found, before, handler))
     try:

@@ -23,7 +23,7 @@ from fedvpa.data.partition import ClientPairs
 from fedvpa.errors import BadInputError
 from fedvpa.experiment.dataset import training_data
 from fedvpa.experiment.run import RunPaths, load_config
-from fedvpa.files import plain_json, write_atomically
+from fedvpa.files import file_name, plain_json, write_atomically
 from fedvpa.policy.align import AlignResult, claim
 from fedvpa.policy.policy import WEIGHTS, Policy, PolicyCard
 from fedvpa.policy.settings import FedDPOConfig
@@ -88,13 +88,13 @@ def _round(
     total = sum(map(len, rows.values()))
     found: dict[str, Any] = {"cohort": list(rows), "pairs": total, "loss": 0.0}
     for name, mine in rows.items():
-        own = place / "clients" / name
+        own = place / "clients" / file_name(name)
         own.mkdir(parents=True, exist_ok=True)
         stage = f"round {number}: {name}"
         _, figures = train_dpo(load_base(config), card, mine, config, previous, own, stage, report)
         found["loss"] += figures["loss"] * len(mine) / total
     write_atomically(place / "round.json", plain_json(found))
-    trained = [place / "clients" / name / "trained" for name in rows]
+    trained = [place / "clients" / file_name(name) / "trained" for name in rows]
     _average(trained, [len(mine) for mine in rows.values()], place / "mean")
     shutil.rmtree(place / "clients")
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from fedvpa.config import read_yaml
 from fedvpa.errors import BadInputError
+from fedvpa.foreign import harmless
 from fedvpa.policy.prompts import Prompt
 from fedvpa.winrate.judges import JudgeError, Judging
 
@@ -123,33 +124,58 @@ class EndpointJudge:
                 self.usage.retries += attempt > 0
             try:
                 request = urllib.request.Request(address, json.dumps(body).encode(), headers)
-                with urllib.request.urlopen(request, timeout=self.timeout) as reply:
-                    content = json.load(reply)
-                said = (
-                    str(content["choices"][0]["message"]["content"])
-                    .strip()
-                    .strip(".*\"'() ")
-                    .upper()
-                )
+                with _OPENER.open(request, timeout=self.timeout) as reply:
+                    content = json.loads(reply.read(MOST_BYTES))
+                said = str(content["choices"][0]["message"]["content"])
+                said = said.strip().strip(".*\"'() ").upper()
+                read, written = (_count(content, n) for n in ("prompt_tokens", "completion_tokens"))
             except urllib.error.HTTPError as error:
-                problem = (
-                    f"HTTP {error.code} {error.reason}: {error.read(300).decode(errors='replace')}"
-                )
-                if error.code in (400, 401, 403, 404, 422):  # asking again will not help
+                said = error.read(300).decode(errors="replace") if error.fp else ""
+                problem = f"HTTP {error.code} {error.reason}: {said}"
+                # asking again will not help
+                if error.code in (400, 401, 403, 404, 422) or 300 <= error.code < 400:
                     break
                 continue
             # no connection, or not such an endpoint
-            except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
                 problem = f"{type(error).__name__}: {error}"
                 continue
-            used = content.get("usage") or {}
             with self._lock:
-                self.usage.prompt_tokens += int(used.get("prompt_tokens", 0))
-                self.usage.completion_tokens += int(used.get("completion_tokens", 0))
+                self.usage.prompt_tokens += read
+                self.usage.completion_tokens += written
             if said in _ANSWERS:
                 return _ANSWERS[said]
             problem = f"answered {said[:40]!r} instead of A, B or TIE"
-        raise JudgeError(f"the judge {self.model} at {self.url} gave no verdict: {problem}")
+        raise JudgeError(
+            f"the judge {self.model} at {self.url} gave no verdict: {harmless(problem, 400)}"
+        )
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: the key in the request's headers is for the address that was named."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> None:
+        """Refuse.
+
+        Raises:
+            urllib.error.HTTPError: naming the other address.
+        """
+        reason = f"is redirected to {newurl}; name that address, if it is the judge's"
+        raise urllib.error.HTTPError(req.full_url, code, reason, headers, None)
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
+MOST_BYTES = 1 << 20
+"""Of a reply to one comparison."""
+
+
+def _count(content: Any, name: str) -> int:
+    """Tokens, as far as the endpoint counts them."""
+    used = content.get("usage")
+    found = used.get(name) if isinstance(used, dict) else None
+    return found if isinstance(found, int) and found >= 0 else 0
 
 
 _ANSWERS = {"A": 1.0, "B": 0.0, "TIE": 0.5}
