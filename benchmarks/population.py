@@ -7,7 +7,7 @@ client contributes to it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,10 @@ class Data:
     train: ClientStore
     held: ClientStore
     group: Tensor
+    whitened_by: Callable[[Whitener], Data]
+    """The same clients under another whitening."""
+    features: Sequence[Tensor]
+    """Raw features of every client's training pairs, [n, 2, h]."""
 
 
 def configuration(clients: int, more: Mapping[str, Any] | None = None) -> Config:
@@ -55,9 +59,13 @@ def prepare(clients: int, seed: int = 0) -> Data:
     public, _, _ = features_of(others.train, cache, progress)
     whitener = Whitener.fit(torch.cat(public), config.model.inputs)
     half = len(found.train)
-    train = to_store(found.train, features[:half], whitener, False)
-    held = to_store(found.validation, features[half:], whitener, False)
-    return Data(train, held, train.roster.group_index()[1])
+
+    def whitened_by(other: Whitener) -> Data:
+        train = to_store(found.train, features[:half], other, False)
+        held = to_store(found.validation, features[half:], other, False)
+        return Data(train, held, train.roster.group_index()[1], whitened_by, features[:half])
+
+    return whitened_by(whitener)
 
 
 def accuracy(

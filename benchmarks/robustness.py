@@ -6,7 +6,13 @@ aggregators are told of:
 
 * `sign-flip`: send the update that they were to send, reversed and five times as long;
 * `noise`: send Gaussian noise ten times as long as their update;
-* `label-flip`: train on their pairs with every label reversed.
+* `label-flip`: train on their pairs with every label reversed;
+* `whitening`: tell of second moments twenty times as large as the others' (as much as is taken from
+  anybody), along directions that mean nothing; the clients are whitened by their own sums;
+* `latents`: tell of latents ten times as far out as the prior has them (as much as is taken from
+  anybody), all in one direction, whenever components are fitted.
+
+A bound on norms is one of updates, so that the mean with it is left out of the last two.
 """
 
 from __future__ import annotations
@@ -21,14 +27,20 @@ import torch
 from torch import Tensor
 
 from benchmarks.population import Data, accuracy, configuration, prepare
+from fedvpa.config import Config
 from fedvpa.evaluation.statistics import interval
 from fedvpa.experiment.build import build_method
+from fedvpa.features.whitening import Whitener, WhiteningSums
+from fedvpa.federated.aggregators import robust_of
 from fedvpa.federated.algorithm import sample_cohort
 from fedvpa.federated.clients import SimulatedClients
+from fedvpa.federated.components import Moments, assignments, summed_moments
 from fedvpa.federated.messages import Broadcast, Update
 from fedvpa.federated.random import stream
+from fedvpa.federated.robust import robust_moments, robust_whitening
 from fedvpa.federated.variational import FederatedVariational
 from fedvpa.files import plain_json
+from fedvpa.network.checks import PLAUSIBLE_DEVIATIONS, TIMES
 from fedvpa.types import Params
 
 AGGREGATORS: dict[str, dict[str, Any]] = {
@@ -38,6 +50,7 @@ AGGREGATORS: dict[str, dict[str, Any]] = {
     "median": {"aggregator": "median"},
     "krum": {"aggregator": "krum"},
 }
+ATTACKS = ("sign-flip", "noise", "label-flip", "whitening", "latents")
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4)
 
 
@@ -75,6 +88,36 @@ class Poisoned:
                 params[name] = torch.where(rows, changed, value)
             yield index, update if self.kind == "label-flip" else update._replace(params=params)
 
+    def moments(self, params: Params, centre: Tensor, *, withhold: bool = False) -> Moments:
+        """Moments under given centres, with the attackers' latents changed."""
+        _, found = self.inner.posteriors(params, withhold=withhold)
+        mean, variance = found.mean.clone(), found.log_var.exp()
+        if self.kind == "latents":
+            far = torch.randn(mean.shape[-1], generator=stream(self.seed, "far"))
+            far *= PLAUSIBLE_DEVIATIONS * mean.shape[-1] ** 0.5 / far.norm()
+            mean[sorted(self.attackers)] = far
+        if self.inner.robust is None:
+            return summed_moments(mean, variance, centre)
+        return robust_moments(assignments(mean, centre), mean, variance, self.inner.robust)
+
+
+def whitened(data: Data, config: Config, attackers: Sequence[int], seed: int) -> Data:
+    """The clients, whitened by what they tell of their features."""
+    sums = [WhiteningSums.of(own) for own in data.features]
+    width = sums[0].moment.shape[0]
+    random = torch.randn(width, 64, generator=stream(seed, "directions"), dtype=torch.float64)
+    useless = torch.linalg.qr(random)[0]
+    for c in attackers:
+        size = TIMES * sums[c].moment.trace() / 64
+        sums[c] = sums[c]._replace(moment=size * useless @ useless.T)
+    robust = robust_of(config)
+    total = (
+        WhiteningSums(*(torch.stack(part).sum(0) for part in zip(*sums)))
+        if robust is None
+        else robust_whitening(sums, robust)
+    )
+    return data.whitened_by(Whitener.from_sums(total, config.model.inputs))
+
 
 def run(data: Data, kind: str, aggregator: dict[str, Any], share: float, seed: int) -> float:
     """Accuracy of those who are honest."""
@@ -88,6 +131,8 @@ def run(data: Data, kind: str, aggregator: dict[str, Any], share: float, seed: i
     chosen = torch.randperm(clients, generator=stream(seed, "attackers"))[
         : round(share * clients)
     ].tolist()
+    if kind == "whitening":
+        data = whitened(data, config, chosen, seed)
     store = data.train
     if kind == "label-flip":
         difference = store.difference.clone()
@@ -112,13 +157,16 @@ def main() -> None:
     )
     parser.add_argument("--clients", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--attacks", nargs="+", choices=ATTACKS, default=list(ATTACKS))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     sets = {seed: prepare(arguments.clients, seed) for seed in range(arguments.seeds)}
     rows = []
-    for kind in ("sign-flip", "noise", "label-flip"):
+    for kind in arguments.attacks:
         print(f"{kind}: share of attackers {', '.join(map(str, SHARES))}")
         for name, aggregator in AGGREGATORS.items():
+            if kind in ("whitening", "latents") and "max_norm" in aggregator:
+                continue
             cells = []
             for share in SHARES:
                 found = interval(

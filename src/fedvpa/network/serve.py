@@ -153,7 +153,7 @@ def _serve(
     if paths.checkpoint.is_file():
         found = load_checkpoint(paths.checkpoint, fingerprint)
         state, history = found.state, found.history
-        logger.info("goes on after round %d of %d", state.round, config.federation.rounds)
+        _say([f"goes on after round {state.round} of {config.federation.rounds}"])
         if found.finished:
             status.say("finished", round=state.round)
             return {"run": str(paths.root), "rounds": state.round}
@@ -181,8 +181,6 @@ def _serve(
             lambda reached: _validate(config, clients, reached), journal,
         )  # fmt: skip
     # 5. What is left of it.
-    paths.write_json("history.json", history)
-    paths.write_json("manifest.json", manifest(algorithm, state, whitener))
     result = {
         "run": str(paths.root), "rounds": state.round, "clients": len(clients),
         "seconds": time.perf_counter() - started,
@@ -191,10 +189,19 @@ def _serve(
         "bytes": None if config.privacy.enabled else clients.traffic,
         "left_out": clients.conduct.out,
     }  # fmt: skip
-    paths.write_json("federation.json", result | {"history_rounds": len(history)})
+    _keep(paths, history, manifest(algorithm, state, whitener), result)
     status.say("finished", round=state.round)
-    logger.info("finished: %s", json.dumps(result))
     return result
+
+
+def _keep(
+    paths: RunPaths, history: list[dict[str, Any]], travels: Any, result: dict[str, Any]
+) -> None:
+    """Write what a reader of the run wants to see without opening the checkpoint."""
+    paths.write_json("history.json", history)
+    paths.write_json("manifest.json", travels)
+    paths.write_json("federation.json", result | {"history_rounds": len(history)})
+    logger.info("finished: %s", json.dumps(result))
 
 
 def _say(lines: Sequence[str]) -> None:
