@@ -109,7 +109,8 @@ class FeaturesConfig(Section):
     """The frozen backbone and where its features are read."""
 
     backbone: str = Field(
-        "smollm2", description="smollm2, smollm2-gguf, minilm, a Hugging Face name, or a folder"
+        "smollm2",
+        description="smollm2, smollm2-gguf, minilm, a Hub name (NAME@REVISION), or a folder",
     )
     layer: Annotated[int, Field(ge=0)] = Field(
         18, description="residual stream after this block (0: the middle)"

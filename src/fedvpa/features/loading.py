@@ -81,10 +81,13 @@ def _load(kind: Any, name: str, dtype: torch.dtype, device: str) -> LoadedModel:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # ours says what is being done
-    label, location = _locate(name)
+    plain, revision = named_revision(name)
+    label, location = _locate(plain)
+    # a repository may hold code of its own; it is never run
+    given = {"trust_remote_code": False} | ({"revision": revision} if revision else {})
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location)
-        module = kind.from_pretrained(location, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(location, **given)
+        module = kind.from_pretrained(location, dtype=dtype, **given)
     # the library raises OSError, ValueError, KeyError ... for the same cause
     except Exception as error:
         first_line = (str(error).splitlines() or [""])[0][:300]
@@ -93,8 +96,20 @@ def _load(kind: Any, name: str, dtype: torch.dtype, device: str) -> LoadedModel:
             " minilm, a Hugging Face model name, or a folder with a model and its tokenizer)"
         ) from error
     module.eval().requires_grad_(False)
-    revision = _fingerprint(module)
-    return LoadedModel(label, revision, module.to(device), tokenizer)
+    shown = f"{label}@{revision}" if revision else label
+    return LoadedModel(shown, _fingerprint(module), module.to(device), tokenizer)
+
+
+def named_revision(name: str) -> tuple[str, str]:
+    """A model's name and the revision of its repository ('': the newest), of ``NAME@REVISION``.
+
+    >>> named_revision("org/model@5f2c1e"), named_revision("smollm2")
+    (('org/model', '5f2c1e'), ('smollm2', ''))
+    """
+    if "@" not in name or Path(name).expanduser().is_dir():
+        return name, ""
+    plain, _, revision = name.rpartition("@")
+    return plain, revision
 
 
 def location_stamp(name: str) -> str | None:
@@ -102,6 +117,7 @@ def location_stamp(name: str) -> str | None:
     loading to know."""
     from huggingface_hub import try_to_load_from_cache
 
+    name, revision = named_revision(name)
     if name == "smollm2":
         name = SMOLLM2_HUB if _hub_has(SMOLLM2_HUB) else "smollm2-gguf"
     if name == "smollm2-gguf":
@@ -112,7 +128,7 @@ def location_stamp(name: str) -> str | None:
         folder = Path(name).expanduser()
     if not folder.is_dir():
         try:
-            cached = try_to_load_from_cache(name, "config.json")
+            cached = try_to_load_from_cache(name, "config.json", revision=revision or None)
         except ValueError:  # not a name that the Hub could know
             return None
         if not isinstance(cached, str):
