@@ -223,7 +223,7 @@ def test_a_neighbour_reads_no_secret(federation: Federation) -> None:
         if path.is_file():
             assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
     assert {"node.key", "client.log", "pairs.sha256"} <= {p.name for p in private}
-    for home in federation.homes:
+    for home in (*federation.homes, federation.run):
         assert stat.S_IMODE(home.stat().st_mode) == 0o700
     caches = list((federation.folder.parent / "cache").glob("features.sqlite*"))
     assert caches

@@ -388,6 +388,24 @@ def test_bad_settings(change: dict[str, Any], message: str, make: Make) -> None:
     assert not (path.parent / "run" / "config.yaml").exists()
 
 
+def test_settings_of_an_older_project_are_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "fedvpa")
+    old = {
+        "name": "a", "data": "pairs.jsonl", "server": "127.0.0.1:9092",
+        "root_certificate": "ca.crt", "key": "node.key", "certificate": "node.crt", "certificate_key": "node-tls.key",
+        "runtime_port": 9093,
+    }  # fmt: skip
+    (tmp_path / "client.yaml").write_text(yaml.safe_dump(old))
+    found = read_settings(tmp_path / "client.yaml", ClientSettings)
+    assert (found.key, found.backbone, found.pairs) == ("node.key", "smollm2", "fixed")
+    assert [m for m in caplog.messages if "is not read any longer; remove it" in m] != []
+    (tmp_path / "client.yaml").write_text(yaml.safe_dump(old | {"runtime": 1}))
+    with pytest.raises(BadInputError, match="runtime: unknown setting"):
+        read_settings(tmp_path / "client.yaml", ClientSettings)
+
+
 def test_broken_blobs_are_one_kind_of_error() -> None:
     good = pack(Packet({"kind": "x"}, {"a": torch.ones(2)}))
     assert torch.equal(unpack(good).tensors["a"], torch.ones(2))

@@ -159,9 +159,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(arguments, f"failed: {error}", 1)
     except KeyboardInterrupt:
-        return _fail(
-            arguments, "interrupted; a run that had begun can be continued with --resume", 1
+        serves = arguments.command in ("server", "client")
+        again = (
+            "start it again to go on" if serves else "a run that had begun goes on with --resume"
         )
+        return _fail(arguments, f"interrupted; {again}", 1)
 
 
 def _fail(arguments: argparse.Namespace, message: str, code: int) -> int:

@@ -30,7 +30,7 @@ from fedvpa.federated.algorithm import sample_cohort
 from fedvpa.federated.batch import Roster
 from fedvpa.federated.release import PrivateRelease, secret_noise
 from fedvpa.federated.variational import FederatedVariational, build
-from fedvpa.files import write_atomically
+from fedvpa.files import make_folder, write_atomically
 from fedvpa.network.clients import NetworkedClients
 from fedvpa.network.conduct import Conduct
 from fedvpa.network.settings import ServerSettings, read_settings, training_config
@@ -65,7 +65,8 @@ def serve(
     """
     settings = read_settings(settings_path, ServerSettings)
     config = training_config(settings)
-    paths = RunPaths(settings_path.parent / settings.run)
+    # it holds what the server sees of single clients
+    paths = RunPaths(make_folder(settings_path.parent / settings.run, private=True))
     status = Status(paths.root / "status.json", config.federation.rounds)
     try:
         clients = NetworkedClients(

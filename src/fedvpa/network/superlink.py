@@ -15,7 +15,7 @@ import torch
 from fedvpa.config import Config
 from fedvpa.errors import BadInputError
 from fedvpa.federated.exchanges import EXCHANGES
-from fedvpa.files import private_file
+from fedvpa.files import make_folder, private_file
 from fedvpa.foreign import OneLine
 from fedvpa.network.grid import FlowerTransport
 from fedvpa.network.link import Link
@@ -57,6 +57,7 @@ def run_server(settings_path: Path) -> dict[str, Any]:
         raise BadInputError(
             f"port {settings.port} on {settings.host} is in use; choose another in {settings_path}"
         )
+    make_folder(folder / settings.run, private=True)
     with logged(folder / "server.log", folder / settings.run / LOG):
         # 2. What a reply can hold at the most bounds what is taken from anybody.
         features = expected_features(settings, config)
