@@ -98,7 +98,8 @@ class Poisoned:
             mean[sorted(self.attackers)] = far
         if self.inner.robust is None:
             return summed_moments(mean, variance, centre)
-        return robust_moments(assignments(mean, centre), mean, variance, self.inner.robust)
+        robust = self.inner.robust
+        return robust_moments(assignments(mean, centre), mean, variance, centre, robust)
 
 
 def whitened(data: Data, config: Config, attackers: Sequence[int], seed: int) -> Data:

@@ -17,7 +17,14 @@ from fedvpa.federated.aggregators import (
     WeightedMean,
     nearest_to_others,
 )
-from fedvpa.federated.components import assignments, moments, population, summed_moments
+from fedvpa.federated.components import (
+    Moments,
+    assignments,
+    fit,
+    moments,
+    population,
+    summed_moments,
+)
 from fedvpa.federated.random import stream
 from fedvpa.federated.robust import from_each, robust_moments, robust_whitening
 
@@ -107,14 +114,32 @@ def test_components_withstand_a_share_of_attackers(robust: RobustMean) -> None:
     mean[[0, 1, 20, 21]] = torch.tensor([[-15.0] * 3, [-15.0] * 3, [15.0] * 3, [15.0] * 3])
     share = assignments(mean, centre)
     plain = population(_first(summed_moments(mean, variance, centre)))
-    found = population(_first(robust_moments(share, mean, variance, robust)))
+    found = population(_first(robust_moments(share, mean, variance, centre, robust)))
     truth = torch.tensor([[-2.0] * 3, [2.0] * 3])
     assert (plain.mean - truth).abs().max() > 1
     torch.testing.assert_close(found.mean, truth, atol=0.2, rtol=0)
     assert plain.variance.min() > 10 * found.variance.max()
-    # nobody attacks: the trimmed mean of all clients is near their mean, and their number the same
-    again = robust_moments(*from_each([moments(share, mean, variance)]), robust)
-    torch.testing.assert_close(again.weight, share.sum(0))
+    # from what each client tells, it is the same; as many as are taken for attackers are left out
+    again = robust_moments(*from_each([moments(share, mean, variance)]), centre, robust)
+    torch.testing.assert_close(again, robust_moments(share, mean, variance, centre, robust))
+    assert again.weight.sum() == 40 - 8
+
+
+@pytest.mark.parametrize("robust", [TrimmedMean(0.2), Median(), Krum(0.2)])
+def test_attackers_that_stand_together_get_no_component_of_their_own(robust: RobustMean) -> None:
+    generator = stream(0, "latents")
+    mean = torch.cat([torch.randn(20, 3, generator=generator) * 0.2 + side for side in (-2.0, 2.0)])
+    mean[[0, 1, 2, 3, 20, 21, 22, 23]] = torch.tensor([0.0, 17.0, 0.0])
+    variance = torch.full_like(mean, 0.1)
+
+    def ask(centre: torch.Tensor) -> Moments:
+        return robust_moments(assignments(mean, centre), mean, variance, centre, robust)
+
+    centres = fit(ask, 3, [2], seed=0)[2]
+    found = (centres.total / centres.weight.unsqueeze(-1)).sort(0).values
+    torch.testing.assert_close(found, torch.tensor([[-2.0] * 3, [2.0] * 3]), atol=0.3, rtol=0)
+    plain = fit(lambda c: summed_moments(mean, variance, c), 3, [2], seed=0)[2]
+    assert (plain.total / plain.weight.unsqueeze(-1)).abs().max() > 10
 
 
 def _first(found):  # type: ignore[no-untyped-def]

@@ -137,8 +137,11 @@ class RobustMean:
     def means(self, values: Params) -> Params:
         """The robust means of anything that each of c clients has told, [c, ...]; norms are not
         bounded."""
-        clients = next(iter(values.values())).shape[0]
-        return self.of(values, min(int(self.share * clients), (clients - 1) // 2))
+        return self.of(values, self.attackers(next(iter(values.values())).shape[0]))
+
+    def attackers(self, clients: int) -> int:
+        """How many of so many clients are taken for attackers: always fewer than half."""
+        return min(int(self.share * clients), (clients - 1) // 2)
 
     def of(self, updates: Params, attackers: int) -> Params:
         """The mean of all clients' updates [c, ...], of which so many may be attacks."""

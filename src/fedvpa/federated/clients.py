@@ -281,7 +281,7 @@ class SimulatedClients:
         mean, variance = self._bounded(posterior)
         if self.robust is None:
             return summed_moments(mean, variance, centre)
-        return robust_moments(assignments(mean, centre), mean, variance, self.robust)
+        return robust_moments(assignments(mean, centre), mean, variance, centre, self.robust)
 
     @torch.no_grad()
     def choice_scores(

@@ -40,12 +40,23 @@ def robust_moments(
     share: Float[Tensor, "c *t m"],
     mean: Float[Tensor, "c d"],
     variance: Float[Tensor, "c d"],
+    centre: Float[Tensor, "*t m d"],
     robust: RobustMean,
 ) -> Moments:
     """Moments of every component of every start: the number of its clients times the robust means
-    over them. `share` is one-hot over m."""
+    over them. `share` is one-hot over m.
+
+    Of every start, the clients that are farthest from their centre are left out, as many as are
+    taken for attackers (trimmed k-means: Cuesta-Albertos et al., 1997): far-off latents would
+    otherwise have a component of their own, whatever its mean.
+    """
     starts = share.shape[1:-1].numel()  # 1 where there is no such dimension
-    table = share.view(share.shape[0], starts, share.shape[-1])
+    table = share.reshape(share.shape[0], starts, -1).clone()
+    nearest = torch.einsum("ctm,tmd->ctd", table, centre.reshape(starts, table.shape[-1], -1))
+    distance = (mean.unsqueeze(1) - nearest).square().sum(-1)
+    farthest = distance.argsort(0, descending=True)[: robust.attackers(share.shape[0])]
+    for t in range(starts):
+        table[farthest[:, t], t] = 0.0
     told = {"total": mean, "squared": mean.square(), "variance": variance}
     wide = (starts, share.shape[-1], mean.shape[-1])
     sums = {name: torch.zeros(wide, dtype=mean.dtype) for name in told}
@@ -57,7 +68,8 @@ def robust_moments(
                 for name, value in found.items():
                     sums[name][t, m] = members.numel() * value
     shape = (*share.shape[1:], mean.shape[-1])
-    return Moments(share.sum(0), *(sums[name].view(shape) for name in told))
+    whole = table.sum(0).view(share.shape[1:])
+    return Moments(whole, *(sums[name].view(shape) for name in told))
 
 
 def from_each(each: Iterable[Moments]) -> tuple[Tensor, Tensor, Tensor]:

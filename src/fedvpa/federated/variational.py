@@ -117,8 +117,9 @@ class FederatedVariational:
             for name, value in update.losses.items():
                 losses[name] = losses.get(name, 0.0) + float((update.clients * value).sum())
             answered += index.numel()
-        if robust is not None and each:
-            sums = sums._replace(moments=robust_moments(*from_each(each), robust))
+        if robust is not None and each and broadcast.prior is not None:
+            found = robust_moments(*from_each(each), broadcast.prior.mean, robust)
+            sums = sums._replace(moments=found)
         # 3. From here on only what the release lets through is read.
         step, sums = self.release.update(self.aggregator, total, start, sums, state.round)
         params, slots = self.server.apply(start, state.optimiser, step)

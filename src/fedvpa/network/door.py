@@ -47,7 +47,7 @@ BODY_SECONDS = 60.0
 """A body that has not arrived by then is not waited for."""
 AT_ONCE = 4
 """Requests of one client that are served at the same time."""
-A_SECOND = 50.0
+A_SECOND = 200.0
 """Requests of one client per second, in the long run; so many may come at once."""
 MOST_OBJECTS = 16
 """Parts of one reply; ours have eight at the most."""

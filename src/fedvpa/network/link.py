@@ -111,6 +111,7 @@ class Link:
     _arriving: dict[str, str] = field(default_factory=dict)
     _run: int = 0
     _task: int = 0
+    _thread: threading.Thread | None = None
 
     def __post_init__(self) -> None:
         objects = ObjectStoreFactory(FLWR_IN_MEMORY_DB_NAME)
@@ -187,6 +188,7 @@ class Link:
                 failed.append(str(error))
 
         thread = threading.Thread(target=run, name="fleet-api", daemon=True)
+        self._thread = thread
         over = threading.Event()
         threading.Thread(target=self._stay_alive, args=(over,), daemon=True).start()
         thread.start()
@@ -209,7 +211,13 @@ class Link:
             self.state.acknowledge_task_heartbeat(self._task)
 
     def online(self) -> list[int]:
-        """Nodes that are connected."""
+        """Nodes that are connected.
+
+        Raises:
+            RunError: nobody can be: the Fleet API is not served any longer.
+        """
+        if self._thread is not None and not self._thread.is_alive():
+            raise RunError("clients are not listened to any longer; see server.log")
         return sorted(self.state.get_nodes(self._run))
 
     def push(self, messages: Iterable[Message]) -> list[str]:
@@ -234,7 +242,7 @@ class Link:
         """Replies that have arrived with all their parts; each is returned once."""
         wanted = [m for m in messages if m and m in self.asked and m not in self._arriving]
         out = []
-        for reply in self.state.get_message_res(set(wanted), self._run) if wanted else ():
+        for reply in self._arrived(wanted):
             about = reply.metadata.reply_to_message_id
             if reply.has_error():  # Flower's own: the node is away, or the message has expired
                 out.append(Reply(about, reply))
@@ -246,6 +254,16 @@ class Link:
                 out.append(found)
                 self.forget([about])
         return out
+
+    def _arrived(self, wanted: list[str]) -> Iterable[Message]:
+        """Replies without their parts, and errors of Flower's own."""
+        if not wanted:
+            return ()
+        try:
+            replies: Iterable[Message] = self.state.get_message_res(set(wanted), self._run)
+        except KeyError:  # one of them has expired in this moment, and Flower does not expect that
+            return ()
+        return replies
 
     def _whole(self, about: str, identity: str) -> Reply | None:
         """The reply, once all its parts are here."""

@@ -60,6 +60,10 @@ intervals."""
 LEAST_PAUSE, MOST_PAUSE = 0.2, 3.0
 """Seconds between looks for messages: a tenth of the time since the last message, within these."""
 MOST_OBJECTS = 64
+SHORT_PAUSES, LONG_PAUSES = (0.2, 0.5), (0.2, 0.5, 1.0, 2.0, 4.0)
+"""Seconds before a request is repeated that did not arrive, or that the server asks to repeat. A
+server that is started anew takes longer than the short ones: it has to be greeted again."""
+BUSY = (429, 502, 503, 504)
 
 
 class NotTakenError(Exception):
@@ -150,15 +154,16 @@ class Node:
         Raises:
             ValueError: it is not one that Flower can read.
         """
-        response = client.PullMessages(PullMessagesRequest(node=node))
+        response = _patiently(client.PullMessages, PullMessagesRequest(node=node))
         if not response.messages_list:
             return None
         envelope = message_from_proto(response.messages_list[0])
         identity, run = envelope.metadata.message_id, envelope.metadata.run_id
         contents = self._contents(client, node, run, response.message_object_trees[0])
         try:
-            client.ConfirmMessageReceived(
-                ConfirmMessageReceivedRequest(node=node, run_id=run, message_object_id=identity)
+            _patiently(
+                client.ConfirmMessageReceived,
+                ConfirmMessageReceivedRequest(node=node, run_id=run, message_object_id=identity),
             )
             message = inflate_object_from_contents(identity, contents)
         except httpx.HTTPStatusError:  # nobody waits for an answer any longer
@@ -178,7 +183,8 @@ class Node:
             raise ValueError("a message of too many parts")
         found = {}
         for name in dict.fromkeys(names):
-            part = client.PullObject(PullObjectRequest(node=node, run_id=run, object_id=name))
+            wanted = PullObjectRequest(node=node, run_id=run, object_id=name)
+            part = _patiently(client.PullObject, wanted)
             if not (part.object_found and part.object_available):
                 raise ValueError("a message of which a part is missing")
             found[name] = part.object_content
@@ -196,18 +202,39 @@ class Node:
                 clientapp_runtime_list=[0.0],
             )
             try:
-                wanted = client.PushMessages(request)
+                wanted = _patiently(client.PushMessages, request)
                 for name in wanted.objects_to_push:
-                    client.PushObject(
-                        PushObjectRequest(
-                            node=node, run_id=reply.metadata.run_id, session_id=wanted.session_id,
-                            object_id=name, object_content=parts[name].deflate(),
-                        )
+                    part = PushObjectRequest(
+                        node=node, run_id=reply.metadata.run_id, session_id=wanted.session_id,
+                        object_id=name, object_content=parts[name].deflate(),
                     )  # fmt: skip
+                    _patiently(client.PushObject, part)
             except httpx.HTTPStatusError as error:
                 if error.response.status_code == httpx.codes.UNAUTHORIZED:
                     raise
                 logger.warning("an answer was not taken: %s", _why(error))
+
+
+def _patiently(call: Callable[[Any], Any], request: Any) -> Any:
+    """The answer to a request, which is repeated if it did not arrive or came at a bad time.
+
+    Raises:
+        httpx.HTTPError: it fails all the same, or in another way.
+    """
+    failed, pauses = 0, tuple[float, ...]()
+    while True:
+        try:
+            return call(request)
+        except httpx.HTTPStatusError as error:
+            pauses = LONG_PAUSES if error.response.status_code in BUSY else ()
+            if failed >= len(pauses):
+                raise
+        except httpx.TransportError:
+            pauses = SHORT_PAUSES
+            if failed >= len(pauses):
+                raise
+        time.sleep(pauses[failed])
+        failed += 1
 
 
 def read_key(path: Path) -> ec.EllipticCurvePrivateKey:

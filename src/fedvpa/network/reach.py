@@ -220,7 +220,7 @@ class Reach:
             return robust_whitening([WhiteningSums(**t) for t in each], robust)._asdict()
         if robust is not None and kind == "moments":
             rows = [Moments(**{n: v.unsqueeze(0) for n, v in t.items()}) for t in each]
-            return robust_moments(*from_each(rows), robust)._asdict()
+            return robust_moments(*from_each(rows), tensors["centre"], robust)._asdict()
         return {name: torch.stack([t[name] for t in each]).sum(0) for name in shapes}
 
     def _secure_sum(
