@@ -63,7 +63,7 @@ audit: env
 # the versions of this environment with the hashes of all their files; needs uv
 lock:
 	mkdir -p build
-	$(BIN)/pip freeze --exclude-editable --exclude torch > build/frozen.txt
+	$(BIN)/pip freeze --all --exclude-editable --exclude torch --exclude pip > build/frozen.txt
 	uv pip compile --quiet --no-deps --generate-hashes --no-emit-index-url --no-annotate --no-header \
 	  --universal --python-version 3.11.5 build/frozen.txt -o requirements.lock
 
