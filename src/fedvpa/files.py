@@ -81,12 +81,16 @@ def private_file(path: Path) -> Path:
 
 
 def make_folder(folder: Path, *, private: bool = False) -> Path:
-    """The folder, made with its final mode if it is not there; `private`: for this user alone.
+    """The folder, made with its final mode if it is not there; `private`: for this user alone,
+    also if it was there before.
 
     Raises:
         OSError: it cannot be made.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700 if private else 0o777)
+    status = folder.stat()
+    if private and status.st_uid == os.geteuid() and status.st_mode & 0o077:
+        folder.chmod(status.st_mode & 0o700)
     return folder
 
 

@@ -36,7 +36,9 @@ class Loop:
     def nodes(self) -> list[int]:
         return [n for n in self.clients if n not in self.away]
 
-    def ask(self, blobs: Mapping[int, bytes], enough: int) -> dict[int, bytes | str]:
+    def ask(
+        self, blobs: Mapping[int, bytes], enough: int, seconds: float | None = None
+    ) -> dict[int, bytes | str]:
         out: dict[int, bytes | str] = {}
         for node, blob in blobs.items():
             request = unpack(blob)

@@ -23,6 +23,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_to_proto
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, PushMessagesRequest
+from flwr.proto.message_pb2 import PullObjectRequest, PushObjectRequest
 from flwr.proto.node_pb2 import Node as NodeProto
 from flwr.supercore.inflatable.inflatable_object import get_object_tree
 from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
@@ -171,7 +172,9 @@ def test_a_stranger_makes_the_server_hold_nothing(federation: Federation) -> Non
 def test_a_stranger_that_says_nothing_is_not_waited_for(federation: Federation) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(str(federation.folder / "certificates" / "ca.crt"))
-    lines = []
+    # one that does not even begin TLS, and two that do
+    lines: list[socket.socket] = [socket.create_connection(address(federation))]
+    lines[0].settimeout(30)
     for begun in (b"", b"POST /v1/fleet/pull-messages HTTP/1.1\r\nhost: x\r\n"):
         line = context.wrap_socket(
             socket.create_connection(address(federation)), server_hostname="127.0.0.1"
@@ -313,6 +316,10 @@ def test_a_registered_client_speaks_for_itself_alone(federation: Federation) -> 
                 message_object_trees=[get_object_tree(forged)],
             )
             assert status(client.PushMessages, request) == 403
+        part = PullObjectRequest(node=mine, run_id=1, object_id="0" * 64)
+        assert status(client.PullObject, part) == 403
+        more = PushObjectRequest(node=mine, run_id=1, object_id="0" * 64, object_content=b"x")
+        assert status(client.PushObject, more) == 403
     assert federation.server is not None
     before = peak(federation.server)
     signs = signature(keys[0]) | {"content-type": "application/protobuf"}

@@ -239,7 +239,7 @@ def greeting(path: Path, loop: Loop, **change: Any) -> Packet:
     config = training_config(settings).model_dump(mode="json")
     for name, value in change.items():
         section, _, key = name.partition("__")
-        config[section] = {**config[section], key: value}
+        config[section] = {**config[section], key: value} if key else value
     told = {"kind": "hello", "run": "r", "config": config, "clients": list(settings.clients)}
     return Packet(told | {"columns": 0}, {})
 
@@ -315,6 +315,78 @@ def test_a_client_that_answers_in_secure_sums_alone_says_nothing_in_the_clear(ma
             reply = unpack(client.answer(pack(Packet({"kind": kind, **more}, {}))))
             assert reply.header == {"ok": False, "code": "secure-only"}
             assert not reply.tensors
+
+
+def test_a_masked_answer_is_no_oracle(make: Make) -> None:
+    """A server that scales the features, to learn from refusals in the clear how large they are."""
+    path, loop = make(secure=True)
+    run(path, loop)
+    client = loop.clients[100]
+    client.settings = client.settings.model_copy(update={"secure_only": True})
+    client.answer(pack(greeting(path, loop)))
+    lengths = set()
+    for size in (1e-30, 1.0, 1e30, 0.0, torch.nan):
+        scale = torch.full((2, 32), size, dtype=torch.float64)
+        _, numbers = client.numbers(pack(Packet({"kind": "whitening"}, {"scale": scale})))
+        lengths.add(len(numbers))
+        assert all(abs(x) <= 1 for (x,) in struct.iter_unpack("<f", numbers))
+    assert len(lengths) == 1
+
+
+def test_the_subject_of_numbers_is_not_the_server_s_to_choose(make: Make) -> None:
+    path, loop = make(secure=True)
+    run(path, loop)
+    client = loop.clients[100]
+    client.answer(pack(greeting(path, loop)))
+    scale = torch.ones(2, 32, dtype=torch.float64)
+    asked = [
+        Packet({"kind": "whitening"}, {"scale": scale}),
+        Packet({"kind": "whitening", "nonce": 7, "secure": 1}, {"scale": scale}),
+        Packet({"kind": "whitening"}, {"scale": scale, "another": torch.ones(3)}),
+    ]
+    assert len({client.numbers(pack(packet))[0] for packet in asked}) == 1
+    for number in (True, 1.5, "1", None):
+        with pytest.raises(RefusedError):
+            client.numbers(pack(Packet({"kind": "train", "round": number}, {})))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 5}, {"data__validation_share": 0.9}, {"features__layer": 1},
+     {"features__max_response_tokens": 2}],
+)  # fmt: skip
+def test_sums_over_other_parts_of_the_same_pairs_are_refused(change: Any, make: Make) -> None:
+    """Also in another run: sums over subsets tell single pairs, and those of short texts words."""
+    path, loop = make()
+    run(path, loop)
+    told = greeting(path, loop, **change)
+    told.header["run"] = "another"
+    client = Client(loop.clients[100].settings, path.parent / "clients" / "client-0")
+    assert unpack(client.answer(pack(told))).header == {"ok": False, "code": "other-pairs"}
+    willing = client.settings.model_copy(update={"pairs": "may-change"})
+    client = Client(willing, path.parent / "clients" / "client-0")
+    assert unpack(client.answer(pack(told))).header["ok"] is True
+
+
+def test_a_client_that_is_silent_costs_one_greeting_at_a_time(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, loop = make(min_clients=3)
+    loop.tamper = lambda node, request, reply: (
+        "no reply" if node == BAD and request.header["kind"] == "prepare" else reply
+    )
+    run(path, loop)
+    assert loop.asked.count((BAD, "prepare")) == 1
+    assert loop.asked.count((BAD, "hello")) == 1
+
+
+def test_an_honest_client_is_not_struck_out_by_a_small_lie(make: Make) -> None:
+    """Half of the clients say that features are tiny: who is right is not known."""
+    path, loop = make(count=2, min_clients=2)
+    loop.tamper = answering(
+        "whitening", with_tensors(moment=lambda m: m * 1e-9, total=lambda t: t * 1e-9)
+    )
+    assert run(path, loop)["left_out"] == []
 
 
 def test_a_client_with_other_pairs_does_not_join_an_old_run_unnoticed(

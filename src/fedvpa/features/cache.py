@@ -81,7 +81,7 @@ class FeatureCache:
     ) -> tuple[Float[Tensor, "n h"], str, str, int]:
         """Features, the backbone's name and signature, and how many features had to be computed."""
         try:
-            make_folder(self.path.parent, private=True)
+            make_folder(self.path.parent)
             # readable for this user alone: it holds features of private texts
             private_file(self.path)
             with closing(sqlite3.connect(self.path, timeout=60, isolation_level=None)) as database:

@@ -19,6 +19,9 @@ LARGEST = 1e6
 MOST_PAIRS = 1e6
 TIMES = 20.0
 """So many times the clients' median is plausible."""
+ENOUGH_TO_COMPARE, ENOUGH_TO_JUDGE = 3, 4
+"""Answers of so many clients can be held against each other; of so many, one that is out of
+proportion is its sender's fault."""
 PLAUSIBLE_DEVIATIONS = 10.0
 """A latent within so many standard deviations of its prior is plausible, whatever the others'."""
 
@@ -132,15 +135,18 @@ def outlying(kind: str, told: Mapping[int, Params], latent: int) -> dict[int, st
 
     What is compared is positive and of one scale for all clients: the mean square of a feature per
     pair, the size of a latent and of its variance. A client may be `TIMES` as large as the median
-    of the clients (the lower one of two), which half of them cannot move at will.
+    of the clients (the lower one of two). Where half of the clients would be out of proportion, it
+    is not known who is: nobody is.
     """
     found: dict[int, str] = {}
+    if len(told) < ENOUGH_TO_COMPARE:
+        return found
     for what, floor, sizes in _sizes(kind, told, latent):
         median = float(torch.tensor(list(sizes.values()), dtype=torch.float64).median())
         for place, size in sizes.items():
             if size > max(floor, TIMES * median):
                 found[place] = f"{what}: {size:.3g}, and {median:.3g} is the clients' median"
-    return found
+    return found if 2 * len(found) < len(told) else {}
 
 
 def _sizes(

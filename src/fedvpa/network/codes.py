@@ -5,7 +5,8 @@ The reason itself may hold a path, a column's name, or a private text; it stays 
 
 from __future__ import annotations
 
-from fedvpa.errors import RunError
+from fedvpa.errors import BadInputError, CheckpointError, RunError
+from fedvpa.network.wire import WireError
 
 REASONS = {
     "not-ready": "is still computing its features",
@@ -22,7 +23,6 @@ REASONS = {
     "replayed": "has trained a later round already: this request was replayed",
     "state": "finds its saved state damaged",
     "disk": "could not save its state",
-    "range": "holds a number that is not finite, or beyond what a secure sum carries",
     "cohort": "refuses a sum over so few clients, or of another kind than it knows",
     "second-sum": "has helped to open another sum of the same numbers",
     "failed": "could not answer",
@@ -37,3 +37,15 @@ class RefusedError(RunError):
     def __init__(self, code: str, message: str) -> None:
         self.code = code if code in REASONS else "failed"
         super().__init__(message)
+
+
+def as_code(error: Exception) -> RefusedError:
+    """What the server is told of an error."""
+    if isinstance(error, RefusedError):
+        return error
+    codes: tuple[tuple[type[Exception], str], ...] = (
+        (WireError, "unread"), (BadInputError, "data"), (CheckpointError, "state"),
+        (OSError, "disk"), (RunError, "features"),
+    )  # fmt: skip
+    code = next((code for kind, code in codes if isinstance(error, kind)), "failed")
+    return RefusedError(code, str(error) or type(error).__name__)

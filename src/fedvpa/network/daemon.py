@@ -27,7 +27,7 @@ from torch import Tensor
 from fedvpa.config import Config
 from fedvpa.data.partition import ClientPairs, split_off, without_duplicates
 from fedvpa.data.reading import read_pairs
-from fedvpa.errors import BadInputError, CheckpointError, FedvpaError, RunError
+from fedvpa.errors import BadInputError, FedvpaError
 from fedvpa.evaluation.protocol import validation
 from fedvpa.experiment.build import build_algorithm, build_clients, needs_common
 from fedvpa.experiment.dataset import to_store
@@ -40,11 +40,11 @@ from fedvpa.federated.exchanges import EXCHANGES, may_hold
 from fedvpa.federated.messages import PROTOTYPES, broadcast_of, reply_of, section, under
 from fedvpa.files import write_atomically
 from fedvpa.foreign import harmless
-from fedvpa.network.codes import RefusedError
+from fedvpa.network.codes import RefusedError, as_code
 from fedvpa.network.records import populations_of
 from fedvpa.network.serve import describe
 from fedvpa.network.settings import ClientSettings
-from fedvpa.network.wire import Packet, WireError, flatten, pack, unpack
+from fedvpa.network.wire import Packet, flatten, pack, subject, unpack
 from fedvpa.parts import REFERENCE
 from fedvpa.records import PreferencePair
 from fedvpa.selector.predictor import VariationalPredictor
@@ -92,10 +92,7 @@ class Client:
         """
         packet, reply = self._handled(blob, secure=True)
         kind = str(packet.header["kind"])
-        about = [self._identity, kind, packet.header["round"]] if kind == "train" else [blob.hex()]
-        with self._refusing():
-            vector = flatten(kind, reply.tensors)
-        return hashlib.sha256(json.dumps(about).encode()).hexdigest(), vector
+        return subject(self._identity, packet), flatten(kind, reply.tensors)
 
     def _handled(self, blob: bytes, *, secure: bool) -> tuple[Packet, Packet]:
         """The request and the reply to it.
@@ -123,7 +120,7 @@ class Client:
         try:
             yield
         except Exception as error:
-            found = _as_code(error)
+            found = as_code(error)
             level = logging.INFO if found.code == "not-ready" else logging.ERROR
             logger.log(level, "%s: [%s] %s", self.settings.name, found.code, found)
             if found.code == "failed" and not isinstance(error, FedvpaError):
@@ -201,18 +198,28 @@ class Client:
             RefusedError: they are others.
         """
         keys = sorted(f"{p.content_key()}{p.chosen_is_first()}" for p in pairs)
-        found = hashlib.sha256("".join(keys).encode()).hexdigest()
-        file = self._file("pairs").with_suffix(".sha256")
+        self._check_same(
+            "pairs",
+            "".join(keys),
+            f"{self._data}: holds other pairs than when '{self.settings.name}' joined this run; put"
+            " them back, or let the run go on with the new ones",
+        )
+
+    def _check_same(self, what: str, content: str, otherwise: str) -> None:
+        """Refuse something that is not as it was the first time. The fingerprint stays here.
+
+        Raises:
+            RefusedError: it is not, and `client.yaml` does not allow that.
+        """
+        found = hashlib.sha256(content.encode()).hexdigest()
+        # what a client is asked about is held across runs, what it holds within one
+        folder = self.state_folder if what == "asked" else self._file(what).parent
+        file = folder / f"{what}.sha256"
         before = file.read_text() if file.is_file() else found
         if before != found and self.settings.pairs == "fixed":
-            raise RefusedError(
-                "other-pairs",
-                f"{self._data}: holds other pairs than when '{self.settings.name}' joined this run;"
-                " put them back, or let the run go on with the new ones (pairs: may-change in"
-                " client.yaml)",
-            )
+            raise RefusedError("other-pairs", f"{otherwise} (pairs: may-change in client.yaml)")
         if before != found:
-            logger.warning("%s: holds other pairs than before", self._data)
+            logger.warning("%s", otherwise)
         write_atomically(file, found.encode(), private=True)
 
     def _on_scale(self, packet: Packet) -> Packet:
@@ -249,7 +256,9 @@ class Client:
     def _on_train(self, packet: Packet) -> Packet:
         """One local round. Asked for the same round again, it starts from the same private state
         and answers the same."""
-        side, number = self._sides()[0], int(packet.header["round"])
+        side, number = self._sides()[0], packet.header["round"]
+        if type(number) is not int:  # True and 1.5 would be other names of a round
+            raise RefusedError("unread", "a round that is no whole number")
         fixed = (PROTOTYPES,) if self._known().prototypes.kind == "fixed" else ()
         broadcast = broadcast_of(number, packet.tensors, fixed)
         tables = self._tables_before(number)
@@ -311,6 +320,14 @@ class Client:
                     f"{self._data}: holds {len(pairs)} pair, but a client needs at least 2"
                 )
             self._check_pairs(pairs)
+            features = config.features.model_dump_json(exclude={"device"})
+            self._check_same(
+                "asked",
+                f"{config.data.validation_share}|{config.seed}|{features}",
+                "the server asks for another division of the pairs (seed, validation_share), or for"
+                " other features of them, than before: what differs between two such sums would"
+                " tell single pairs; if you trust it, allow that",
+            )
             train, held = split_off(
                 ClientPairs(self.settings.name, None, tuple(pairs)),
                 config.data.validation_share,
@@ -379,15 +396,3 @@ class Client:
             save({k: v.contiguous().clone() for k, v in tensors.items()}),
             private=True,
         )
-
-
-def _as_code(error: Exception) -> RefusedError:
-    """What the server is told of an error."""
-    if isinstance(error, RefusedError):
-        return error
-    codes: tuple[tuple[type[Exception], str], ...] = (
-        (WireError, "unread"), (BadInputError, "data"), (CheckpointError, "state"),
-        (OSError, "disk"), (RunError, "features"),
-    )  # fmt: skip
-    code = next((code for kind, code in codes if isinstance(error, kind)), "failed")
-    return RefusedError(code, str(error) or type(error).__name__)

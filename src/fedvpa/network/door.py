@@ -20,9 +20,15 @@ from typing import Any
 from fastapi import HTTPException
 from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_HEADER, TIMESTAMP_TOLERANCE
 from flwr.proto.fleet_pb2 import PushMessagesRequest
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree, PushObjectRequest
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    ObjectTree,
+    PullObjectRequest,
+    PushObjectRequest,
+)
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.date import now
+from flwr.supercore.inflatable.inflatable_object import is_valid_sha256_hash
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -146,8 +152,7 @@ class Door:
         Raises:
             Closed: too large, too slow, or broken off.
         """
-        large = path in (PREFIX + "push-object", PREFIX + "push-messages")
-        most = self._largest if large else SMALL_BODY
+        most = self._largest if path == PREFIX + "push-object" else SMALL_BODY
         announced = headers.get("content-length", b"0")
         if not announced.isdigit() or int(announced) > most:
             raise Closed(413, "too large")
@@ -182,20 +187,33 @@ def _once(body: bytes) -> Receive:
 
 
 @dataclass
+class Answer:
+    """What a client has announced as its reply to one message: its parts, and how much of them has
+    come."""
+
+    about: str
+    identity: str
+    parts: frozenset[str]
+    size: int = 0
+
+
+@dataclass
 class Witness:
     """Checks what a registered client says in a request that Flower takes its word for.
 
     Flower proves who sent a request, not that the message in it is the sender's own answer to
-    something it was asked.
+    something it was asked, nor that an object that it reads was meant for it.
 
     Args:
         asked: by message, the node that it was sent to, while its answer is awaited.
+        meant: by part of a message, the nodes that it was sent to.
         largest: bytes of one reply in all.
     """
 
     asked: Mapping[str, int]
+    meant: Mapping[str, Mapping[int, int]]
     largest: int
-    _arriving: dict[int, int] = field(default_factory=dict)
+    _answers: dict[int, Answer] = field(default_factory=dict)
 
     async def dispatch(
         self, request: Request, call_next: Callable[[Request], Awaitable[Response]]
@@ -209,10 +227,10 @@ class Witness:
         if isinstance(said, PushMessagesRequest):
             self._check_reply(said)
         elif isinstance(said, PushObjectRequest):
-            node = said.node.node_id
-            self._arriving[node] = self._arriving.get(node, 0) + len(said.object_content)
-            if self._arriving[node] > self.largest:
-                raise HTTPException(413, "too large")
+            self._check_part(said)
+        elif isinstance(said, PullObjectRequest):
+            if said.node.node_id not in self.meant.get(said.object_id, ()):
+                raise HTTPException(403, "not meant for this client")
         elif isinstance(said, ConfirmMessageReceivedRequest) and (
             self.asked.get(said.message_object_id) != said.node.node_id
         ):
@@ -223,20 +241,36 @@ class Witness:
         node = said.node.node_id
         if len(said.messages_list) != 1 or len(said.message_object_trees) != 1:
             raise HTTPException(400, "one reply at a time")
-        about = said.messages_list[0].metadata
-        tree = said.message_object_trees[0]
-        if about.src_node_id != node or self.asked.get(about.reply_to_message_id) != node:
+        metadata, tree = said.messages_list[0].metadata, said.message_object_trees[0]
+        about = metadata.reply_to_message_id
+        if metadata.src_node_id != node or self.asked.get(about) != node:
             raise HTTPException(403, "not an answer to what this client was asked")
-        if tree.object_id != about.message_id or _parts(tree) > MOST_OBJECTS:
+        parts = _parts(tree)
+        if tree.object_id != metadata.message_id or len(parts) > MOST_OBJECTS:
             raise HTTPException(413, "too many parts")
-        self._arriving[node] = 0
+        if not all(is_valid_sha256_hash(part) for part in parts):
+            raise HTTPException(400, "parts without a name")
+        found = Answer(about, tree.object_id, frozenset(parts))
+        before = self._answers.get(node)
+        if before is None or before.about != about:
+            self._answers[node] = found
+        elif (before.identity, before.parts) != (found.identity, found.parts):
+            raise HTTPException(409, "answered already")
+
+    def _check_part(self, said: PushObjectRequest) -> None:
+        answer = self._answers.get(said.node.node_id)
+        if answer is None or said.object_id not in answer.parts:
+            raise HTTPException(403, "not a part of this client's answer")
+        answer.size += len(said.object_content)
+        if answer.size > 2 * self.largest:  # a part may be sent again
+            raise HTTPException(413, "too large")
 
 
-def _parts(tree: ObjectTree) -> int:
-    """Objects of a tree; those beyond `MOST_OBJECTS` are not counted."""
-    found, left = 0, [tree]
-    while left and found <= MOST_OBJECTS:
+def _parts(tree: ObjectTree) -> list[str]:
+    """Names of the objects of a tree, of a few more than `MOST_OBJECTS` at the most."""
+    found, left = list[str](), [tree]
+    while left and len(found) <= MOST_OBJECTS:
         node = left.pop()
-        found += 1
+        found.append(node.object_id)
         left.extend(node.children)
     return found

@@ -97,10 +97,12 @@ class FlowerTransport:
         """Nodes that are connected."""
         return self.post.online()
 
-    def ask(self, blobs: Mapping[int, bytes], enough: int) -> dict[int, bytes | str | Broken]:
+    def ask(
+        self, blobs: Mapping[int, bytes], enough: int, seconds: float | None = None
+    ) -> dict[int, bytes | str | Broken]:
         """Replies by node: a blob, why there is none, or how it is broken."""
         out: dict[int, bytes | str | Broken] = {}
-        for node, reply in self.exchange(_contents(blobs), "query", enough).items():
+        for node, reply in self.exchange(_contents(blobs), "query", enough, seconds).items():
             if not isinstance(reply, RecordDict):
                 out[node] = reply
                 continue
@@ -119,7 +121,11 @@ class FlowerTransport:
         )
 
     def exchange(
-        self, contents: Mapping[int, RecordDict], kind: str, enough: int
+        self,
+        contents: Mapping[int, RecordDict],
+        kind: str,
+        enough: int,
+        seconds: float | None = None,
     ) -> dict[int, RecordDict | str | Broken]:
         """Send a message to each node; what came back, or why nothing did."""
         messages = [
@@ -128,7 +134,8 @@ class FlowerTransport:
         ]
         node_of = dict(zip(self.post.push(messages), contents))
         node_of.pop("", None)
-        end = time.monotonic() + self.settings.timeout
+        patience = min(self.settings.timeout, seconds or self.settings.timeout)
+        end = time.monotonic() + patience
         out: dict[int, RecordDict | str | Broken] = {}
         waiting, good = set(node_of), 0
         while waiting and time.monotonic() < end:
@@ -144,7 +151,7 @@ class FlowerTransport:
             if waiting:
                 time.sleep(POLL_SECONDS)
         self.post.forget(waiting)
-        lost = f"no reply within {self.settings.timeout:.0f} s"
+        lost = f"no reply within {patience:.0f} s"
         return dict.fromkeys(contents, lost) | out
 
 

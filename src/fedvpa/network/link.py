@@ -11,13 +11,16 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import resource
 import threading
 import time
+from asyncio import constants
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import uvicorn
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -26,7 +29,7 @@ from fastapi import FastAPI
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SubStatus
-from flwr.server.superlink.linkstate import InMemoryLinkState, LinkState, LinkStateFactory
+from flwr.server.superlink.linkstate import InMemoryLinkState, LinkStateFactory
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID, TaskType
 from flwr.supercore.error import http_error_translator
 from flwr.supercore.inflatable.inflatable_object import (
@@ -57,16 +60,28 @@ START_SECONDS = 30.0
 HEARTBEAT_SECONDS = 10.0
 SILENT_SECONDS = 15.0
 """A connection on which no request has begun by then is closed."""
-MOST_CONNECTIONS = 2048
+MOST_CONNECTIONS, MOST_FROM_ONE_ADDRESS = 2048, 512
+"""Connections that are open at the same time; a client has two."""
 
 
 class Prompt(H11Protocol):
     """uvicorn's HTTP protocol, which waits for a first request for ever, with a limit to that."""
 
+    _open: ClassVar[Counter[str]] = Counter()
+
     def connection_made(self, transport: Any) -> None:
         """A caller has come."""
         super().connection_made(transport)
+        self._from = str((transport.get_extra_info("peername") or ("",))[0])
+        self._open[self._from] += 1
+        if self._open[self._from] > MOST_FROM_ONE_ADDRESS:
+            transport.close()
         self.loop.call_later(SILENT_SECONDS, self._leave_if_silent)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """A caller has gone."""
+        self._open[self._from] -= 1
+        super().connection_lost(exc)
 
     def _leave_if_silent(self) -> None:
         if self.scope is None and not self.transport.is_closing():
@@ -108,7 +123,9 @@ class Link:
     largest: int
     nodes: dict[str, int] = field(default_factory=dict)
     asked: dict[str, int] = field(default_factory=dict)
+    meant: dict[str, dict[int, int]] = field(default_factory=dict)
     _arriving: dict[str, str] = field(default_factory=dict)
+    _objects: dict[str, list[str]] = field(default_factory=dict)
     _run: int = 0
     _task: int = 0
     _thread: threading.Thread | None = None
@@ -142,13 +159,15 @@ class Link:
         self._door = Door(self._application(), frozenset(known), 2 * self.largest)
 
     @property
-    def state(self) -> LinkState:
+    def state(self) -> NamedByKey:
         """Flower's state of nodes, messages and objects."""
-        return self._factory.state()
+        found = self._factory.state()
+        assert isinstance(found, NamedByKey)
+        return found
 
     def _application(self) -> FastAPI:
         """The Fleet API: who signed it is proved first, then what is said is looked at."""
-        witness = Witness(self.asked, self.largest)
+        witness = Witness(self.asked, self.meant, self.largest)
         app = FastAPI(
             docs_url=None, redoc_url=None, openapi_url=None,
             middleware=[
@@ -174,7 +193,7 @@ class Link:
             uvicorn.Config(
                 self._door, host, port, http=Prompt, ws="none", lifespan="off", log_config=None,
                 access_log=False, server_header=False, proxy_headers=False,
-                limit_concurrency=MOST_CONNECTIONS, backlog=256, timeout_keep_alive=75,
+                limit_concurrency=MOST_CONNECTIONS, backlog=256, timeout_keep_alive=12,
                 h11_max_incomplete_event_size=1 << 14, timeout_graceful_shutdown=2,
                 ssl_certfile=str(certificate), ssl_keyfile=str(key),
             )
@@ -187,6 +206,7 @@ class Link:
             except (SystemExit, OSError) as error:  # uvicorn leaves by SystemExit
                 failed.append(str(error))
 
+        _raise_limits()
         thread = threading.Thread(target=run, name="fleet-api", daemon=True)
         self._thread = thread
         over = threading.Event()
@@ -228,7 +248,11 @@ class Link:
                 identity = message.object_id
                 message.metadata.__dict__["_message_id"] = identity
                 objects = {name: o.deflate() for name, o in get_all_nested_objects(message).items()}
-                self.asked[identity] = message.metadata.dst_node_id
+                node = message.metadata.dst_node_id
+                self.asked[identity], self._objects[identity] = node, list(objects)
+                for name in objects:  # a part may belong to several messages
+                    readers = self.meant.setdefault(name, {})
+                    readers[node] = readers.get(node, 0) + 1
                 session = state.start_session(self._run)  # it ends with the last part of a message
                 stored, missing = state.store_message_and_object_tree(
                     remove_content_from_message(message), get_object_tree(message), session
@@ -287,11 +311,28 @@ class Link:
         """Nothing more is waited for: drop these messages and what has arrived of their replies."""
         state, gone = self.state, list(messages)
         for about in gone:
-            self.asked.pop(about, None)
-            if (identity := self._arriving.pop(about, None)) is not None:
+            node = self.asked.pop(about, 0)
+            for name in self._objects.pop(about, ()):
+                readers = self.meant.get(name, {})
+                readers[node] = readers.get(node, 0) - 1
+                if readers[node] <= 0:
+                    readers.pop(node)
+                if not readers:
+                    self.meant.pop(name, None)
+            known = state.message_ins_id_to_message_res_id.get(about)
+            if (identity := self._arriving.pop(about, known)) is not None:
                 state.object_store.delete(identity)
             state.object_store.delete(about)
         state.delete_messages(set(gone))
+
+
+def _raise_limits() -> None:
+    """Files enough for all connections, and callers that begin TLS and do not end it are not waited
+    for: asyncio's default is a minute, and uvicorn has no setting."""
+    constants.SSL_HANDSHAKE_TIMEOUT = SILENT_SECONDS
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 4 * MOST_CONNECTIONS
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, most) if most > 0 else wanted, most))
 
 
 def public_pem(key: bytes, name: str) -> bytes:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,12 @@ from flwr.common import Code, FitRes, Status, ndarrays_to_parameters
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key, Stage
 from flwr.compat.common.recorddict_compat import fitres_to_recorddict
 
-from fedvpa.files import write_atomically
+from fedvpa.files import private_file
 from fedvpa.network.codes import RefusedError
-from fedvpa.network.masks import replace_generator
+from fedvpa.network.masks import masks_for, replace_generator
 from fedvpa.network.secure import LEVELS, MODULUS
 
 RECORD = "fedvpa"
-MOST_REMEMBERED = 1000
-"""Sums of which a client remembers who was in them."""
 
 
 class SecureSums:
@@ -39,8 +38,10 @@ class SecureSums:
     def __init__(
         self, answer: Callable[[bytes], tuple[str, bytes]], opened: Path, least: int
     ) -> None:
-        self._answer, self._file, self._least = answer, opened, least
-        self._subject = ""
+        self._answer, self._least = answer, least
+        self._opened = Opened(opened)
+        self._subject, self._request = "", b""
+        self._sharers, self._threshold = set[int](), 0
         self._context: Context | None = None
         # its package hides it by a function
         self._mod = importlib.import_module("flwr.client.mod.secure_aggregation.secaggplus_mod")
@@ -52,70 +53,108 @@ class SecureSums:
         Raises:
             RefusedError: the server asks for more than an honest one does.
         """
-        stage = message.content.config_records[RECORD_KEY_CONFIGS]
-        if stage.get(Key.STAGE) == Stage.SETUP:
+        stage, about = message.content.config_records[RECORD_KEY_CONFIGS], message.metadata
+        name = stage.get(Key.STAGE)
+        if name == Stage.SETUP:
             self._check_setup(stage)
-            self._subject, self._context = "", None
-        if stage.get(Key.STAGE) == Stage.UNMASK:
-            self._check_opening(stage)
-        if self._context is None:
-            about = message.metadata
+            self._subject, self._request, self._sharers = "", b"", set()
             self._context = Context(about.run_id, about.dst_node_id, {}, RecordDict(), {})
-        reply: Message = self._mod.secaggplus_mod(message, self._context, self._numbers)
+        if self._context is None:
+            raise RefusedError("not-greeted", "a sum that this client has not begun")
+        if name == Stage.COLLECT_MASKED_VECTORS:
+            self._check_sources(stage, about.dst_node_id)
+            blob = message.content.config_records[RECORD]["blob"]
+            self._request = blob if isinstance(blob, bytes) else b""
+        if name == Stage.UNMASK:
+            self._check_opening(stage)
+        with masks_for(self._request):
+            reply: Message = self._mod.secaggplus_mod(message, self._context, self._numbers)
         return reply
 
     def _numbers(self, message: Message, context: Context) -> Message:
         """This client's numbers, which the mod masks before anybody sees them."""
-        blob = message.content.config_records[RECORD]["blob"]
-        if not isinstance(blob, bytes):
-            raise RefusedError("unread", "the message holds no blob")
-        self._subject, numbers = self._answer(blob)
+        self._subject, numbers = self._answer(self._request)
         result = FitRes(
             Status(Code.OK, ""), ndarrays_to_parameters([np.frombuffer(numbers, "<f4")]), 1, {}
         )
         return Message(fitres_to_recorddict(result, keep_input=False), reply_to=message)
 
     def _check_setup(self, stage: Any) -> None:
+        """Two thirds at least have to help to open a sum: then no two sums of the same numbers,
+        which nobody helps with twice, differ by a single client."""
         count, threshold = int(stage[Key.SAMPLE_NUMBER]), int(stage[Key.THRESHOLD])
-        enough = count >= self._least and 2 * threshold > count
+        enough = count >= self._least and 3 * threshold >= 2 * count and threshold <= count
         if not enough or int(stage[Key.SHARE_NUMBER]) != count:
             raise RefusedError(
                 "cohort",
                 f"a sum over {count} clients with threshold {threshold} (at least {self._least},"
-                " over half)",
+                " two thirds)",
             )
-        ranges = (int(stage[Key.MOD_RANGE]), int(stage[Key.TARGET_RANGE]))
-        if ranges != (MODULUS, LEVELS):
-            raise RefusedError("cohort", "masks of another range, which would hide less")
+        kinds = (Key.MOD_RANGE, Key.TARGET_RANGE, Key.CLIPPING_RANGE, Key.MAX_WEIGHT)
+        if [stage[kind] for kind in kinds] != [MODULUS, LEVELS, 1.0, 1.0]:
+            raise RefusedError("cohort", "masks or weights of another range, which would hide less")
+        self._threshold = threshold
+
+    def _check_sources(self, stage: Any, own: int) -> None:
+        """Before this client's numbers are masked: enough others hold shares of its secrets, each
+        counted once."""
+        sources = list(stage[Key.SOURCE_LIST])
+        self._sharers = {own, *sources}
+        twice = len(self._sharers) != len(sources) + 1
+        few = len(self._sharers) < max(self._least, self._threshold)
+        if twice or few or len(stage[Key.CIPHERTEXT_LIST]) != len(sources):
+            raise RefusedError("cohort", f"shares of {len(self._sharers)} clients, or some twice")
 
     def _check_opening(self, stage: Any) -> None:
         """Before this client gives away what opens a sum: enough are in it, no client is unmasked,
         and the same numbers have not been opened in another sum (the difference would show those
         who are in one of them)."""
-        active, dead = set(stage[Key.ACTIVE_NODE_ID_LIST]), set(stage[Key.DEAD_NODE_ID_LIST])
-        if len(active) < self._least:
+        active, dead = list(stage[Key.ACTIVE_NODE_ID_LIST]), list(stage[Key.DEAD_NODE_ID_LIST])
+        if len(set(active)) < max(self._least, self._threshold):
             raise RefusedError(
                 "cohort",
-                f"the sum would be opened over {len(active)} clients (at least {self._least})",
+                f"the sum would be opened over {len(set(active))} clients (at least"
+                f" {max(self._least, self._threshold)})",
             )
-        if active & dead:
+        if set(active) & set(dead):
             raise RefusedError(
                 "cohort", "the server asked for both secrets of a client, which would unmask it"
             )
-        known = self._opened()
+        named = [*active, *dead]
+        if len(set(named)) != len(named) or set(named) != self._sharers:
+            raise RefusedError("cohort", "the sum would be opened over others than have begun it")
         among = hashlib.sha256(json.dumps(sorted(active)).encode()).hexdigest()
-        if known.get(self._subject, among) != among:
+        if self._opened.get(self._subject, among) != among:
             raise RefusedError(
                 "second-sum",
                 "these numbers are in a sum over other clients already; the difference of two sums"
                 " would show single clients",
             )
-        if self._subject not in known:
-            kept = dict([*known.items(), (self._subject, among)][-MOST_REMEMBERED:])
-            write_atomically(self._file, json.dumps(kept).encode(), private=True)
+        self._opened.note(self._subject, among)
 
-    def _opened(self) -> dict[str, str]:
-        if not self._file.is_file():
-            return {}
-        found: dict[str, str] = json.loads(self._file.read_text())
-        return found
+
+class Opened:
+    """The sums that a client has helped to open, by subject, in a file that only grows."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        lines = file.read_text().split("\n") if file.is_file() else []
+        self._known = dict(line.rsplit(" ", 1) for line in lines if " " in line)
+
+    def get(self, subject: str, otherwise: str) -> str:
+        """Over whom the numbers of a subject were opened."""
+        return self._known.get(subject, otherwise)
+
+    def note(self, subject: str, among: str) -> None:
+        """Write it down, before anything is given away.
+
+        Raises:
+            OSError: the disk is full: then nothing is.
+        """
+        if subject in self._known:
+            return
+        with private_file(self._file).open("a") as file:
+            file.write(f"{subject} {among}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._known[subject] = among

@@ -8,10 +8,26 @@ are used as they are; its generator is replaced on both sides by ChaCha20 under 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+_about: ContextVar[bytes] = ContextVar("about", default=b"")
+
+
+@contextmanager
+def masks_for(request: bytes) -> Iterator[None]:
+    """While this lasts, masks are those of this request: they cancel only among clients that were
+    asked the same."""
+    token = _about.set(hashlib.sha256(request).digest())
+    try:
+        yield
+    finally:
+        _about.reset(token)
 
 
 def keystream(
@@ -28,7 +44,7 @@ def keystream(
     from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
     sizes = [int(np.prod(shape, dtype=np.int64)) for shape in dimensions_list]
-    key = hashlib.sha256(b"fedvpa secure aggregation mask" + seed).digest()
+    key = hashlib.sha256(b"fedvpa secure aggregation mask" + _about.get() + seed).digest()
     cipher = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
     raw = np.frombuffer(cipher.update(bytes(4 * sum(sizes))), dtype="<u4").astype(np.int64) & (
         num_range - 1

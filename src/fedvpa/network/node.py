@@ -159,15 +159,19 @@ class Node:
             return None
         envelope = message_from_proto(response.messages_list[0])
         identity, run = envelope.metadata.message_id, envelope.metadata.run_id
-        contents = self._contents(client, node, run, response.message_object_trees[0])
         try:
+            contents = self._contents(client, node, run, response.message_object_trees[0])
             _patiently(
                 client.ConfirmMessageReceived,
                 ConfirmMessageReceivedRequest(node=node, run_id=run, message_object_id=identity),
             )
             message = inflate_object_from_contents(identity, contents)
-        except httpx.HTTPStatusError:  # nobody waits for an answer any longer
-            return None
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code == httpx.codes.UNAUTHORIZED:
+                raise
+            return None  # nobody waits for an answer any longer
+        except (httpx.TransportError, ValueError):
+            raise
         except Exception as error:
             raise ValueError(f"a message that cannot be read ({type(error).__name__})") from error
         if not isinstance(message, Message):

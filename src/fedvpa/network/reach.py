@@ -20,7 +20,7 @@ from fedvpa.federated.exchanges import Layout
 from fedvpa.federated.messages import Contract
 from fedvpa.federated.robust import from_each, robust_moments, robust_whitening
 from fedvpa.foreign import harmless
-from fedvpa.network.checks import expected, outlying, sensible
+from fedvpa.network.checks import ENOUGH_TO_JUDGE, expected, outlying, sensible
 from fedvpa.network.conduct import STRIKES, Conduct
 from fedvpa.network.records import Broken, NoAnswerError, opened
 from fedvpa.network.settings import ServerSettings
@@ -33,7 +33,10 @@ logger = logging.getLogger("fedvpa")
 
 REFUSED_SECONDS = 30.0
 """A node that was refused may try again after so long: what was wrong with it may have been put
-right."""
+right. After every further refusal or silence it is twice as long."""
+MOST_REFUSED_SECONDS = 3600.0
+GREETING_SECONDS = 30.0
+"""How long an answer to a greeting is waited for: nobody's silence may cost the others a round."""
 
 
 class CohortError(RunError):
@@ -54,6 +57,7 @@ class Reach:
     whitener: Whitener | None = None
     _place: dict[int, int] = field(default_factory=dict)
     _again: dict[int, float] = field(default_factory=dict)
+    _refusals: dict[int, int] = field(default_factory=dict)
     bound: Mapping[str, int] = field(default_factory=dict)
     features: Expected = field(default_factory=lambda: Expected("", 0))
     conduct: Conduct = field(default_factory=Conduct)
@@ -134,12 +138,15 @@ class Reach:
         }  # fmt: skip
         blob = pack(Packet(header, {}))
         lacking = []
-        for node, reply in self._ask(dict.fromkeys(nodes, blob)).items():
+        for node, reply in self._ask(dict.fromkeys(nodes, blob), seconds=GREETING_SECONDS).items():
             try:
                 place = self._admitted(node, self._opened_greeting(node, reply).header)
             except (WireError, NoAnswerError) as error:
                 waits = getattr(error, "code", "") == "not-ready"
-                self._again[node] = time.monotonic() + (1.0 if waits else REFUSED_SECONDS)
+                if waits:
+                    self._again[node] = time.monotonic() + 1.0
+                else:
+                    self._put_off(node)
                 logger.warning(
                     "%s %s: %s", self._called(node), "is waited for" if waits else "is refused",
                     harmless(error),
@@ -150,6 +157,12 @@ class Reach:
             lacking.append(node)
         if self.whitener is not None and lacking:
             self._hand_out(lacking)
+
+    def _put_off(self, node: int) -> None:
+        """Greet this node again later."""
+        times = self._refusals[node] = self._refusals.get(node, 0) + 1
+        pause = min(MOST_REFUSED_SECONDS, REFUSED_SECONDS * 2.0 ** (times - 1))
+        self._again[node] = time.monotonic() + pause
 
     def _opened_greeting(self, node: int, reply: bytes | str | Broken) -> Packet:
         """The answer to a greeting; who sends one that cannot be read is known by the key."""
@@ -204,12 +217,17 @@ class Reach:
         assert self.whitener is not None
         tensors = {"centre": self.whitener.centre, "projection": self.whitener.projection}
         blob = pack(Packet({"kind": "prepare"}, tensors))
-        for node, reply in self._ask(dict.fromkeys(nodes, blob)).items():
+        for node, reply in self._ask(dict.fromkeys(nodes, blob), seconds=GREETING_SECONDS).items():
             try:
                 opened(reply)
+                self._refusals.pop(node, None)
             except (WireError, NoAnswerError) as error:
-                name = self.settings.clients[self._place.pop(node)]
+                place = self._place.pop(node)
+                name = self.settings.clients[place]
                 logger.warning("client '%s' could not be prepared: %s", name, harmless(error))
+                self._put_off(node)
+                if isinstance(error, WireError):
+                    self._blame(place, "prepare", error)
 
     def _sum(self, kind: str, header: dict[str, Any], tensors: Params, shapes: Layout) -> Params:
         if self.settings.secure:
@@ -322,7 +340,10 @@ class Reach:
             if together:
                 told = {place: packet.tensors for place, packet in usable.items()}
                 for place, why in outlying(kind, told, self.config.model.latent).items():
-                    self._blame(place, kind, why)
+                    name = self.settings.clients[place]
+                    logger.warning("%s: the reply of '%s' does not count: %s", kind, name, why)
+                    if len(told) >= ENOUGH_TO_JUDGE:
+                        self._blame(place, kind, why)
                     del usable[place]
             if len(usable) >= self._wanted(places) and usable:
                 return sorted(usable.items())
@@ -345,11 +366,11 @@ class Reach:
             self._place.pop(node, None)
 
     def _ask(
-        self, blobs: Mapping[int, bytes], enough: int | None = None
+        self, blobs: Mapping[int, bytes], enough: int | None = None, seconds: float | None = None
     ) -> dict[int, bytes | str | Broken]:
         if not blobs:
             return {}
-        found = self.transport.ask(blobs, len(blobs) if enough is None else enough)
+        found = self.transport.ask(blobs, len(blobs) if enough is None else enough, seconds)
         self.traffic["down"] += sum(len(blob) for blob in blobs.values())
         self.traffic["up"] += sum(
             len(reply) for reply in found.values() if isinstance(reply, bytes)

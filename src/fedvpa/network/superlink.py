@@ -7,6 +7,8 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ from fedvpa.selector.selector import build_selector
 logger = logging.getLogger("fedvpa")
 
 NEEDED = ("certificates/server.crt", "certificates/server.key")
+MOST_LOG = 32 << 20
+"""Bytes of a log, of which the last two are kept besides."""
 MOST_STARTS, MOST_COMPONENTS = 160, 10
 """Starts and components of a fit at the most, which the largest reply to it follows from."""
 
@@ -105,13 +109,25 @@ def largest_reply(config: Config, features: Expected) -> int:
     return 8 * max(*numbers, trained) + (1 << 18)
 
 
+class Rotated(RotatingFileHandler):
+    """A log for this user alone, of a bounded size: what is written there may be others' doing."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        super().__init__(private_file(path), maxBytes=MOST_LOG, backupCount=2)
+
+    def _open(self) -> TextIOWrapper:
+        private_file(self._path)
+        return super()._open()
+
+
 @contextmanager
 def logged(flower: Path, run: Path) -> Iterator[None]:
     """While this lasts, what Flower and the web server say goes to one file, and what the run says
     also to another."""
     with_handlers = []
     for path, names in ((flower, ("flwr", "uvicorn", "asyncio", "httpx")), (run, ("fedvpa",))):
-        handler = logging.FileHandler(private_file(path))
+        handler = Rotated(path)
         handler.setFormatter(OneLine("%(asctime)s %(message)s", "%H:%M:%S"))
         for name in names:
             found = logging.getLogger(name)

@@ -54,7 +54,7 @@ def run_client(settings_path: Path, min_cohort: int = 3, patience: float = math.
     client = Client(settings, folder)
     make_folder(client.state_folder, private=True)
     answers = Answers(
-        client, SecureSums(client.numbers, client.state_folder / "sums.json", min_cohort)
+        client, SecureSums(client.numbers, client.state_folder / "sums.txt", min_cohort)
     )
     with logged(folder / LOG, folder / LOG):
         _keep_node(settings, Node(settings.server, authority, key, answers), patience, folder / LOG)

@@ -53,9 +53,11 @@ class Transport(Protocol):
         """Nodes that are connected."""
         ...
 
-    def ask(self, blobs: Mapping[int, bytes], enough: int) -> dict[int, bytes | str | Broken]:
-        """Replies by node: a blob, why there is none, or how it is broken. Waits for all; once
-        `enough` are there, for a grace period more."""
+    def ask(
+        self, blobs: Mapping[int, bytes], enough: int, seconds: float | None = None
+    ) -> dict[int, bytes | str | Broken]:
+        """Replies by node: a blob, why there is none, or how it is broken. Waits for all (for
+        `seconds` at the most, if given); once `enough` are there, for a grace period more."""
         ...
 
     def ask_sum(self, blobs: Mapping[int, bytes], size: int, least: int) -> Sum:

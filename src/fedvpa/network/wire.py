@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import math
 import struct
 from collections.abc import Mapping
@@ -14,9 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedvpa.errors import RunError
-from fedvpa.federated.exchanges import Layout, field_of
-from fedvpa.network.codes import RefusedError
+from fedvpa.federated.exchanges import EXCHANGES, Layout, field_of
 from fedvpa.types import Params
+
+logger = logging.getLogger("fedvpa")
 
 
 class WireError(RunError):
@@ -72,24 +75,41 @@ def _check_shape(entry: Mapping[str, Any]) -> None:
         raise ValueError("a tensor of such a shape")
 
 
+def subject(identity: str, packet: Packet) -> str:
+    """What the numbers of a reply are a function of: the run and the round, or the tensors that a
+    request of this kind has."""
+    kind = str(packet.header["kind"])
+    about = hashlib.sha256(f"{identity}|{kind}|".encode())
+    if kind == "train":
+        about.update(str(packet.header["round"]).encode())
+        return about.hexdigest()
+    about.update(str(bool(packet.header.get("withhold"))).encode())
+    sections = tuple(f.section.rstrip("*") for f in EXCHANGES[kind].request)
+    for name in sorted(n for n in packet.tensors if n.startswith(sections)):
+        value = packet.tensors[name]
+        about.update(f"|{name}|{tuple(value.shape)}|{value.dtype}|".encode())
+        about.update(value.contiguous().reshape(-1).numpy().tobytes())
+    return about.hexdigest()
+
+
 def flatten(kind: str, tensors: Params) -> bytes:
     """All numbers of a reply in the order of their names, divided by their bounds, as float32.
 
-    Raises:
-        RefusedError: a number is not finite or exceeds its bound; it would be cut off, and the sum
-            would be wrong.
+    A number beyond its bound is cut off, and one that is not finite is 0: to refuse would tell the
+    server, in the clear, how large a number is that it may only know as part of a sum. The client's
+    own log says so.
     """
     parts = []
     for name in sorted(tensors):
         bound = field_of(kind, name).bound
         value = tensors[name].double() / bound
-        if not value.isfinite().all() or (value.numel() and float(value.abs().max()) > 1):
-            raise RefusedError(
-                "range",
-                f"'{name}' holds a number that is not finite or beyond {bound:g}, what a secure sum"
-                " carries",
-            )
-        parts.append(value.reshape(-1))
+        kept = value.nan_to_num(0.0, 0.0, 0.0).clamp(-1.0, 1.0)
+        if not torch.equal(kept, value):
+            logger.warning(
+                "'%s' holds numbers that are not finite or beyond %g, what a secure sum carries;"
+                " they are cut off", name, bound,
+            )  # fmt: skip
+        parts.append(kept.reshape(-1))
     return torch.cat(parts).float().numpy().astype("<f4").tobytes()
 
 
