@@ -337,7 +337,7 @@ def test_a_registered_client_speaks_for_itself_alone(federation: Federation) -> 
             ]
             often = [job.result() for job in jobs]
     assert 429 in {answer.status_code for answer in often}
-    assert peak(federation.server) < before + 50
+    assert peak(federation.server) < before + 150
     time.sleep(2)  # the client whose key this is may speak again
 
 
@@ -347,7 +347,7 @@ def test_bad_clients_are_named_and_left_out_and_the_rounds_go_on(
 ) -> None:
     """Deep JSON, an endless shape, 200 MB and terminal codes in place of an update."""
     own = pairs_of(pair_file, 5)
-    settings = {"min_clients": 3, "min_replies": 3, "grace": 1.0, "timeout": 10.0}
+    settings = {"min_replies": 3, "grace": 1.0, "timeout": 10.0}
     with Federation(tmp_path / "f", own, training(tiny_model, 8), **settings) as federation:
         federation.start_server()
         for name in ("client-0", "client-1", "client-2"):

@@ -111,7 +111,8 @@ class Reach:
         Raises:
             CohortError: they were not within `patience` seconds.
         """
-        wanted = self.settings.min_clients or len(self) - len(self.conduct.out)
+        most = len(self) - len(self.conduct.out)
+        wanted = min(self.settings.min_clients or most, most)
         end = time.monotonic() + patience
         said = -1
         while len(found := self.online()) < wanted:
