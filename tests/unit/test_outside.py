@@ -172,6 +172,25 @@ def test_a_log_and_a_table_show_foreign_text_on_one_line(
     assert "\x1b" not in capsys.readouterr().err
 
 
+def test_a_log_is_the_user_s_and_does_not_grow_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, umask: Callable[[int], int]
+) -> None:
+    """Whatever others make a server write."""
+    pytest.importorskip("flwr")
+    from fedvpa.network import superlink
+
+    umask(0)
+    monkeypatch.setattr(superlink, "MOST_LOG", 2000)
+    handler = superlink.Rotated(tmp_path / "server.log")
+    for i in range(300):
+        handler.emit(logging.makeLogRecord({"msg": f"{i} " + "x" * 50}))
+    handler.close()
+    files = list(tmp_path.iterdir())
+    assert len(files) == 3
+    assert sum(f.stat().st_size for f in files) < 6200
+    assert {mode(f) for f in files} == {0o600}
+
+
 @pytest.mark.parametrize("key", ["client_id", "group"])
 @pytest.mark.parametrize("name", ["a\nb", "\x1b[2Jx", "x" * 500, "\u202eabc"])
 def test_names_in_data_are_plain(key: str, name: str, tmp_path: Path) -> None:
