@@ -20,20 +20,21 @@ def harmless(text: object, most: int = MOST_CHARACTERS) -> str:
     'done\\n\\x1b[2Jfinished'
     """
     given = str(text)
-    cut = given[:most]
-    shown = "".join(
-        c.encode("unicode_escape").decode() if unicodedata.category(c) in _UNSEEN else c
-        for c in cut
-    )
-    if len(given) <= most and (len(shown) <= most or most == len(given)):
-        return shown
-    return shown[:most] + "…"
+    shown = _escaped(given[:most])
+    return shown if len(shown) <= most and len(given) <= most else shown[:most] + "…"
 
 
 def harmless_lines(text: str) -> str:
     """Text of several lines that does nothing to a terminal but to begin new ones."""
     lines = text.replace("\r\n", "\n").expandtabs(8).split("\n")
-    return "\n".join(harmless(line, len(line)) for line in lines)
+    return "\n".join(map(_escaped, lines))
+
+
+def _escaped(text: str) -> str:
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in _UNSEEN else c
+        for c in text
+    )
 
 
 class OneLine(logging.Formatter):

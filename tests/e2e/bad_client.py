@@ -14,8 +14,7 @@ from flwr.app import ConfigRecord, Message
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key
 
 from fedvpa.network import supernode
-from fedvpa.network.masked import RECORD
-from fedvpa.network.wire import unpack
+from fedvpa.network.wire import RECORD, unpack
 
 MODES = ("deep", "shape", "huge", "text", "masked")
 

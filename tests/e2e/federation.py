@@ -18,8 +18,8 @@ from typing import Any
 import yaml
 
 from fedvpa.data.preferences import to_record
-from fedvpa.network.ports import port_is_free
 from fedvpa.network.project import init_project
+from fedvpa.network.superlink import port_is_free
 from fedvpa.records import PreferencePair
 
 

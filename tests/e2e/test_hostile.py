@@ -244,6 +244,16 @@ def greeting(path: Path, loop: Loop, **change: Any) -> Packet:
     return Packet(told | {"columns": 0}, {})
 
 
+def greeted(make: Make) -> Client:
+    """A client that answers in secure sums alone, after a run and a greeting."""
+    path, loop = make(secure=True)
+    run(path, loop)
+    client = loop.clients[100]
+    client.settings = client.settings.model_copy(update={"secure_only": True})
+    client.answer(pack(greeting(path, loop)))
+    return client
+
+
 SECRET = "my daughter's illness"
 
 
@@ -303,11 +313,7 @@ def test_the_server_does_not_choose_what_a_client_loads_and_runs(
 
 def test_a_client_that_answers_in_secure_sums_alone_says_nothing_in_the_clear(make: Make) -> None:
     """Whatever a request says of itself: what is masked is decided by the way it came."""
-    path, loop = make(secure=True)
-    run(path, loop)
-    client = loop.clients[100]
-    client.settings = client.settings.model_copy(update={"secure_only": True})
-    client.answer(pack(greeting(path, loop)))
+    client = greeted(make)
     for kind, exchange in EXCHANGES.items():
         if exchange.tells_nothing:
             continue
@@ -319,11 +325,7 @@ def test_a_client_that_answers_in_secure_sums_alone_says_nothing_in_the_clear(ma
 
 def test_a_masked_answer_is_no_oracle(make: Make) -> None:
     """A server that scales the features, to learn from refusals in the clear how large they are."""
-    path, loop = make(secure=True)
-    run(path, loop)
-    client = loop.clients[100]
-    client.settings = client.settings.model_copy(update={"secure_only": True})
-    client.answer(pack(greeting(path, loop)))
+    client = greeted(make)
     lengths = set()
     for size in (1e-30, 1.0, 1e30, 0.0, torch.nan):
         scale = torch.full((2, 32), size, dtype=torch.float64)
@@ -334,10 +336,7 @@ def test_a_masked_answer_is_no_oracle(make: Make) -> None:
 
 
 def test_the_subject_of_numbers_is_not_the_server_s_to_choose(make: Make) -> None:
-    path, loop = make(secure=True)
-    run(path, loop)
-    client = loop.clients[100]
-    client.answer(pack(greeting(path, loop)))
+    client = greeted(make)
     scale = torch.ones(2, 32, dtype=torch.float64)
     asked = [
         Packet({"kind": "whitening"}, {"scale": scale}),

@@ -54,6 +54,11 @@ class Whitener:
         projection = whitening_matrix(sums.moment, round(float(sums.pairs)), dimensions)
         return Whitener((sums.total / (2 * sums.pairs)).float(), projection)
 
+    @staticmethod
+    def blank(width: int, dimensions: int) -> Whitener:
+        """One that shows nothing, for its shapes."""
+        return Whitener(torch.zeros(width), torch.zeros(width, dimensions))
+
     def difference(self, features: Float[Tensor, "n 2 h"]) -> Float[Tensor, "n p"]:
         """Whitened h(chosen) - h(rejected)."""
         return (features[:, 0] - features[:, 1]) @ self.projection

@@ -3,6 +3,7 @@ al., 2021)."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
@@ -108,7 +109,7 @@ def bounded(start: Params, trained: Params, norm: float) -> Params:
 
 
 @dataclass(frozen=True)
-class RobustMean:
+class RobustMean(ABC):
     """A mean that a `share` of attackers cannot carry away; every client counts the same, and every
     update is kept until the end of the round."""
 
@@ -143,9 +144,9 @@ class RobustMean:
         """How many of so many clients are taken for attackers: always fewer than half."""
         return min(int(self.share * clients), (clients - 1) // 2)
 
+    @abstractmethod
     def of(self, updates: Params, attackers: int) -> Params:
         """The mean of all clients' updates [c, ...], of which so many may be attacks."""
-        raise NotImplementedError
 
 
 class TrimmedMean(RobustMean):

@@ -153,29 +153,26 @@ def _sizes(
     kind: str, told: Mapping[int, Params], latent: int
 ) -> Iterator[tuple[str, float, dict[int, float]]]:
     """What of an answer has a size: its name, below which it is always plausible, and the sizes."""
-    some = next(iter(told.values()), {})
     if kind == "whitening":
-        for name, title in (("moment", "second moment per pair"), ("total", "feature per pair")):
-            each = {
-                p: t[name].trace() if name == "moment" else t[name].norm() for p, t in told.items()
-            }
-            yield title, 0.0, {p: float(v / told[p]["pairs"]) for p, v in each.items()}
+        per_pair = {place: 1.0 / float(t["pairs"]) for place, t in told.items()}
+        moment = {p: float(t["moment"].trace()) * per_pair[p] for p, t in told.items()}
+        yield "second moment per pair", 0.0, moment
+        feature = {p: float(t["total"].norm()) * per_pair[p] for p, t in told.items()}
+        yield "feature per pair", 0.0, feature
         return
+    some = next(iter(told.values()), {})
     # the prior of a latent is the unit normal distribution, which hardly ever is as large as this
     floor = PLAUSIBLE_DEVIATIONS * latent**0.5
-    prefix = {"train": "moments/", "moments": ""}.get(kind)
-    if prefix is not None and f"{prefix}total" in some:
-        for name, title in (("total", "latent"), ("variance", "variance of the latent")):
-            yield (
-                title,
-                floor,
-                {
-                    p: float(
-                        t[prefix + name].reshape(-1, *t[prefix + name].shape[-2:])[0].sum(0).norm()
-                    )
-                    for p, t in told.items()
-                },
-            )
-    name = {"train": "posterior/mean", "posterior": "mean"}.get(kind, "")
-    if name in some:
-        yield "latent", floor, {p: float(t[name].norm()) for p, t in told.items()}
+    prefix = "moments/" if kind == "train" else ""
+    names = {f"{prefix}total": "latent", f"{prefix}variance": "variance of the latent"}
+    if f"{prefix}variance" in some:
+        for name, title in names.items():
+            yield title, floor, {p: _latent_size(t[name]) for p, t in told.items()}
+    for name in ("posterior/mean", "mean"):
+        if name in some:
+            yield "latent", floor, {p: float(t[name].norm()) for p, t in told.items()}
+
+
+def _latent_size(moment: Float[Tensor, "*t m d"]) -> float:
+    """The length of what a client told for the first start; one of its components holds all."""
+    return float(moment.reshape(-1, *moment.shape[-2:])[0].sum(0).norm())

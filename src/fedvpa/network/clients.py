@@ -70,7 +70,6 @@ class NetworkedClients(Reach):
             check=lambda place, p: checked_update(
                 p, broadcast, names[place], self.contract, latent
             ),
-            together=True,
         )  # fmt: skip
         most = self._most_pairs([packet for _, packet in found])
         for place, packet in found:

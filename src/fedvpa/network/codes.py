@@ -15,10 +15,10 @@ REASONS = {
     "unknown-request": "does not know this request",
     "secure-only": "answers this in secure sums alone (secure_only)",
     "not-invited": "is not among the clients that the request names",
-    "backbone": "has agreed to other features (features in its client.yaml)",
     "parts": "refuses a part from outside of fedvpa (parts in its client.yaml)",
     "data": "cannot use its pairs",
-    "other-pairs": "holds other pairs than when it joined this run (pairs in its client.yaml)",
+    "other-pairs": "holds other pairs than before, or is asked about other parts or features of"
+    " them (pairs in its client.yaml)",
     "features": "could not compute its features",
     "replayed": "has trained a later round already: this request was replayed",
     "state": "finds its saved state damaged",

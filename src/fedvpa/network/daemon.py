@@ -29,12 +29,10 @@ from fedvpa.data.partition import ClientPairs, split_off, without_duplicates
 from fedvpa.data.reading import read_pairs
 from fedvpa.errors import BadInputError, FedvpaError
 from fedvpa.evaluation.protocol import validation
-from fedvpa.experiment.build import build_algorithm, build_clients, needs_common
+from fedvpa.experiment.build import build_clients, needs_common
 from fedvpa.experiment.dataset import to_store
-from fedvpa.experiment.train import manifest
 from fedvpa.features.cache import FeatureCache
 from fedvpa.features.whitening import Whitener, WhiteningSums
-from fedvpa.federated.batch import Roster
 from fedvpa.federated.clients import SimulatedClients
 from fedvpa.federated.exchanges import EXCHANGES, may_hold
 from fedvpa.federated.messages import PROTOTYPES, broadcast_of, reply_of, section, under
@@ -42,7 +40,7 @@ from fedvpa.files import write_atomically
 from fedvpa.foreign import harmless
 from fedvpa.network.codes import RefusedError, as_code
 from fedvpa.network.records import populations_of
-from fedvpa.network.serve import describe
+from fedvpa.network.serve import describe, travels
 from fedvpa.network.settings import ClientSettings
 from fedvpa.network.wire import Packet, flatten, pack, subject, unpack
 from fedvpa.parts import REFERENCE
@@ -185,11 +183,7 @@ class Client:
 
     def _leaves(self, names: Sequence[str], width: int) -> list[str]:
         """The payload manifest of these settings, in words."""
-        config = self._known()
-        algorithm = build_algorithm(config, len(names))
-        state = algorithm.init(Roster(tuple(names), (None,) * len(names)))
-        whitener = Whitener(torch.zeros(width), torch.zeros(width, config.model.inputs))
-        return describe(manifest(algorithm, state, whitener), self.settings.secure_only)
+        return describe(travels(self._known(), names, width), self.settings.secure_only)
 
     def _check_pairs(self, pairs: Sequence[PreferencePair]) -> None:
         """Refuse to go on in a run that was joined with other pairs. The fingerprint stays here.

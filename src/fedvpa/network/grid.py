@@ -16,14 +16,15 @@ from typing import Protocol, runtime_checkable
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
+from fedvpa.network.codes import REASONS
 from fedvpa.network.records import Broken
 from fedvpa.network.secure import Summed, secure_sum
 from fedvpa.network.settings import ServerSettings
+from fedvpa.network.wire import RECORD
 
 logger = logging.getLogger("fedvpa")
 
 POLL_SECONDS = 0.05
-RECORD = "fedvpa"
 
 
 @dataclass
@@ -162,9 +163,10 @@ def _contents(blobs: Mapping[int, bytes]) -> dict[int, RecordDict]:
 
 
 def _read(reply: Reply) -> RecordDict | str | Broken:
-    """What a reply holds. The text of an error may be anybody's: only its number is kept."""
+    """What a reply holds. The text of an error may be anybody's: only our codes are repeated."""
     if reply.message is None:
         return Broken(reply.broken)
     if reply.message.has_error():
-        return f"error {int(reply.message.error.code)} of Flower"
+        error = reply.message.error
+        return REASONS.get(str(error.reason), f"error {int(error.code)} of Flower")
     return reply.message.content

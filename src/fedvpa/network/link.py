@@ -81,6 +81,8 @@ class Prompt(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """A caller has gone."""
         self._open[self._from] -= 1
+        if not self._open[self._from]:
+            del self._open[self._from]
         super().connection_lost(exc)
 
     def _leave_if_silent(self) -> None:
@@ -216,7 +218,8 @@ class Link:
             end = time.monotonic() + START_SECONDS
             while not server.started:
                 if not thread.is_alive() or time.monotonic() > end:
-                    raise RunError(f"cannot listen on {host}:{port}; see server.log {failed or ''}")
+                    why = "; ".join(failed) or "see server.log"
+                    raise RunError(f"cannot listen on {host}:{port}: {why}")
                 time.sleep(0.02)
             yield
         finally:

@@ -21,8 +21,7 @@ from fedvpa.files import private_file
 from fedvpa.network.codes import RefusedError
 from fedvpa.network.masks import masks_for, replace_generator
 from fedvpa.network.secure import LEVELS, MODULUS
-
-RECORD = "fedvpa"
+from fedvpa.network.wire import RECORD
 
 
 class SecureSums:

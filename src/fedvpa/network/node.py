@@ -165,19 +165,11 @@ class Node:
                 client.ConfirmMessageReceived,
                 ConfirmMessageReceivedRequest(node=node, run_id=run, message_object_id=identity),
             )
-            message = inflate_object_from_contents(identity, contents)
         except httpx.HTTPStatusError as error:
             if error.response.status_code == httpx.codes.UNAUTHORIZED:
                 raise
             return None  # nobody waits for an answer any longer
-        except (httpx.TransportError, ValueError):
-            raise
-        except Exception as error:
-            raise ValueError(f"a message that cannot be read ({type(error).__name__})") from error
-        if not isinstance(message, Message):
-            raise ValueError("a message that is none")  # noqa: TRY004 - the sender's mistake
-        message.metadata.__dict__["_message_id"] = identity
-        return message
+        return _message(identity, contents)
 
     def _contents(
         self, client: FleetHttpClient, node: NodeProto, run: int, tree: ObjectTree
@@ -217,6 +209,22 @@ class Node:
                 if error.response.status_code == httpx.codes.UNAUTHORIZED:
                     raise
                 logger.warning("an answer was not taken: %s", _why(error))
+
+
+def _message(identity: str, contents: dict[str, bytes]) -> Message:
+    """The message that these parts make.
+
+    Raises:
+        ValueError: they make none; whatever reading them raises is this error.
+    """
+    try:
+        message = inflate_object_from_contents(identity, contents)
+    except Exception as error:
+        raise ValueError(f"a message that cannot be read ({type(error).__name__})") from error
+    if not isinstance(message, Message):
+        raise ValueError("a message that is none")  # noqa: TRY004 - the sender's mistake
+    message.metadata.__dict__["_message_id"] = identity
+    return message
 
 
 def _patiently(call: Callable[[Any], Any], request: Any) -> Any:

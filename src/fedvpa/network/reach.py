@@ -66,11 +66,6 @@ class Reach:
     def __len__(self) -> int:
         return len(self.settings.clients)
 
-    def _blame_all(self, culprits: Mapping[int, str], what: str) -> None:
-        for node, why in culprits.items():
-            if node in self._place:
-                self._blame(self._place[node], what, why)
-
     def join(self, run: str, contract: Contract, columns: int) -> None:
         """From now on clients are greeted for this run. `contract`: what they send; `columns`: of
         the table of private logits."""
@@ -104,6 +99,11 @@ class Reach:
                 " sends %d times (%s says what; remove it from there to let it back in)",
                 name, STRIKES, self.conduct.path or "the run",
             )  # fmt: skip
+
+    def _blame_all(self, culprits: Mapping[int, str], what: str) -> None:
+        for node, why in culprits.items():
+            if node in self._place:
+                self._blame(self._place[node], what, why)
 
     def wait(self, patience: float) -> list[int]:
         """Wait until enough clients are connected.
@@ -148,10 +148,9 @@ class Reach:
                     self._again[node] = time.monotonic() + 1.0
                 else:
                     self._put_off(node)
-                logger.warning(
-                    "%s %s: %s", self._called(node), "is waited for" if waits else "is refused",
-                    harmless(error),
-                )  # fmt: skip
+                who = f"client '{self._owner(node)}'" if self._owner(node) else f"node {node}"
+                done = "is waited for" if waits else "is refused"
+                logger.warning("%s %s: %s", who, done, harmless(error))
                 continue
             self._place[node] = place
             logger.info("client '%s' is connected", self.settings.clients[place])
@@ -170,14 +169,14 @@ class Reach:
         try:
             return opened(reply)
         except WireError as error:
-            name = next((c for c, n in self.bound.items() if n == node), None)
-            if name is not None:
+            name = self._owner(node)
+            if name:
                 self._blame(self.settings.clients.index(name), "hello", error)
             raise
 
-    def _called(self, node: int) -> str:
-        """The client that a node's key belongs to, for messages."""
-        return next((f"client '{c}'" for c, n in self.bound.items() if n == node), f"node {node}")
+    def _owner(self, node: int) -> str:
+        """The client that a node's key belongs to ('': not known)."""
+        return next((name for name, own in self.bound.items() if own == node), "")
 
     def _admitted(self, node: int, header: dict[str, Any]) -> int:
         """The place of a node that has answered a greeting.
@@ -292,16 +291,16 @@ class Reach:
             sensible(kind, found, clients[place])
             return Packet(packet.header, found)
 
-        found = self._answers(kind, header, self.online(), tensors, check=check, together=True)
+        found = self._answers(kind, header, self.online(), tensors, check=check)
         return [(place, packet.tensors) for place, packet in found]
 
     def _answers(
         self, kind: str, header: dict[str, Any], places: Sequence[int],
         tensors: Params | None = None,
-        own: Mapping[int, Params] | None = None, check: Any = None, together: bool = False,
+        own: Mapping[int, Params] | None = None, check: Any = None,
     ) -> list[tuple[int, Packet]]:  # fmt: skip
         """Usable answers by place, in ascending order; asks again those who failed while there are
-        too few. `together`: answers are also held against each other.
+        too few.
 
         Raises:
             CohortError: too few after all attempts; nobody's answer has been used.
@@ -338,14 +337,7 @@ class Reach:
                         self._place.pop(node, None)
                 except WireError as error:
                     self._blame(place, kind, error)
-            if together:
-                told = {place: packet.tensors for place, packet in usable.items()}
-                for place, why in outlying(kind, told, self.config.model.latent).items():
-                    name = self.settings.clients[place]
-                    logger.warning("%s: the reply of '%s' does not count: %s", kind, name, why)
-                    if len(told) >= ENOUGH_TO_JUDGE:
-                        self._blame(place, kind, why)
-                    del usable[place]
+            self._drop_outlying(kind, usable)
             if len(usable) >= self._wanted(places) and usable:
                 return sorted(usable.items())
         wanted = self._wanted(places)
@@ -355,6 +347,17 @@ class Reach:
             f" {wanted} are needed; missing: {', '.join(missing[:5])}; nothing of this round was"
             " used, and the run can be resumed"
         )
+
+    def _drop_outlying(self, kind: str, usable: dict[int, Packet]) -> None:
+        """Answers that are out of all proportion to the others' do not count."""
+        told = {place: packet.tensors for place, packet in usable.items()}
+        for place, why in outlying(kind, told, self.config.model.latent).items():
+            del usable[place]
+            if len(told) >= ENOUGH_TO_JUDGE:
+                self._blame(place, kind, why)
+            else:
+                name = self.settings.clients[place]
+                logger.warning("%s: the reply of '%s' does not count: %s", kind, name, why)
 
     def _wanted(self, places: Sequence[int]) -> int:
         """How many of these have to answer."""

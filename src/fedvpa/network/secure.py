@@ -32,7 +32,7 @@ from torch import Tensor
 from fedvpa.errors import RunError
 from fedvpa.network.masks import keystream, masks_for
 from fedvpa.network.records import Broken
-from fedvpa.network.wire import WireError
+from fedvpa.network.wire import RECORD, WireError
 
 logger = logging.getLogger("fedvpa")
 
@@ -42,7 +42,6 @@ LEVELS = 1 << 22
 """Levels that the range from -1 to 1 is divided into."""
 MODULUS = 1 << 32
 MOST_CLIENTS = 1000
-RECORD = "fedvpa"
 SEARCH_SECONDS = 30.0
 """How long it is looked for whose shares are wrong."""
 MOST_SHARE = 1 << 14

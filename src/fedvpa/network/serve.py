@@ -19,6 +19,7 @@ from fedvpa import __version__
 from fedvpa.checkpoint import load_checkpoint
 from fedvpa.config import Config
 from fedvpa.errors import BadInputError, FedvpaError
+from fedvpa.experiment.build import build_algorithm
 from fedvpa.experiment.dataset import public_whitener
 from fedvpa.experiment.run import ELSEWHERE, RunPaths, load_config, save_config
 from fedvpa.experiment.tracking import open_tracker
@@ -84,7 +85,7 @@ def serve(
 
 
 class Status:
-    """What the run is doing, in a small file that others may read."""
+    """What the run is doing, in a small file for other processes."""
 
     def __init__(self, path: Path, rounds: int) -> None:
         self._path, self._rounds = path, rounds
@@ -161,9 +162,9 @@ def _serve(
     algorithm = _with_losses(algorithm, ledger, state)
     # 3. What will travel is said before anything does.
     paths.write_json("data.json", _described(settings, clients.features.signature))
-    travels = manifest(algorithm, state, whitener)
-    paths.write_json("manifest.json", travels)
-    _say(describe(travels, settings.secure))
+    rows = manifest(algorithm, state, whitener)
+    paths.write_json("manifest.json", rows)
+    _say(describe(rows, settings.secure))
     # 4. The rounds.
     seconds: list[float] = []
 
@@ -196,11 +197,11 @@ def _serve(
 
 
 def _keep(
-    paths: RunPaths, history: list[dict[str, Any]], travels: Any, result: dict[str, Any]
+    paths: RunPaths, history: list[dict[str, Any]], rows: Any, result: dict[str, Any]
 ) -> None:
     """Write what a reader of the run wants to see without opening the checkpoint."""
     paths.write_json("history.json", history)
-    paths.write_json("manifest.json", travels)
+    paths.write_json("manifest.json", rows)
     paths.write_json("federation.json", result | {"history_rounds": len(history)})
     logger.info("finished: %s", json.dumps(result))
 
@@ -259,6 +260,13 @@ def _validate(config: Config, clients: NetworkedClients, reached: ServerState) -
         return {}  # it would be a release that nobody accounts for
     population = Population(**reached.population) if reached.population else None
     return clients.validate(reached.params, population)
+
+
+def travels(config: Config, names: Sequence[str], width: int) -> list[dict[str, Any]]:
+    """The payload manifest of these settings, for clients of these names and features so wide."""
+    algorithm = build_algorithm(config, len(names))
+    state = algorithm.init(Roster(tuple(names), (None,) * len(names)))
+    return manifest(algorithm, state, Whitener.blank(width, config.model.inputs))
 
 
 def describe(rows: list[dict[str, Any]], secure: bool = False) -> list[str]:

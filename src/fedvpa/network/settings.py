@@ -103,7 +103,9 @@ class ClientSettings(Section):
         (), description="parts from outside of fedvpa (module:NAME) that the server may ask for"
     )
     pairs: Literal["fixed", "may-change"] = Field(
-        "fixed", description="whether this client goes on in a run after its pairs have changed"
+        "fixed",
+        description="may-change: this client goes on in a run after its pairs have changed, and in"
+        " runs that divide the pairs otherwise or read other features of them",
     )
     secure_only: bool = Field(
         False, description="refuse every request that would show this client's own numbers"
@@ -111,8 +113,7 @@ class ClientSettings(Section):
 
 
 RETIRED: dict[type[Section], tuple[str, ...]] = {
-    ClientSettings: ("runtime_port", "certificate", "certificate_key"),
-    ServerSettings: (),
+    ClientSettings: ("runtime_port", "certificate", "certificate_key")
 }
 """Settings of older projects, which nothing reads any longer."""
 

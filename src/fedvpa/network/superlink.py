@@ -4,7 +4,7 @@ checkpoint to its end."""
 from __future__ import annotations
 
 import logging
-import math
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
@@ -12,28 +12,21 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fedvpa.config import Config
 from fedvpa.errors import BadInputError
-from fedvpa.federated.exchanges import EXCHANGES
 from fedvpa.files import make_folder, private_file
 from fedvpa.foreign import OneLine
 from fedvpa.network.grid import FlowerTransport
 from fedvpa.network.link import Link
-from fedvpa.network.ports import port_is_free
-from fedvpa.network.serve import LOG, expected_features, serve
+from fedvpa.network.serve import LOG, expected_features, serve, travels
 from fedvpa.network.settings import ServerSettings, read_settings, training_config
 from fedvpa.network.transport import Expected
-from fedvpa.selector.selector import build_selector
 
 logger = logging.getLogger("fedvpa")
 
 NEEDED = ("certificates/server.crt", "certificates/server.key")
 MOST_LOG = 32 << 20
 """Bytes of a log, of which the last two are kept besides."""
-MOST_STARTS, MOST_COMPONENTS = 160, 10
-"""Starts and components of a fit at the most, which the largest reply to it follows from."""
 
 
 def run_server(settings_path: Path) -> dict[str, Any]:
@@ -65,12 +58,19 @@ def run_server(settings_path: Path) -> dict[str, Any]:
     with logged(folder / "server.log", folder / settings.run / LOG):
         # 2. What a reply can hold at the most bounds what is taken from anybody.
         features = expected_features(settings, config)
-        link = Link(keys, largest_reply(config, features))
+        link = Link(keys, largest_reply(config, settings, features))
         certificate, key = (folder / name for name in NEEDED)
         # 3. From here on clients are let in.
         with link.listening(settings.host, settings.port, certificate, key):
             transport = FlowerTransport(link, settings)
             return serve(settings_path, transport, link.nodes, features)
+
+
+def port_is_free(host: str, port: int) -> bool:
+    """Whether nobody listens there."""
+    with socket.socket() as probe:
+        probe.settimeout(1.0)
+        return probe.connect_ex((host, port)) != 0
 
 
 def read_keys(settings: ServerSettings, folder: Path) -> dict[str, bytes]:
@@ -91,22 +91,11 @@ def read_keys(settings: ServerSettings, folder: Path) -> dict[str, bytes]:
     return keys
 
 
-def largest_reply(config: Config, features: Expected) -> int:
-    """Bytes that the largest reply of a client takes, eight for each of its numbers (as masked ones
-    do), and some for names."""
-    sizes = {
-        "d": config.model.latent, "m": MOST_COMPONENTS, "t": MOST_STARTS, "h": features.width
-    }  # fmt: skip
-    kinds = [kind for kind in EXCHANGES if kind != "train"]
-    numbers = [
-        sum(math.prod(sizes.get(s) or int(s) for s in f.shape.split()) for f in EXCHANGES[k].reply)
-        for k in kinds
-    ]
-    params = build_selector(config).init(torch.Generator().manual_seed(0))
-    modes = MOST_COMPONENTS if config.prototypes.modes == "auto" else config.prototypes.modes
-    trained = sum(value.numel() for value in params.values())
-    trained += (modes + 4) * (3 * config.model.latent + 2)
-    return 8 * max(*numbers, trained) + (1 << 18)
+def largest_reply(config: Config, settings: ServerSettings, features: Expected) -> int:
+    """Bytes that no reply of a client exceeds: twice all that a client ever sends (masked numbers
+    take eight bytes instead of four), and some for names and keys."""
+    rows = travels(config, settings.clients, features.width)
+    return 2 * sum(row["bytes"] for row in rows if row["direction"] == "up") + (1 << 18)
 
 
 class Rotated(RotatingFileHandler):

@@ -14,10 +14,11 @@ from fedvpa.files import make_folder
 from fedvpa.foreign import harmless
 from fedvpa.network.codes import RefusedError
 from fedvpa.network.daemon import Client
-from fedvpa.network.masked import RECORD, SecureSums
+from fedvpa.network.masked import SecureSums
 from fedvpa.network.node import Node, NotTakenError, read_key
 from fedvpa.network.settings import ClientSettings, read_settings
 from fedvpa.network.superlink import logged
+from fedvpa.network.wire import RECORD
 
 logger = logging.getLogger("fedvpa")
 

@@ -27,6 +27,8 @@ class WireError(RunError):
     protocol."""
 
 
+RECORD = "fedvpa"
+"""Name of the record of Flower's messages that holds a blob."""
 MOST_HEADER = 1 << 22
 """Bytes of a blob's table of contents, the header with the settings included."""
 MOST_NUMBERS = 1 << 34

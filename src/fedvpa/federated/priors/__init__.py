@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -20,7 +22,7 @@ from fedvpa.parts import PRIORS, builder, part
 from fedvpa.types import MixturePrior, Posterior, ServerState
 
 
-class Prior:
+class Prior(ABC):
     """A prior of z: on the client's side a KL, on the server's side what is broadcast for it.
 
     A prior of a fixed density overrides `kl` alone. A builder is called with ``config=`` and
@@ -38,6 +40,7 @@ class Prior:
     most: int = 0
     """How many components the broadcast mixture has at most (0: there is no mixture)."""
 
+    @abstractmethod
     def kl(
         self,
         posterior: Posterior,
@@ -57,7 +60,6 @@ class Prior:
             noise: the standard normal numbers that made the samples of z.
             uniform: uniform numbers, one per component of the mixture.
         """
-        raise NotImplementedError
 
     def broadcast(self, state: ServerState) -> MixturePrior | None:
         """The mixture that the clients of the coming round are sent; None stands for none."""
