@@ -37,9 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     pairs = random.Random(0).sample(pairs, min(arguments.pairs, len(pairs)))
     items = [Item(p.prompt, r) for p in pairs for r in (p.chosen, p.rejected)]
     backbone, tap = Backbone(arguments.backbone), Tap(arguments.layer, "mean")
-    tokens = sum(
-        len(backbone.prompt_ids(i.prompt)) + len(backbone.response_ids(i.response)) for i in items
-    )
+    tokens = sum(len(one.prompt) + len(one.reply) for one in backbone.prepare(items))
     backbone.encode(items[:4], [tap])
 
     start = time.perf_counter()

@@ -63,6 +63,6 @@ def test_a_feature_cache_that_many_fill_and_some_die_over_is_whole(
             worker.join()
             assert worker.exitcode == 0
         settings = FeaturesConfig(backbone=str(tiny_model), layer=2, dtype="float32")
-        values, _, _, computed = FeatureCache(settings, path).items(items(40))
+        values, _, _, computed, _ = FeatureCache(settings, path).items(items(40))
         assert computed == 0
         assert values.isfinite().all()

@@ -63,24 +63,25 @@ def test_features_are_the_hidden_states_of_transformers(
     from transformers import AutoModelForCausalLM
 
     item = items(3)[2]
-    ids = torch.tensor([backbone.prompt_ids(item.prompt) + backbone.response_ids(item.response)])
+    ready = backbone.prepare([item])[0]
+    ids = torch.tensor([ready.prompt + ready.reply])
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     hidden = model(ids, output_hidden_states=True).hidden_states
-    begin = len(backbone.prompt_ids(item.prompt))
+    begin = len(ready.prompt)
     found = backbone.encode([item], [Tap(2, "last"), Tap(2, "mean")])[0]
     torch.testing.assert_close(found[0], hidden[2][0, -1], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found[1], hidden[2][0, begin:].mean(0), atol=1e-5, rtol=1e-4)
 
 
-def test_long_prompts_lose_their_beginning_and_long_responses_their_end(tiny_model: Path) -> None:
+def test_the_limits_are_those_of_the_texts(tiny_model: Path) -> None:
     short = Backbone(
         str(tiny_model), max_prompt_tokens=4, max_response_tokens=3, dtype=torch.float32
     )
-    prompt = short.prompt_ids((Message("user", "tea is good"),))
-    assert prompt == Backbone(str(tiny_model)).prompt_ids((Message("user", "tea is good"),))[-4:]
-    response = short.response_ids("a b c d e")
-    assert len(response) == 3
-    assert response[-1] == short.response_ids("x")[-1]
+    item = Item((Message("user", "tea is good"),), "a b c d e")
+    whole, cut = (b.prepare([item])[0] for b in (Backbone(str(tiny_model)), short))
+    assert (len(cut.prompt), len(cut.reply)) == (4, 3)
+    assert cut.prompt == [whole.prompt[0], *whole.prompt[-3:]]
+    assert cut.reply == [*whole.reply[:2], whole.reply[-1]]
 
 
 def test_unknown_backbones_and_layers_are_refused(tiny_model: Path, backbone: Backbone) -> None:
@@ -95,16 +96,16 @@ def test_cache_computes_each_text_once_and_tells_settings_apart(
 ) -> None:
     settings = FeaturesConfig(backbone=str(tiny_model), layer=2, pooling="last", dtype="float32")
     texts = items(8)
-    first, _, signature, computed = FeatureCache(settings, tmp_path / "f.sqlite").items(texts)
+    first, _, signature, computed, _ = FeatureCache(settings, tmp_path / "f.sqlite").items(texts)
     assert computed == len(set(texts))
     again = FeatureCache(settings, tmp_path / "f.sqlite")
-    second, _, same, none = again.items(texts[::-1])
+    second, _, same, none, _ = again.items(texts[::-1])
     assert none == 0
     assert again._backbone is None  # what is cached does not need the model
     assert same == signature
     assert torch.equal(second.flip(0), first)
     mean = FeatureCache(settings.model_copy(update={"pooling": "mean"}), tmp_path / "f.sqlite")
-    third, _, other, computed = mean.items(texts)
+    third, _, other, computed, _ = mean.items(texts)
     assert computed == len(set(texts))
     assert other != signature
     assert not torch.equal(third, first)
@@ -133,7 +134,7 @@ def test_two_processes_share_a_cache_and_a_killed_one_harms_nothing(
     for process in both[:2]:
         process.join()
         assert process.exitcode == 0
-    values, _, _, computed = FeatureCache(
+    values, _, _, computed, _ = FeatureCache(
         FeaturesConfig(backbone=str(tiny_model), layer=2, dtype="float32"), path
     ).items(items(40))
     assert computed == 0

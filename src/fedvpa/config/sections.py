@@ -118,7 +118,9 @@ class FeaturesConfig(Section):
     pooling: Literal["last", "mean"] = Field(
         "mean", description="the response's last token, or the mean of all"
     )
-    max_prompt_tokens: Positive = Field(512, description="longer prompts are cut from the left")
+    max_prompt_tokens: Positive = Field(
+        512, description="longer prompts lose their oldest turns, then text of the oldest one left"
+    )
     max_response_tokens: Annotated[int, Field(ge=2)] = Field(
         256, description="longer responses are cut from the right"
     )
@@ -126,6 +128,9 @@ class FeaturesConfig(Section):
         "auto", description="auto: bfloat16 where it is native"
     )
     device: str = Field("cpu", description="torch device of the backbone")
+    thinking: bool = Field(
+        False, description="let a reasoning model's chat template open a thought (enable_thinking)"
+    )
 
 
 class ModelConfig(Section):

@@ -288,7 +288,7 @@ def _latent(z: Any) -> Float[Tensor, "*n d"]:
 def _against_average(run: Run, cache: FeatureCache, items: Sequence[Item]) -> PairBatch:
     """Pairs [n, 1] of each response and one at the centre of the training responses, whose whitened
     features are zero."""
-    features, _, _, _ = cache.items(items)
+    features = cache.items(items).values
     centred = (features - run.whitener.centre) @ run.whitener.projection
     mask = torch.ones(len(items), 1, dtype=torch.bool)
     return PairBatch(

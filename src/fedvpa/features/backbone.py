@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedvpa.errors import BadInputError, RunError
+from fedvpa.features.chat import ChatFormat, Prepared
 from fedvpa.features.loading import load_model, preferred_dtype
 from fedvpa.records import Item, Message, Progress
 
@@ -61,11 +62,13 @@ class Backbone:
         max_response_tokens: int = 256,
         device: str = "cpu",
         dtype: torch.dtype | None = None,
+        thinking: bool = False,
     ) -> None:
         self.dtype = dtype if dtype is not None else preferred_dtype(device)
         loaded = load_model(name, self.dtype, device)
         self.name, self.revision = loaded.name, loaded.revision
-        self.device, self._module, self._tokenizer = device, loaded.module, loaded.tokenizer
+        self.device, self._module = device, loaded.module
+        self.format = ChatFormat(loaded.tokenizer, loaded.name, thinking=thinking)
         config: Any = loaded.module.config
         self.hidden_size, self.num_layers = int(config.hidden_size), int(config.num_hidden_layers)
         self.causal = not hasattr(loaded.module, "encoder")
@@ -73,15 +76,13 @@ class Backbone:
         self.max_response_tokens = min(max_response_tokens, positions // 2)
         self.max_prompt_tokens = min(max_prompt_tokens, positions - self.max_response_tokens - 2)
         self._blocks = self._find_blocks()
-        self._end_of_turn = self._find_end_of_turn()
         self.packed = self.causal and self._packing_is_exact()
 
     @property
     def template_hash(self) -> str:
-        """Hash of the chat template and of the limits that decide which tokens are read."""
-        text = (
-            f"{self._tokenizer.chat_template}|{self.max_prompt_tokens}|{self.max_response_tokens}"
-        )
+        """Hash of how texts are prepared, of the chat template and of the limits: what decides
+        which tokens are read."""
+        text = f"{self.format.identity}|{self.max_prompt_tokens}|{self.max_response_tokens}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def signature(self, tap: Tap) -> str:
@@ -111,20 +112,22 @@ class Backbone:
         token_budget: int = 4096,
         on_batch: Callable[[list[int], Tensor], None] | None = None,
         progress: Progress | None = None,
+        prepared: Sequence[Prepared] | None = None,
     ) -> Float[Tensor, "n t h"]:
         """Features of every item at every tap, in float32.
 
         Batches hold rows of like length, at most `token_budget` tokens with padding. `on_batch`
         receives the items' indices and features [b, t, h] as soon as they are known, so that a
-        cache loses little to an interruption.
+        cache loses little to an interruption. `prepared` is what `prepare` has made of the items.
 
         Raises:
-            BadInputError: a tap that the model does not have.
+            BadInputError: a tap that the model does not have, or a prompt that its chat template
+                refuses.
             RunError: the model gave NaN or Inf, naming the response.
         """
         self.check(taps)
         result = torch.empty(len(items), len(taps), self.hidden_size)
-        rows = self._rows(items)
+        rows = self._rows(self.prepare(items) if prepared is None else prepared)
         done, tokens, start = 0, 0, time.perf_counter()
         for batch in _batches(rows, token_budget):
             hidden = self._forward(batch, sorted({t.layer for t in taps}))
@@ -156,47 +159,38 @@ class Backbone:
                 progress(done, len(items), tokens / (time.perf_counter() - start))
         return result
 
-    def prompt_ids(self, prompt: tuple[Message, ...]) -> list[int]:
-        """Token ids of the chat-templated prompt, cut from the left.
+    def prepare(self, items: Sequence[Item], where: Sequence[str] = ()) -> list[Prepared]:
+        """Token ids of every item, and what was done to its texts.
 
         Raises:
-            BadInputError: the model's chat template refuses this conversation.
+            BadInputError: the model's chat template refuses a conversation; with the entry of
+                `where`.
         """
-        if self._tokenizer.chat_template:
-            try:
-                text = self._tokenizer.apply_chat_template(
-                    [m._asdict() for m in prompt], tokenize=False, add_generation_prompt=True
-                )
-            except Exception as error:  # templates raise jinja2 errors of their own choosing
-                raise BadInputError(
-                    f"the chat template of {self.name} refuses a prompt: {error}"
-                ) from error
-        else:
-            text = (
-                "".join(f"{m.role.capitalize()}: {m.content}\n\n" for m in prompt) + "Assistant: "
-            )
-        return self._ids(text)[-self.max_prompt_tokens :]
-
-    def _ids(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def response_ids(self, response: str) -> list[int]:
-        """Token ids of a response, cut from the right, closed by the end-of-turn token."""
-        return self._ids(response)[: self.max_response_tokens - 1] + self._end_of_turn
-
-    def _rows(self, items: Sequence[Item]) -> list[_Row]:
-        """One row a prompt (packed) or one a response, longest last."""
-        by_prompt: dict[tuple[Message, ...], list[int]] = {}
+        out = []
         for i, item in enumerate(items):
-            by_prompt.setdefault(item.prompt, []).append(i)
+            try:
+                out.append(
+                    self.format.pair(
+                        item.prompt, item.response, self.max_prompt_tokens, self.max_response_tokens
+                    )
+                )
+            except BadInputError as error:
+                place = f"{where[i]}: " if where else ""
+                raise BadInputError(f"{place}{error}") from error
+        return out
+
+    def _rows(self, prepared: Sequence[Prepared]) -> list[_Row]:
+        """One row per prompt (packed) or one per response, longest last."""
+        by_prompt: dict[tuple[int, ...], list[int]] = {}
+        for i, one in enumerate(prepared):
+            by_prompt.setdefault(tuple(one.prompt), []).append(i)
         rows = []
-        for prompt, index in by_prompt.items():
-            ids = self.prompt_ids(prompt)
+        for ids, index in by_prompt.items():
             # more responses in a row would spend more on masked-out attention than they save
             step = 4 if self.packed else 1
             for at in range(0, len(index), step):
                 part = index[at : at + step]
-                rows.append(_Row(ids, [self.response_ids(items[i].response) for i in part], part))
+                rows.append(_Row(list(ids), [prepared[i].reply for i in part], part))
         return sorted(rows, key=lambda row: row.length)
 
     def _forward(self, rows: Sequence[_Row], layers: list[int]) -> dict[int, Tensor]:
@@ -258,18 +252,13 @@ class Backbone:
             f"backbone '{self.name}' has no stack of {self.num_layers} blocks to read features from"
         )
 
-    def _find_end_of_turn(self) -> list[int]:
-        token = self._tokenizer.eos_token_id
-        if token is None:
-            token = self._tokenizer.sep_token_id
-        return [] if token is None else [int(token)]
-
     @torch.inference_mode()
     def _packing_is_exact(self) -> bool:
         prompt = (Message("user", "Is rain wet?"),)
         items = [Item(prompt, "Yes, it is."), Item(prompt, "No.")]
         layer = min(2, self.num_layers)
-        row = _Row(self.prompt_ids(prompt), [self.response_ids(i.response) for i in items], [0, 1])
+        ready = self.prepare(items)
+        row = _Row(ready[0].prompt, [one.reply for one in ready], [0, 1])
         begin = len(row.prompt)
         try:
             packed = self._forward([row], [layer])[layer][0, begin:]

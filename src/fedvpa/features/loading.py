@@ -157,6 +157,14 @@ def preferred_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
+def dtype_of(setting: str, device: str) -> torch.dtype:
+    """The number type that a setting stands for: ``auto``, ``float32`` or ``bfloat16``."""
+    if setting == "auto":
+        return preferred_dtype(device)
+    kind: torch.dtype = getattr(torch, setting)
+    return kind
+
+
 def _locate(name: str) -> tuple[str, str]:
     """Return the name to print and the place that transformers loads from."""
     if name == "smollm2":

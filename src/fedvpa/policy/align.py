@@ -76,7 +76,7 @@ def align(
     }
     claim(root, wanted, resume)
     loaded = load_base(config)
-    base = Policy(loaded.module, loaded.tokenizer)
+    base = Policy(loaded.module, loaded.tokenizer, config.thinking)
     chosen = read_prompts(
         prompts, split, config.max_prompt_tokens, lambda p: len(base.prompt_ids(p))
     )
@@ -85,7 +85,7 @@ def align(
     card = PolicyCard(
         config.base, loaded.revision, config.form,
         {name: z.tolist() for name, z in preferences.items()}, selector.neutral.tolist(),
-        centre.tolist(), scale, str(run),
+        centre.tolist(), scale, str(run), config.thinking,
     )  # fmt: skip
     work.mkdir(parents=True, exist_ok=True)
     write_atomically(work / "asked.json", plain_json(wanted))
@@ -141,7 +141,7 @@ def _iterations(job: _Job, loaded: LoadedModel, base: Policy, rows: list[dict[st
             loaded, job.card, ordered, config, previous, place, stage, job.report
         )
         rows.append(counts | figures)
-        policy, previous = Policy(model, loaded.tokenizer), place / "trained"
+        policy, previous = Policy(model, loaded.tokenizer, config.thinking), place / "trained"
         # TRL wraps a bare model; the adapter comes back with its weights
         if iteration + 1 < config.iterations:
             loaded = load_base(config)

@@ -52,13 +52,16 @@ def feddpo(
     wanted = {"run": run, "config": config.model_dump(mode="json"), "method": "feddpo"}
     claim(root, wanted, resume)
     loaded = load_base(config)
-    rows = {c.name: _rows(c, Policy(loaded.module, loaded.tokenizer), config) for c in clients}
+    policy = Policy(loaded.module, loaded.tokenizer, config.thinking)
+    rows = {c.name: _rows(c, policy, config) for c in clients}
     able = [name for name, own in rows.items() if own]
     if not able:
         raise BadInputError(
             f"{run}: no client has a pair within --max-prompt-tokens and --max-response-tokens"
         )
-    card = PolicyCard(config.base, loaded.revision, config.form, {"shared": []}, [], [], 1.0, run)
+    card = PolicyCard(
+        config.base, loaded.revision, config.form, {"shared": []}, [], [], 1.0, run, config.thinking
+    )
     work.mkdir(parents=True, exist_ok=True)
     write_atomically(work / "asked.json", plain_json(wanted))
     history: list[dict[str, Any]] = []
@@ -111,7 +114,7 @@ def _rows(client: ClientPairs, policy: Policy, config: FedDPOConfig) -> list[dic
                 continue
             out.append(
                 {
-                    "prompt": [{"role": m.role, "content": m.content} for m in pair.prompt],
+                    "prompt": [m._asdict() for m in policy.format.accepted(pair.prompt)],
                     "chosen": [{"role": "assistant", "content": pair.chosen}],
                     "rejected": [{"role": "assistant", "content": pair.rejected}],
                     "preference": [],

@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedvpa.errors import BadInputError
+from fedvpa.features.chat import ChatFormat, without_thought
 from fedvpa.features.loading import load_causal_model
 from fedvpa.files import plain_json, write_atomically
 from fedvpa.policy.conditioning import (
@@ -53,6 +54,7 @@ class PolicyCard:
     centre: list[float]
     scale: float
     selector: str
+    thinking: bool = False
 
     def z(self, name: str) -> Float[Tensor, "d"]:
         """z of a named preference, or of ``neutral``.
@@ -114,8 +116,10 @@ class Policy:
     """A language model that a latent preference steers. `model` is the PEFT model with a
     conditioner attached, or the bare base model, which knows no z."""
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, thinking: bool = False) -> None:
         self.model, self.tokenizer = model, tokenizer
+        self.format = ChatFormat(tokenizer, "the base model", thinking=thinking)
+        self._opens_thought = self.format.opens_thought
         generation = model.generation_config
         stops = (
             generation.eos_token_id
@@ -132,12 +136,12 @@ class Policy:
         return next(self.model.parameters()).device
 
     def prompt_ids(self, prompt: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation, up to where the answer begins."""
-        turns = [{"role": m.role, "content": m.content} for m in prompt]
-        found = self.tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-        return list(found["input_ids"])
+        """Token ids of a conversation, up to where the answer begins.
+
+        Raises:
+            BadInputError: the chat template refuses the conversation.
+        """
+        return self.format.prompt(tuple(prompt))[0]
 
     @torch.inference_mode()
     def sample(
@@ -149,7 +153,8 @@ class Policy:
     ) -> Iterator[Drawn]:
         """Yield batches of responses.
 
-        z None is the base model itself, the adapter being switched off. A batch's randomness
+        z None is the base model itself, the adapter being switched off. A thought at the beginning
+        of a response is left out; one that the limit cut off leaves nothing. A batch's randomness
         depends on the seed and on its first prompt's index alone, so that work can be taken up
         again.
         """
@@ -167,7 +172,7 @@ class Policy:
             stop = torch.isin(drawn, torch.tensor(self.stops, device=drawn.device))
             ended = stop.any(-1)
             length = int((stop.cumsum(-1) == 0).sum()) + int(ended.sum())
-            texts = [text.strip() for text in texts]
+            texts = [without_thought(text, self._opens_thought).strip() for text in texts]
             if sampling.whole:
                 texts = [
                     text if done else whole_sentences(text)
@@ -347,4 +352,4 @@ def load_policy(
         )
     model: Any = PeftModel.from_pretrained(loaded.module, str(folder / "adapter"))
     attach(model, read_conditioner(folder, card.form).to(device))
-    return Policy(model.eval(), loaded.tokenizer), card
+    return Policy(model.eval(), loaded.tokenizer, card.thinking), card

@@ -15,6 +15,10 @@ class TrainingConfig(Section):
     base: str = Field(
         "smollm2", description="language model: smollm2, a Hugging Face name, or a folder"
     )
+    thinking: bool = Field(
+        False,
+        description="let a reasoning model think before it answers; thoughts are never judged",
+    )
     form: Literal["gate", "prefix", "shift"] = Field(
         "gate",
         description=(

@@ -11,9 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fedvpa.features.loading import LoadedModel, load_causal_model
+from fedvpa.features.loading import LoadedModel, dtype_of, load_causal_model
 from fedvpa.policy.conditioning import load_conditioner, save_conditioner
 from fedvpa.policy.dpo import ConditionalDPOTrainer, PreferenceCollator, last_checkpoint
 from fedvpa.policy.policy import Policy, PolicyCard, new_conditioner, save_card
@@ -29,9 +27,7 @@ def load_base(config: TrainingConfig) -> LoadedModel:
     Raises:
         BadInputError: it cannot be had.
     """
-    return load_causal_model(
-        config.base, None if config.dtype == "auto" else getattr(torch, config.dtype), config.device
-    )
+    return load_causal_model(config.base, dtype_of(config.dtype, config.device), config.device)
 
 
 def by_prompt(pairs: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
@@ -63,7 +59,8 @@ def train_dpo(
     disable_progress_bars()  # progress is reported by stage
     saved = place / "pairs"
     if not (saved / "dataset_info.json").is_file():
-        Dataset.from_list(pairs).save_to_disk(str(saved))
+        told = {"chat_template_kwargs": {"enable_thinking": config.thinking}}
+        Dataset.from_list([pair | told for pair in pairs]).save_to_disk(str(saved))
     conditioner = new_conditioner(
         card, loaded.module, loaded.tokenizer, config.rank, config.tokens, config.seed
     )

@@ -76,7 +76,7 @@ class RewardJudge:
         items = [
             Item(prompt, text) for prompt, *texts in zip(prompts, first, second) for text in texts
         ]
-        values = self._cache.items(items)[0].double().numpy().reshape(len(prompts), 2, -1)
+        values = self._cache.items(items).values.double().numpy().reshape(len(prompts), 2, -1)
         margin = (values[:, 0] - values[:, 1]) @ self._direction[criterion]
         same = np.array([a == b for a, b in zip(first, second)], dtype=bool)
         return [float(x) for x in np.where(same, 0.5, margin > 0)]
