@@ -24,6 +24,11 @@ class RecordError(BadInputError):
         super().__init__(f"{where}: {reason}" + (f" ({advice})" if advice else ""))
 
 
+class UnusableRecordError(RecordError):
+    """A well-formed record that compares nothing (an empty reply, two identical ones, a turn of a
+    tool), as every annotated data set has a few."""
+
+
 class RunError(FedvpaError):
     """A run failed although its input was well-formed."""
 

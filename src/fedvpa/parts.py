@@ -104,7 +104,15 @@ SOURCES: Table = {
     "files": Part(
         "a file, a folder, or a dataset of the Hub",
         "fedvpa.data.sources:files",
-        ("data.split", "data.partition", "data.protocol", "data.max_pairs", "data.on_bad_record"),
+        (
+            "data.split",
+            "data.partition",
+            "data.protocol",
+            "data.max_pairs",
+            "data.on_bad_record",
+            "data.columns",
+            "data.score_margin",
+        ),
     ),
 }
 """Where comparisons come from; see `fedvpa.data.sources.Source`. Any other name is of `files`."""

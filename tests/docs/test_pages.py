@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedvpa.cli.use_commands import read_responses
-from fedvpa.data.preferences import parse_record
+from fedvpa.data.preferences import pairs_of
 from fedvpa.data.reading import read_pairs
 from fedvpa.federated.exchanges import exchange_table
 from fedvpa.methods import METHODS
@@ -31,7 +31,7 @@ def test_the_table_of_messages_is_that_of_the_code() -> None:
 def test_examples_of_records_are_read() -> None:
     page = (ROOT / "docs" / "data-formats.md").read_text()
     examples = [json.loads(text) for text in re.findall(r"```json\n(.+?)\n```", page)]
-    pairs = [parse_record(e, "docs") for e in examples if "chosen" in e]
+    pairs = [p for e in examples if "chosen" in e for p in pairs_of(e, "docs")]
     assert len(pairs) == 3
     assert {p.prompt[0].content for p in pairs} == {"Is tea healthy?"}
 

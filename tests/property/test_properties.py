@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedvpa.data.messages import tidy
 from fedvpa.data.partition import Partitioner
-from fedvpa.data.preferences import parse_record
+from fedvpa.data.preferences import pairs_of
 from fedvpa.data.reading import read_pairs
 from fedvpa.errors import BadInputError, RecordError
 from fedvpa.federated.episodes import DrawSizes, Episodes, local_draws
@@ -42,13 +43,13 @@ def test_an_explicit_prompt_comes_back_as_it_was(prompt: str, a: str, b: str) ->
     }
     if a.strip() == b.strip():
         with pytest.raises(RecordError, match="identical"):
-            parse_record(record, "f:1")
+            pairs_of(record, "f:1")[0]
         return
-    found = parse_record(record, "f:1")
+    found = pairs_of(record, "f:1")[0]
     assert (found.prompt, found.chosen, found.rejected) == (
-        (Message("user", prompt.strip()),),
-        a.strip(),
-        b.strip(),
+        (Message("user", tidy(prompt)),),
+        tidy(a),
+        tidy(b),
     )
     assert found.content_key() == found.reversed().content_key()
     assert found.chosen_is_first() != found.reversed().chosen_is_first()
@@ -59,7 +60,7 @@ def test_an_explicit_prompt_comes_back_as_it_was(prompt: str, a: str, b: str) ->
 )
 def test_any_record_is_parsed_or_refused_and_nothing_else(record: dict[str, object]) -> None:
     try:
-        found = parse_record(record, "f:1")
+        found = pairs_of(record, "f:1")[0]
     except RecordError as error:
         assert error.where == "f:1"
     else:

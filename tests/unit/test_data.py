@@ -25,7 +25,7 @@ from fedvpa.data.personas import (
     respond,
     user_vector,
 )
-from fedvpa.data.preferences import parse_record
+from fedvpa.data.preferences import pairs_of
 from fedvpa.data.reading import read_pairs
 from fedvpa.errors import BadInputError, RecordError
 from fedvpa.records import Message, PreferencePair
@@ -52,13 +52,13 @@ def test_every_format_gives_the_same_pair() -> None:
         },
     ]
     for record in records:
-        found = parse_record(record, "f:1")
+        found = pairs_of(record, "f:1")[0]
         assert (found.prompt, found.chosen, found.rejected) == (
             (Message("user", "tea?"),),
             "yes",
             "no",
         )
-    long = parse_record(HH | {"client_id": 7, "group": "kind"}, "f:1")
+    long = pairs_of(HH | {"client_id": 7, "group": "kind"}, "f:1")[0]
     assert [m.role for m in long.prompt] == ["user", "assistant", "user"]
     assert (long.client_id, long.group) == ("7", "kind")
 
@@ -67,12 +67,12 @@ def test_every_format_gives_the_same_pair() -> None:
     ("record", "reason"),
     [
         ({"chosen": "a"}, "missing key 'rejected'"),
-        ([1, 2], "expected a JSON object, found a list"),
+        ([1, 2], "expected an object, found a list"),
         ({"prompt": "p", "chosen": "same", "rejected": "same "}, "identical responses"),
         ({"prompt": "p", "chosen": "x", "rejected": " "}, "empty response in 'rejected'"),
         (HH | {"rejected": "\n\nHuman: other\n\nAssistant: no"}, "different prompts"),
         ({"prompt": "p", "chosen": 3, "rejected": "x"}, "wrong type: 'chosen' is a number"),
-        ({"prompt": "p", "chosen": float("nan"), "rejected": "x"}, "'chosen' is NaN"),
+        ({"prompt": "p", "chosen": float("nan"), "rejected": "x"}, "empty response in 'chosen'"),
         (HH | {"chosen": "\n\nHuman: hi"}, "no final assistant turn in 'chosen'"),
         ({"prompt": "", "chosen": "x", "rejected": "y"}, "no user turn"),
         ({"prompt": "p", "chosen": "x\ud800", "rejected": "y"}, "undecodable characters"),
@@ -95,7 +95,7 @@ def test_every_format_gives_the_same_pair() -> None:
 )
 def test_bad_records_are_refused_with_place_and_reason(record: object, reason: str) -> None:
     with pytest.raises(RecordError, match=reason) as error:
-        parse_record(record, "file.jsonl:9")
+        pairs_of(record, "file.jsonl:9")
     assert str(error.value).startswith("file.jsonl:9: ")
 
 

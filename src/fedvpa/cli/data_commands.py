@@ -1,31 +1,43 @@
-"""``fedvpa data inspect`` and ``fedvpa data personas``."""
+"""``fedvpa data inspect``, ``convert`` and ``personas``."""
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
+from pathlib import Path
+from typing import Any
 
+from fedvpa.cli.options import columns_given, say_notes
 from fedvpa.config import PersonasConfig, build_config
 from fedvpa.console import Reporter, emit_json
 from fedvpa.data.inspection import inspect_pairs
 from fedvpa.data.personas import ATTRIBUTES, UNSEEN, personas, user_vector
-from fedvpa.data.preferences import to_record
+from fedvpa.data.preferences import to_record, to_transcripts
+from fedvpa.data.published import read_published
 from fedvpa.data.reading import PairSet, read_pairs
-from fedvpa.errors import BadInputError
+from fedvpa.errors import BadInputError, RecordError
 from fedvpa.files import claim, write_atomically
+from fedvpa.foreign import harmless
 
 
 def run_inspect(arguments: argparse.Namespace, reporter: Reporter) -> int:
-    """Print what a source holds."""
-    source = read_pairs(arguments.source, arguments.split, arguments.on_bad_record)
-    test: PairSet | None = None
+    """Print what a source holds, and three of its records as they were understood."""
+    source, test = _read(arguments, arguments.split), None
     if arguments.test_split:
-        test = read_pairs(arguments.source, arguments.test_split, arguments.on_bad_record)
+        test = _read(arguments, arguments.test_split)
     found = inspect_pairs(source, test)
     reporter.say(
         f"{arguments.source}: {found['pairs']} pairs, {found['prompts']} prompts,"
-        f" {found['clients']} client ids"
+        f" {found['responses']} responses, {found['clients']} client ids"
     )
+    say_notes(reporter, source)
+    sizes = found["pairs_per_client"]
+    if sizes:
+        reporter.say(
+            f"pairs per client id: {sizes['least']} to {sizes['most']}, median {sizes['median']:g};"
+            f" {found['without_client_id']} pairs without one"
+        )
     rows = [
         (
             name or "(none)",
@@ -41,10 +53,8 @@ def run_inspect(arguments: argparse.Namespace, reporter: Reporter) -> int:
     )
     for key in ("duplicates", "contradictions", "longer_is_chosen"):
         reporter.say(f"{key.replace('_', ' ')}: {found[key]}")
-    for reason, count in found["skipped"].items():
-        reporter.say(f"skipped: {count} x {reason}")
-    for line in source.first_skipped:
-        reporter.say(f"  {line}")
+    for example in found["examples"]:
+        _show(reporter, example)
     if test is not None:
         leaks = found["leaks"]
         reporter.say(
@@ -52,6 +62,54 @@ def run_inspect(arguments: argparse.Namespace, reporter: Reporter) -> int:
             " prompts"
         )
     emit_json(arguments.json, found)
+    return 0
+
+
+def _read(arguments: argparse.Namespace, split: str | None) -> PairSet:
+    return read_pairs(
+        arguments.source, split, arguments.on_bad_record, columns=columns_given(arguments),
+        score_margin=arguments.score_margin,
+    )  # fmt: skip
+
+
+def _show(reporter: Reporter, example: dict[str, Any]) -> None:
+    """One record, turn by turn."""
+    owner = "" if example["client_id"] is None else f", client {example['client_id']}"
+    reporter.say(f"{example['from']}{owner}")
+    replies = [(key, example[key]) for key in ("chosen", "rejected")]
+    for role, text in [(m["role"], m["content"]) for m in example["turns"]] + replies:
+        reporter.say(f"  {role + ':':<10} {harmless(text, 160)}")
+
+
+def run_convert(arguments: argparse.Namespace, reporter: Reporter) -> int:
+    """Write what was read in one form."""
+    out: Path = arguments.out
+    if not out.name.endswith((".jsonl", ".jsonl.gz")):
+        raise BadInputError(f"--out {out}: name a .jsonl or a .jsonl.gz file")
+    if out.exists():
+        raise BadInputError(f"--out {out}: is there already; name a new file")
+    source = (
+        read_published(
+            arguments.published, arguments.source, arguments.split, arguments.score_margin
+        )
+        if arguments.published
+        else _read(arguments, arguments.split)
+    )
+    say_notes(reporter, source)
+    made, lost = list[dict[str, Any]](), 0
+    for pair in source.pairs:
+        try:
+            made.append((to_record if arguments.to == "trl" else to_transcripts)(pair))
+        except RecordError:
+            if arguments.on_bad_record != "skip":
+                raise
+            lost += 1
+    raw = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in made).encode()
+    write_atomically(out, gzip.compress(raw, mtime=0) if out.name.endswith(".gz") else raw)
+    clients = len({p.client_id for p in source.pairs if p.client_id is not None})
+    reporter.say(f"{out}: {len(made)} pairs of {clients} clients")
+    if lost:
+        reporter.say(f"left out: {lost} x what HH-RLHF's form cannot hold")
     return 0
 
 

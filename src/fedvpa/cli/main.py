@@ -46,6 +46,8 @@ COMMANDS: dict[str, Command | Group] = {
     "data": Group("look at preference data, or make some", {
         "inspect": Command("counts, lengths, groups, duplicates, leaks",
                            "data:inspect", "data_commands:run_inspect"),
+        "convert": Command("write comparisons in one canonical form",
+                           "data:convert", "data_commands:run_convert"),
         "personas": Command("write a personas data set with its truth",
                             "data:personas", "data_commands:run_personas"),
     }),

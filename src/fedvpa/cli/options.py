@@ -100,9 +100,10 @@ def add_settings(
         if section not in groups:
             groups[section] = parser.add_argument_group(section)
         text = _help(info, value_of(defaults, name)) if name in visible else argparse.SUPPRESS
+        several: dict[str, Any] = {"action": "append"} if name == "data.columns" else {}
         groups[section].add_argument(
             *_flags(name, short), dest=name, default=argparse.SUPPRESS, help=text,
-            metavar=_metavar(name, info),
+            metavar=_metavar(name, info), **several,
         )  # fmt: skip
     add_help_all(parser, asked)
 
@@ -168,6 +169,50 @@ def flat_settings_given(arguments: argparse.Namespace, model: type[T]) -> T:
         raise BadInputError("; ".join(explain(e, model) for e in error.errors())) from error
 
 
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """How the records of a command's own source are read."""
+    parser.add_argument(
+        "--on-bad-record", choices=["few", "error", "skip"], default="few",
+        help="few: skip records that compare nothing while under 1 %% of a file (default: few)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--column", action="append", default=[], metavar="FIELD=COLUMN",
+        help="a field under another name, as client_id=user_id (repeatable)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--score-margin", type=float, default=0.0, metavar="X",
+        help="rated responses make a pair where ratings differ by more than this (default: 0)",
+    )  # fmt: skip
+
+
+def columns_given(arguments: argparse.Namespace) -> dict[str, str]:
+    """Columns by field, of ``--column``.
+
+    Raises:
+        BadInputError: not of the form FIELD=COLUMN.
+    """
+    return _columns(arguments.column)
+
+
+def _columns(given: Sequence[str]) -> dict[str, str]:
+    from fedvpa.data.preferences import columns_of
+
+    try:
+        return columns_of(given)
+    except ValueError as error:
+        raise BadInputError(f"--column: {error}") from error
+
+
+def say_notes(reporter: Any, source: Any) -> None:
+    """How a source was understood, and what was left out of it."""
+    for note in source.notes:
+        reporter.say(note)
+    for reason, count in source.skipped.items():
+        reporter.say(f"skipped: {count} x {reason}")
+    for line in source.first_skipped[:3]:
+        reporter.say(f"  {line}")
+
+
 def add_json(parser: argparse.ArgumentParser, what: str) -> None:
     """``--json [FILE]``."""
     parser.add_argument(
@@ -182,9 +227,11 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="verbose log, and tracebacks")
 
 
-def _parsed(info: FieldInfo, value: str) -> Any:
-    """Text as given; lists by commas; 'none' where a setting may be None. Everything else is
-    pydantic's to check."""
+def _parsed(info: FieldInfo, value: Any) -> Any:
+    """Text as given; lists by commas; columns by field; 'none' where a setting may be None.
+    Everything else is pydantic's to check."""
+    if isinstance(value, list):
+        return _columns(value)
     if get_origin(info.annotation) is tuple:
         return [part for part in value.strip("[]() ").replace(" ", "").split(",") if part]
     if value.lower() == "none" and type(None) in get_args(info.annotation):
@@ -193,6 +240,8 @@ def _parsed(info: FieldInfo, value: str) -> Any:
 
 
 def _metavar(name: str, info: FieldInfo) -> str:
+    if name == "data.columns":
+        return "FIELD=COLUMN"
     choices = _choices(name, info.annotation)
     return "{" + ",".join(choices) + "}" if choices else name.rsplit(".", 1)[-1].upper()
 

@@ -26,9 +26,7 @@ def run_generate(arguments: argparse.Namespace, reporter: Reporter) -> int:
     policy, card = load_policy(arguments.directory, arguments.device)
     z = _wanted_z(arguments, card)
     sampling = _sampling(arguments)
-    found = read_prompts(
-        arguments.prompts, arguments.split, 1 << 20, lambda p: len(policy.prompt_ids(p))
-    )
+    found = read_prompts(arguments.prompts, arguments.split, 1 << 20, policy.format)
     prompts = found.some(arguments.limit, arguments.seed)
     texts = [""] * len(prompts)
     rows = None if z is None else z.expand(len(prompts), -1)

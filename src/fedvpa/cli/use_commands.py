@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from fedvpa.console import Reporter, emit_json
-from fedvpa.data.preferences import parse_prompt
+from fedvpa.data.messages import prompt_of, tidy
 from fedvpa.data.reading import read_pairs
-from fedvpa.errors import BadInputError
+from fedvpa.data.tables import member_of, rows_of
+from fedvpa.errors import BadInputError, RecordError
 from fedvpa.experiment.use import PreferenceModel
 from fedvpa.records import Item
 
@@ -61,24 +61,15 @@ def run_score(arguments: argparse.Namespace, reporter: Reporter) -> int:
 
 
 def read_responses(path: Path) -> list[Item]:
-    """Responses to score, one JSON object per line.
+    """Responses to score, one record per line.
 
     Raises:
         BadInputError: with file, line and reason.
     """
     items = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInputError(f"{path}: cannot be read: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise BadInputError(f"{where}: not JSON: {error.msg}, column {error.colno}") from error
+    for where, record in rows_of(member_of(path)):
+        if isinstance(record, RecordError):
+            raise record
         if (
             not isinstance(record, dict)
             or "prompt" not in record
@@ -87,7 +78,7 @@ def read_responses(path: Path) -> list[Item]:
             raise BadInputError(f'{where}: needs "prompt" and "response" (text)')
         if not record["response"].strip():
             raise BadInputError(f"{where}: empty response")
-        items.append(Item(parse_prompt(record["prompt"], where), record["response"].strip()))
+        items.append(Item(prompt_of(record["prompt"], where), tidy(record["response"])))
     if not items:
         raise BadInputError(f"{path}: no responses in it")
     return items

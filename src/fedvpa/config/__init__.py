@@ -2,6 +2,7 @@
 become one checked configuration (`building`)."""
 
 from fedvpa.config.building import build_config, explain, flatten, merged, read_yaml, settings_for
+from fedvpa.config.inputs import FEDERATION, DataConfig, FeaturesConfig, PersonasConfig, Section
 from fedvpa.config.reads import (
     BASIC,
     leaf_settings,
@@ -10,15 +11,7 @@ from fedvpa.config.reads import (
     short_names,
     value_of,
 )
-from fedvpa.config.sections import (
-    FEDERATION,
-    Config,
-    DataConfig,
-    FeaturesConfig,
-    FederationConfig,
-    PersonasConfig,
-    Section,
-)
+from fedvpa.config.sections import Config, FederationConfig
 
 __all__ = [
     "BASIC",

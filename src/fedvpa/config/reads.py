@@ -76,7 +76,7 @@ def leaf_settings(model: type[BaseModel] = Config, prefix: str = "") -> dict[str
     return out
 
 
-RENAMED = {"data.source": "data"}
+RENAMED = {"data.source": "data", "data.columns": "column"}
 """Settings whose short name is not the last part of their name."""
 
 

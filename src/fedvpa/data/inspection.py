@@ -15,14 +15,18 @@ def inspect_pairs(source: PairSet, test: PairSet | None = None) -> dict[str, Any
     """Summary as plain values; lengths are medians, in words."""
     pairs = source.pairs
     contents = Counter(p.content_key() for p in pairs)
-    answers: dict[str, set[str]] = {}
+    # opposed groups, and different people, may well disagree: what one of them says twice counts
+    answers: dict[tuple[str | None, str | None, str], set[str]] = {}
     for p in pairs:
-        answers.setdefault(p.content_key(), set()).add(p.chosen)
+        answers.setdefault((p.client_id, p.group, p.content_key()), set()).add(p.chosen)
     longer = [len(p.chosen.split()) - len(p.rejected.split()) for p in pairs]
     found: dict[str, Any] = {
         "pairs": len(pairs),
         "prompts": len({p.prompt_key() for p in pairs}),
+        "responses": len({text for p in pairs for text in (p.chosen, p.rejected)}),
         "clients": len({p.client_id for p in pairs if p.client_id is not None}),
+        "pairs_per_client": _sizes(pairs),
+        "without_client_id": sum(p.client_id is None for p in pairs),
         "groups": {
             name: _lengths([p for p in pairs if p.group == name])
             for name in sorted({p.group for p in pairs}, key=lambda g: (g is None, g or ""))
@@ -33,6 +37,8 @@ def inspect_pairs(source: PairSet, test: PairSet | None = None) -> dict[str, Any
             sum(d > 0 for d in longer) / max(1, sum(d != 0 for d in longer)), 3
         ),
         "skipped": dict(source.skipped),
+        "notes": source.notes,
+        "examples": [_example(pairs[i]) for i in sorted({0, len(pairs) // 2, len(pairs) - 1})],
     }
     if test is not None:
         prompts = {p.prompt_key() for p in pairs}
@@ -41,6 +47,26 @@ def inspect_pairs(source: PairSet, test: PairSet | None = None) -> dict[str, Any
             "prompts": sum(p.prompt_key() in prompts for p in test.pairs),
         }
     return found
+
+
+def _sizes(pairs: list[PreferencePair]) -> dict[str, int | float] | None:
+    """Smallest, median and largest number of pairs per client id."""
+    sizes = Counter(p.client_id for p in pairs if p.client_id is not None).values()
+    if not sizes:
+        return None
+    return {"least": min(sizes), "median": median(sizes), "most": max(sizes)}
+
+
+def _example(pair: PreferencePair) -> dict[str, Any]:
+    """A record as it was understood, turn by turn."""
+    return {
+        "from": pair.source,
+        "turns": [m._asdict() for m in pair.prompt],
+        "chosen": pair.chosen,
+        "rejected": pair.rejected,
+        "client_id": pair.client_id,
+        "group": pair.group,
+    }
 
 
 def _lengths(pairs: list[PreferencePair]) -> dict[str, int | float]:

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedvpa.data.preferences import parse_prompt, parse_record, to_record
+from fedvpa.data.messages import prompt_of, tidy
+from fedvpa.data.preferences import Form, pairs_of, to_record
 from fedvpa.data.reading import PairSet, read_pairs
 from fedvpa.errors import BadInputError
 from fedvpa.files import write_atomically
@@ -35,24 +36,25 @@ def pairs_from(data: Any, name: str = "pairs") -> list[PreferencePair]:
     if isinstance(data, PairSet):
         return data.pairs
     if hasattr(data, "columns") and hasattr(data, "to_dict"):  # a table, as of pandas
-        data = data.to_dict("records")
+        data = data.astype(object).where(data.notna(), None).to_dict("records")
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
         raise BadInputError(
             f"{name}: is a {type(data).__name__}; give a path, a list of records or of"
             " fedvpa.PreferencePair, or a datasets.Dataset"
         )
-    return [_pair(entry, f"{name}[{i}]") for i, entry in enumerate(data)]
+    form = Form()
+    return [p for i, entry in enumerate(data) for p in _pairs(entry, f"{name}[{i}]", form)]
 
 
-def _pair(entry: Any, where: str) -> PreferencePair:
+def _pairs(entry: Any, where: str, form: Form) -> list[PreferencePair]:
     if isinstance(entry, PreferencePair):
-        return entry
+        return [entry]
     if not isinstance(entry, Mapping):
         raise BadInputError(
             f"{where}: is a {type(entry).__name__}, not a record with 'prompt', 'chosen' and"
             " 'rejected', nor a fedvpa.PreferencePair"
         )
-    return parse_record({k: v for k, v in entry.items() if v is not None}, where)
+    return pairs_of(entry, where, form)
 
 
 def items_from(items: Any, name: str = "items") -> list[Item]:
@@ -88,7 +90,7 @@ def _item(entry: Any, where: str) -> Item:
         prompt = [m._asdict() if hasattr(m, "_asdict") else m for m in prompt]
     if not response.strip():
         raise BadInputError(f"{where}: empty response")
-    return Item(parse_prompt(prompt, where), response.strip())
+    return Item(prompt_of(prompt, where), tidy(response))
 
 
 def write_pairs(pairs: Iterable[PreferencePair], path: Path, *, private: bool = False) -> None:

@@ -1,95 +1,95 @@
-r"""One preference record, as found in the wild, to a checked `PreferencePair`.
+r"""One record, as found in the wild, to checked `PreferencePair`s.
 
-Formats, recognised record by record:
+Forms, recognised record by record (docs/data-formats.md shows one of each):
 
-* **HH-RLHF** - ``{"chosen": "\n\nHuman: ...\n\nAssistant: ...", "rejected": ...}``; the prompt is
-  what both share up to the last ``\n\nAssistant:`` (Bai et al., 2022, arXiv 2204.05862).
-* **TRL preference**, standard or conversational, with explicit or implicit prompt (TRL
-  documentation, *Dataset formats*).
+* **TRL preference** (TRL documentation, *Dataset formats*): ``prompt``, ``chosen``, ``rejected`` as
+  text or as messages; without a prompt, it is what both have in common.
+* **HH-RLHF** and other transcripts: see `fedvpa.data.transcripts`.
+* several ``rejected`` (or ``chosen``) replies; ``response_a``, ``response_b`` and ``preference``;
+  rated ``completions``.
 
-Optional columns: ``client_id`` and ``group`` (text or whole number).
+Beside them, ``system``, ``client_id`` and ``group``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, cast
+import numbers
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from fedvpa.errors import RecordError
+from fedvpa.data.messages import Agreement, is_messages, kind_of, tidy, unencodable
+from fedvpa.data.replies import prompt_and_replies
+from fedvpa.errors import RecordError, UnusableRecordError
 from fedvpa.foreign import harmless
-from fedvpa.records import Message, PreferencePair, Role
+from fedvpa.records import Message, PreferencePair
 
-_HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-_ROLES = ("system", "user", "assistant")
-_NO_COMPARISON = (
-    "empty response",
-    "identical responses",
-    "chosen and rejected have different prompts",
-)
+FIELDS = (
+    "prompt", "chosen", "rejected", "client_id", "group", "system", "input", "response_a",
+    "response_b", "preference", "completions", "scores",
+)  # fmt: skip
+"""What a column can be said to hold."""
+PROMPTS = ("prompt", "instruction", "question", "conversations", "messages")
+"""Columns that are read as the prompt; the first one that is there."""
+_OTHERWISE = {
+    "generations": "completions", "ratings": "scores", "chosen_response": "chosen",
+    "rejected_response": "rejected",
+}  # fmt: skip
+"""Names that other tools write (distilabel, Argilla)."""
+SEEN = (*FIELDS, *PROMPTS, *_OTHERWISE, "label", "completion", "utterance_id", "model_response")
+"""Columns whose contents are looked at."""
+_FIRST = ("a", "response_a", "model_a", "first", "left")
+_SECOND = ("b", "response_b", "model_b", "second", "right")
+_TIES = ("tie", "ties", "both", "neither", "equal", "draw", "same", "tie (bothbad)")
 
 
-def is_no_comparison(error: RecordError) -> bool:
-    """Whether the record is well-formed but compares nothing, as a few records of every
-    annotated data set do."""
-    return error.reason.startswith(_NO_COMPARISON)
+@dataclass
+class Form:
+    """How the records of one source are read: which columns hold what, and what they have agreed
+    on so far.
+
+    Args:
+        columns: field (of `FIELDS`) to the name of its column.
+        score_margin: ratings have to differ by more than this.
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    score_margin: float = 0.0
+    agreed: Agreement = field(default_factory=Agreement)
 
 
-def parse_record(record: Any, where: str) -> PreferencePair:
-    """Check one record and turn it into a pair.
+def pairs_of(record: Any, where: str, form: Form | None = None) -> list[PreferencePair]:
+    """Check one record and turn it into pairs: one, or several where it holds several replies.
 
     Raises:
         RecordError: with `where` and the reason, for anything that is not a usable comparison.
+        UnusableRecordError: the record is well-formed and compares nothing.
     """
+    form = form or Form()
     if not isinstance(record, Mapping):
         raise RecordError(
-            where,
-            f"expected a JSON object, found {_kind(record)}",
-            "one object per line, not a list",
+            where, f"expected an object, found {kind_of(record)}", "one record per line, not a list"
         )
-    for key in ("chosen", "rejected"):
-        if key not in record:
-            found = ", ".join(sorted(map(str, record)))[:120] or "no keys"
-            raise RecordError(where, f"missing key '{key}'", f"found: {found}")
-    chosen, rejected = record["chosen"], record["rejected"]
-    prompt = record.get("prompt")
-    for key, value in (("chosen", chosen), ("rejected", rejected), ("prompt", prompt)):
-        if isinstance(value, float) and math.isnan(value):
-            raise RecordError(where, f"'{key}' is NaN", "the cell is empty; drop the row")
-    if _is_messages(chosen) and _is_messages(rejected):
-        turns, chosen_text, rejected_text = _conversational(prompt, chosen, rejected, where)
-    elif isinstance(chosen, str) and isinstance(rejected, str):
-        turns, chosen_text, rejected_text = _textual(prompt, chosen, rejected, where)
-    else:
-        raise RecordError(
-            where,
-            f"wrong type: 'chosen' is {_kind(chosen)} and 'rejected' is {_kind(rejected)}",
-            "both must be text, or both lists of messages",
-        )
-    for key, text in (("chosen", chosen_text), ("rejected", rejected_text)):
-        if not text.strip():
-            raise RecordError(where, f"empty response in '{key}'")
-        if _unencodable(text):
-            raise RecordError(
-                where,
-                f"undecodable characters in '{key}'",
-                "a lone surrogate; write the file as UTF-8",
-            )
-    if chosen_text.strip() == rejected_text.strip():
-        raise RecordError(where, "identical responses", "a pair must hold two different replies")
-    _check_prompt(turns, where)
-    return PreferencePair(
-        prompt=turns,
-        chosen=chosen_text.strip(),
-        rejected=rejected_text.strip(),
-        client_id=_label(record, "client_id", where),
-        group=_label(record, "group", where),
-        source=where,
-    )
+    row = _renamed(record, form.columns, where)
+    client, group = (_label(row, key, where) for key in ("client_id", "group"))
+    made: dict[tuple[Any, ...], PreferencePair] = {}
+    nothing: UnusableRecordError | None = None
+    for chosen, rejected in _comparisons(row, where, form):
+        try:
+            pair = _pair(row, chosen, rejected, where, form)
+        except UnusableRecordError as error:
+            nothing = nothing or error
+            continue
+        named = PreferencePair(*pair, client_id=client, group=group, source=where)
+        made.setdefault(pair, named)
+    if not made and nothing is not None:
+        raise nothing
+    return list(made.values())
 
 
 def to_record(pair: PreferencePair) -> dict[str, Any]:
-    """A record that `parse_record` reads back to the same pair (but for where it came from)."""
+    """A record that `pairs_of` reads back to the same pair (but for where it came from)."""
     return {
         "prompt": [m._asdict() for m in pair.prompt],
         "chosen": [{"role": "assistant", "content": pair.chosen}],
@@ -99,169 +99,217 @@ def to_record(pair: PreferencePair) -> dict[str, Any]:
     }
 
 
-def parse_hh_dialogue(text: str, where: str) -> tuple[Message, ...]:
-    """Split an HH-RLHF transcript into turns.
+def to_transcripts(pair: PreferencePair) -> dict[str, Any]:
+    r"""The pair as HH-RLHF writes it.
 
     Raises:
-        RecordError: if it does not begin with a human turn.
+        RecordError: it has a system turn, or a text with ``\n\nHuman:`` or ``\n\nAssistant:`` in
+            it; the format has no way to say that.
     """
-    if not text.lstrip("\n").startswith("Human:"):
-        raise RecordError(where, "the transcript does not begin with 'Human:'")
-    turns: list[Message] = []
-    for block in ("\n\n" + text.lstrip("\n")).split(_HUMAN)[1:]:
-        human, *replies = block.split(_ASSISTANT)
-        turns.append(Message("user", human.strip()))
-        turns.extend(Message("assistant", reply.strip()) for reply in replies)
-    return tuple(turns)
-
-
-def parse_prompt(prompt: Any, where: str) -> tuple[Message, ...]:
-    """A prompt alone: text (an HH-RLHF transcript, or one user turn) or a list of messages.
-
-    Raises:
-        RecordError: neither, or without a user turn.
-    """
-    if _is_messages(prompt):
-        turns = _messages(prompt, "prompt", where)
-    elif isinstance(prompt, str) and prompt.lstrip("\n").startswith("Human:"):
-        turns = parse_hh_dialogue(prompt.rstrip().removesuffix("Assistant:").rstrip(), where)
-    elif isinstance(prompt, str):
-        turns = (Message("user", prompt.strip()),)
-    else:
+    head = "".join(
+        f"\n\n{'Human' if m.role == 'user' else 'Assistant'}: {m.content}" for m in pair.prompt
+    )
+    record = {
+        "chosen": f"{head}\n\nAssistant: {pair.chosen}",
+        "rejected": f"{head}\n\nAssistant: {pair.rejected}",
+        "client_id": pair.client_id,
+        "group": pair.group,
+    }
+    try:
+        again = [(p.prompt, p.chosen, p.rejected) for p in pairs_of(record, pair.source)]
+    except RecordError:
+        again = []
+    if again != [(pair.prompt, pair.chosen, pair.rejected)]:
         raise RecordError(
-            where, f"wrong type: 'prompt' is {_kind(prompt)}", "text or a list of messages"
+            pair.source, "cannot be written as an HH-RLHF transcript",
+            "it has a system turn, or a tag or an indentation within a text; write it as trl",
+        )  # fmt: skip
+    return record
+
+
+# which replies are compared
+
+
+def _comparisons(row: Mapping[str, Any], where: str, form: Form) -> Iterator[tuple[Any, Any]]:
+    """Every (chosen, rejected) of a record, as they stand there."""
+    if "chosen" in row and "rejected" in row:
+        for chosen in _alternatives(row["chosen"], "chosen", where):
+            for rejected in _alternatives(row["rejected"], "rejected", where):
+                yield chosen, rejected
+    elif "response_a" in row and "response_b" in row:
+        yield _preferred(row, where)
+    elif "completions" in row:
+        yield from _rated(row, where, form.score_margin)
+    else:
+        raise _no_comparison(row, where)
+
+
+def _alternatives(value: Any, key: str, where: str) -> list[Any]:
+    """The replies in a cell: one, or a list of them."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        raise UnusableRecordError(where, f"empty response in '{key}'", "there is nothing in it")
+    if isinstance(value, Mapping):
+        return [[value]]
+    if isinstance(value, list) and value and not is_messages(value):
+        if all(isinstance(v, str) for v in value) or all(is_messages(v) for v in value):
+            return value
+        raise RecordError(
+            where, f"wrong type: '{key}' is a list of unlike things",
+            "give text, messages, or a list of texts",
+        )  # fmt: skip
+    return [value]
+
+
+def _preferred(row: Mapping[str, Any], where: str) -> tuple[Any, Any]:
+    if "preference" not in row:
+        raise RecordError(
+            where, "missing key 'preference'", "it says which of response_a and response_b is"
+            " better: a or b, or 0 or 1; --column preference=NAME names its column"
+        )  # fmt: skip
+    said, pair = row["preference"], (row["response_a"], row["response_b"])
+    number = None if isinstance(said, bool) or not isinstance(said, numbers.Real) else float(said)
+    word = said.strip().lower() if isinstance(said, str) else ""
+    if number == 0 or word in _FIRST:
+        return pair
+    if number == 1 or word in _SECOND:
+        return pair[1], pair[0]
+    if word in _TIES or said is None:
+        raise UnusableRecordError(where, "no preference between the two responses")
+    raise RecordError(
+        where, f"preference {harmless(said, 40)!r} is not understood",
+        "a or b (also A, model_a, first, ...), a tie, or the number 0 (first) or 1 (second)",
+    )  # fmt: skip
+
+
+def _rated(row: Mapping[str, Any], where: str, margin: float) -> Iterator[tuple[Any, Any]]:
+    """Pairs of rated completions whose ratings differ by more than `margin`."""
+    completions, scores = row["completions"], row.get("scores")
+    if not isinstance(completions, list) or not completions:
+        raise RecordError(where, f"wrong type: 'completions' is {kind_of(completions)}", "a list")
+    if scores is None and all(isinstance(c, Mapping) for c in completions):
+        # UltraFeedback's
+        scores = [next((c[k] for k in _SCORES if c.get(k) is not None), None) for c in completions]
+        completions = [c.get("response", c.get("content")) for c in completions]
+    if not isinstance(scores, list) or len(scores) != len(completions):
+        raise RecordError(
+            where, "'completions' without a score for each",
+            "a list 'scores' of the same length, or completions with an overall_score",
+        )  # fmt: skip
+    rated = [
+        (text, float(score))
+        for text, score in zip(completions, scores)
+        if text is not None and _is_number(score)
+    ]
+    found = [(a, b) for a, x in rated for b, y in rated if x - y > margin]
+    if not found:
+        raise UnusableRecordError(where, f"no two ratings differ by more than {margin:g}")
+    yield from found
+
+
+_SCORES = ("overall_score", "score", "rating")
+
+
+def _is_number(score: Any) -> bool:
+    try:
+        return not isinstance(score, bool) and math.isfinite(float(score))
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def _no_comparison(row: Mapping[str, Any], where: str) -> RecordError:
+    """What is missing, and what it would take."""
+    found = f"found: {', '.join(sorted(map(str, row)))[:120] or 'no keys'}"
+    missing = next((k for k in ("chosen", "rejected") if k not in row), "chosen")
+    if "label" in row and ("completion" in row or "chosen" not in row):
+        return RecordError(
+            where, f"missing key '{missing}': single responses with a label (KTO)",
+            "a comparison needs two responses to one prompt: pair one that was liked with one that"
+            " was not",
+        )  # fmt: skip
+    if "utterance_id" in row or "model_response" in row:
+        return RecordError(where, f"missing key '{missing}'", "PRISM? fedvpa data convert --from"
+                           " prism SOURCE")  # fmt: skip
+    if "chosen" in row or "rejected" in row:
+        return RecordError(where, f"missing key '{missing}'", found)
+    return RecordError(
+        where, f"missing key '{missing}'", f"{found}; --column chosen=NAME names its column, and"
+        " `fedvpa data convert --from` reads published data sets"
+    )  # fmt: skip
+
+
+# one comparison
+
+
+def _pair(
+    row: Mapping[str, Any], chosen: Any, rejected: Any, where: str, form: Form
+) -> tuple[tuple[Message, ...], str, str]:
+    """Prompt, chosen and rejected reply."""
+    prompt = next((row[key] for key in PROMPTS if row.get(key) is not None), None)
+    if isinstance(prompt, float) and math.isnan(prompt):
+        raise RecordError(where, "'prompt' is NaN", "the cell is empty; drop the row")
+    if isinstance(prompt, str) and isinstance(row.get("input"), str) and row["input"].strip():
+        prompt = f"{prompt}\n{row['input']}"
+    turns, first, second = prompt_and_replies(prompt, chosen, rejected, where, form.agreed)
+    system = row.get("system")
+    if isinstance(system, str) and system.strip() and turns[:1] and turns[0].role != "system":
+        turns = (Message("system", tidy(system)), *turns)
+    continues = bool(turns) and turns[-1].role == "assistant"
+    first, second = (tidy(text, keep_space=continues) for text in (first, second))
+    for key, text in (("chosen", first), ("rejected", second)):
+        if not text.strip():
+            raise UnusableRecordError(where, f"empty response in '{key}'")
+        if unencodable(text):
+            raise RecordError(where, f"undecodable characters in '{key}'",
+                              "a lone surrogate; write the file as UTF-8")  # fmt: skip
+    if first.strip() == second.strip():
+        raise UnusableRecordError(
+            where, "identical responses", "a pair must hold two different replies"
         )
     _check_prompt(turns, where)
-    return turns
+    return turns, first, second
 
 
 def _check_prompt(turns: tuple[Message, ...], where: str) -> None:
     if not any(m.role == "user" and m.content.strip() for m in turns):
         raise RecordError(where, "no user turn in the prompt")
-    if any(_unencodable(m.content) for m in turns):
-        raise RecordError(
-            where,
-            "undecodable characters in the prompt",
-            "a lone surrogate; write the file as UTF-8",
-        )
 
 
-def _textual(
-    prompt: Any, chosen: str, rejected: str, where: str
-) -> tuple[tuple[Message, ...], str, str]:
-    if prompt is not None:
-        if not isinstance(prompt, str):
-            raise RecordError(
-                where, f"wrong type: 'prompt' is {_kind(prompt)} although the responses are text"
-            )
-        return parse_prompt(prompt, where), chosen, rejected
-    if chosen.lstrip("\n").startswith("Human:") or rejected.lstrip("\n").startswith("Human:"):
-        return _hh(chosen, rejected, where)
-    shared = _common_prefix(chosen, rejected)
-    if not shared.strip():
-        if not chosen.strip() or not rejected.strip():
-            raise RecordError(
-                where, f"empty response in '{'rejected' if chosen.strip() else 'chosen'}'"
-            )
-        raise RecordError(
-            where,
-            "chosen and rejected have different prompts",
-            "they share no beginning; add a 'prompt' key",
-        )
-    if len(shared) in (len(chosen), len(rejected)):
-        reason = (
-            "identical responses"
-            if chosen == rejected
-            else "empty response: one reply is the beginning of the other"
-        )
-        raise RecordError(where, reason)
-    return (Message("user", shared.strip()),), chosen[len(shared) :], rejected[len(shared) :]
+# columns
 
 
-def _hh(chosen: str, rejected: str, where: str) -> tuple[tuple[Message, ...], str, str]:
-    halves = []
-    for key, text in (("chosen", chosen), ("rejected", rejected)):
-        head, marker, reply = text.rpartition(_ASSISTANT)
-        if not marker or _HUMAN in reply:
-            raise RecordError(
-                where,
-                f"no final assistant turn in '{key}'",
-                "it must end with '\\n\\nAssistant: ...'",
-            )
-        halves.append((head, reply))
-    if halves[0][0] != halves[1][0]:
-        raise RecordError(
-            where,
-            "chosen and rejected have different prompts",
-            "they must agree up to the last reply",
-        )
-    return parse_hh_dialogue(halves[0][0], where), halves[0][1], halves[1][1]
+def _renamed(record: Mapping[str, Any], columns: Mapping[str, str], where: str) -> dict[str, Any]:
+    """The record under the names of `FIELDS`."""
+    row = {key: _plain(value) for key, value in record.items()}
+    for name, column in columns.items():
+        if column not in record:
+            found = ", ".join(sorted(map(str, record)))[:120]
+            raise RecordError(where, f"no column '{column}' (for {name})", f"found: {found}")
+        row[name] = _plain(record[column])
+    for other, name in _OTHERWISE.items():
+        if other in row:
+            row.setdefault(name, row[other])
+    return row
 
 
-def _conversational(
-    prompt: Any, chosen: list[Any], rejected: list[Any], where: str
-) -> tuple[tuple[Message, ...], str, str]:
-    sides = [_messages(chosen, "chosen", where), _messages(rejected, "rejected", where)]
-    for key, side in zip(("chosen", "rejected"), sides):
-        if not side or side[-1].role != "assistant":
-            raise RecordError(where, f"no final assistant turn in '{key}'")
-    if prompt is None:
-        if sides[0][:-1] != sides[1][:-1]:
-            raise RecordError(
-                where,
-                "chosen and rejected have different prompts",
-                "they must agree up to the last reply",
-            )
-        turns = sides[0][:-1]
-    else:
-        turns = parse_prompt(prompt, where)
-        if len(sides[0]) != 1 or len(sides[1]) != 1:
-            raise RecordError(
-                where, "with an explicit prompt each response must be exactly one assistant message"
-            )
-    return turns, sides[0][-1].content, sides[1][-1].content
+def _plain(value: Any) -> Any:
+    """Arrays, as pandas has them, as lists."""
+    return value.tolist() if hasattr(value, "tolist") and not isinstance(value, float) else value
 
 
-def _messages(raw: list[Any], key: str, where: str) -> tuple[Message, ...]:
-    turns = []
-    for position, item in enumerate(raw):
-        role, content = item.get("role"), item.get("content")
-        if role not in _ROLES or not isinstance(content, str):
-            raise RecordError(
-                where,
-                f"message {position} of '{key}' needs a role out of {', '.join(_ROLES)} and text as"
-                " content",
-            )
-        turns.append(Message(cast(Role, role), content.strip()))
-    return tuple(turns)
-
-
-def _is_messages(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(isinstance(item, Mapping) for item in value)
-    )
-
-
-def _common_prefix(first: str, second: str) -> str:
-    """Longest common prefix, cut back to a word boundary (as TRL's `extract_prompt` does)."""
-    length = next(
-        (i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second))
-    )
-    if length < min(len(first), len(second)):
-        while length > 0 and not first[length - 1].isspace():
-            length -= 1
-    return first[:length]
-
-
-def _label(record: Mapping[str, Any], key: str, where: str) -> str | None:
-    value = record.get(key)
-    if value is None:
+def _label(row: Mapping[str, Any], key: str, where: str) -> str | None:
+    """The name of a client or a group; 3, 3.0 and "3" are one. None where there is none."""
+    value = row.get(key)
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
-    if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
-        raise RecordError(where, f"wrong type: '{key}' is {_kind(value)}", "text or a whole number")
-    if _unencodable(str(value)):
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, str | numbers.Integral):
+        raise RecordError(
+            where, f"wrong type: '{key}' is {kind_of(value)}", "text or a whole number"
+        )
+    if not str(value).strip():
+        return None
+    if unencodable(str(value)):
         raise RecordError(where, f"undecodable characters in '{key}'")
     name = str(value).strip()
     if harmless(name) != name:  # it is shown, and files are called by it
@@ -271,25 +319,19 @@ def _label(record: Mapping[str, Any], key: str, where: str) -> str | None:
     return name
 
 
-def _unencodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # lone surrogates
-        return True
-    return False
+def columns_of(text: Sequence[str]) -> dict[str, str]:
+    """Columns by field, of ``FIELD=COLUMN`` each.
 
+    Raises:
+        ValueError: not of that form, or not a field.
 
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, float) and math.isnan(value):
-        return "NaN"
-    names = {
-        str: "text",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        list: "a list",
-        dict: "an object",
-    }
-    return names.get(type(value), type(value).__name__)
+    >>> columns_of(["client_id=user_id"])
+    {'client_id': 'user_id'}
+    """
+    out = {}
+    for part in text:
+        name, equals, column = part.partition("=")
+        if not equals or not column:
+            raise ValueError(f"'{part}' is not FIELD=COLUMN, as in client_id=user_id")
+        out[name] = column
+    return out

@@ -18,7 +18,7 @@ from fedvpa.config import FEDERATION, DataConfig
 from fedvpa.data.partition import MIRRORED, ClientPairs, Partitioner, mirror_image
 from fedvpa.data.personas import UNSEEN
 from fedvpa.data.personas import personas as generate
-from fedvpa.data.reading import read_pairs
+from fedvpa.data.reading import pairs_by
 from fedvpa.errors import BadInputError
 from fedvpa.parts import SOURCES, builder, is_reference, part
 
@@ -104,7 +104,7 @@ class Files:
 
     def training(self, seed: int) -> Clients:
         """The pairs as `data.partition` divides them."""
-        found = read_pairs(self.data.source, self.data.split, self.data.on_bad_record)
+        found = pairs_by(self.data)
         clients = self._partitioner()(found.pairs, seed)
         return Clients(clients, found.skipped, found.first_skipped)
 
@@ -114,7 +114,7 @@ class Files:
         Raises:
             BadInputError: every client id of the data is among `seen`.
         """
-        found = read_pairs(self.data.source, self.data.split, self.data.on_bad_record)
+        found = pairs_by(self.data)
         new = [p for p in found.pairs if p.client_id is None or p.client_id not in seen]
         if not new:
             raise BadInputError(
@@ -136,7 +136,7 @@ class Files:
                 for c in plain.held_out(seed, halves)
                 for side in (replace(c, group=c.group or "original"), mirror_image(c))
             ]
-        pairs = read_pairs(self.data.source, self.data.split, self.data.on_bad_record).pairs
+        pairs = pairs_by(self.data).pairs
         named = {p.client_id for p in pairs if p.client_id is not None}
         if named & {c.name for c in seen}:
             return [

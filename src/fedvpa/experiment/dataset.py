@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedvpa.config import Config
 from fedvpa.data.partition import ClientPairs, corrupt, split_off
-from fedvpa.data.reading import read_pairs
+from fedvpa.data.reading import pairs_by
 from fedvpa.data.sources import source_of
 from fedvpa.errors import BadInputError
 from fedvpa.features.cache import FeatureCache
@@ -44,7 +44,7 @@ def public_whitener(
     """
     if config.data.public is None:
         return None
-    pairs = read_pairs(config.data.public, None, config.data.on_bad_record).pairs
+    pairs = pairs_by(config.data, config.data.public).pairs
     return Whitener.fit(cache.pairs(pairs, progress).values, config.model.inputs)
 
 

@@ -77,10 +77,9 @@ def align(
     claim(root, wanted, resume)
     loaded = load_base(config)
     base = Policy(loaded.module, loaded.tokenizer, config.thinking)
-    chosen = read_prompts(
-        prompts, split, config.max_prompt_tokens, lambda p: len(base.prompt_ids(p))
-    )
-    used = chosen.some(config.limit, config.seed)
+    chosen = read_prompts(prompts, split, config.max_prompt_tokens, base.format, to_train=True)
+    # the selector reads them in the form that the base model does
+    used = [base.format.accepted(p) for p in chosen.some(config.limit, config.seed)]
     centre, scale = _centre_and_scale(torch.stack(list(preferences.values())), selector.neutral)
     card = PolicyCard(
         config.base, loaded.revision, config.form,
@@ -318,7 +317,7 @@ def _read_lines(file: Path) -> list[Candidate]:
     kept = whole[: whole.rfind(b"\n") + 1]
     if kept != whole:
         write_atomically(file, kept)
-    return [Candidate(**json.loads(line)) for line in kept.decode("utf-8").splitlines()]
+    return [Candidate(**json.loads(line)) for line in kept.split(b"\n") if line]
 
 
 def claim(root: Path, wanted: dict[str, Any], resume: bool) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedvpa.data import personas
-from fedvpa.data.preferences import parse_prompt
-from fedvpa.data.reading import SUFFIXES, find_files, read_pairs
-from fedvpa.errors import BadInputError
+from fedvpa.data.messages import prompt_of
+from fedvpa.data.reading import HUB, local_path, read_pairs
+from fedvpa.data.tables import SUFFIXES, first_row, is_table, member_of, rows_of
+from fedvpa.errors import BadInputError, RecordError
+from fedvpa.features.chat import ChatFormat
 from fedvpa.records import Message
 
 Prompt = tuple[Message, ...]
@@ -58,38 +58,21 @@ class PromptSet:
 
 
 def read_prompts(
-    source: str, split: str | None, most_tokens: int, count_tokens: Callable[[Prompt], int]
+    source: str, split: str | None, most_tokens: int, chat: ChatFormat, *, to_train: bool = False
 ) -> PromptSet:
     """Prompts of the persona generator (``personas``; no user is trained on split ``test``), of a
-    text file (one a line), of a jsonl file of `{"prompt": ...}`, or of a folder or file of
-    preference pairs (their answers are not read). Prompts without a user turn at their end, too
-    long ones and repetitions are left out.
+    text file (one per line), of a file of ``{"prompt": ...}``, or of a source of preference pairs
+    (their answers are not read).
+
+    Prompts without a user turn at their end, too long ones, repetitions, and those that the chat
+    template refuses are left out; `to_train`: also those with the name of a special token in them,
+    which the training library takes for the token.
 
     Raises:
         BadInputError: nothing to read, a broken record, or no usable prompt; the message counts
             what was left out.
     """
-    path = Path(source).expanduser()
-    found: list[Prompt]
-    groups: list[str | None] = []
-    if source == "personas":
-        found = [(Message("user", text),) for text in personas.prompts(split or "train")]
-    elif path.is_file() and path.suffix == ".txt":
-        found = [
-            (Message("user", line.strip()),) for line in _text(path).splitlines() if line.strip()
-        ]
-    elif path.is_file() and path.suffix == ".jsonl" and _holds_prompts(path):
-        found = [
-            parse_prompt(_prompt_of(line, f"{path}:{n}"), f"{path}:{n}")
-            for n, line in enumerate(_text(path).splitlines(), start=1)
-            if line.strip()
-        ]
-    elif path.exists() and (path.is_file() or find_files(path, split)):
-        pairs = read_pairs(source, split).pairs
-        found, groups = [pair.prompt for pair in pairs], [pair.group for pair in pairs]
-    else:
-        kinds = f"personas, a .txt, a .jsonl of prompts, or pairs: {', '.join(SUFFIXES)}"
-        raise BadInputError(f"{source}: no such file or folder ({kinds})")
+    found, groups = _found(source, split)
     result = PromptSet([])
     holders: dict[Prompt, list[str]] = {}
     for prompt, group in zip(found, groups):
@@ -97,12 +80,9 @@ def read_prompts(
             holders[prompt].append(group)
     seen: set[Prompt] = set()
     for prompt in found:
-        if not prompt or prompt[-1].role != "user" or not prompt[-1].content.strip():
-            result.skipped["no user turn at the end"] += 1
-        elif prompt in seen:
-            result.skipped["repetition"] += 1
-        elif count_tokens(prompt) > most_tokens:
-            result.skipped[f"longer than {most_tokens} tokens"] += 1
+        reason = "repetition" if prompt in seen else _unusable(prompt, most_tokens, chat, to_train)
+        if reason:
+            result.skipped[reason] += 1
         else:
             seen.add(prompt)
             result.prompts.append(prompt)
@@ -115,20 +95,46 @@ def read_prompts(
     return result
 
 
+def _found(source: str, split: str | None) -> tuple[list[Prompt], list[str | None]]:
+    """Every prompt of a source, and the group that it comes from."""
+    path = local_path(source)
+    if source == "personas":
+        found: list[Prompt] = [
+            (Message("user", text),) for text in personas.prompts(split or "train")
+        ]
+    elif path.is_file() and path.suffix == ".txt":
+        found = [(Message("user", line),) for line in _lines(path)]
+    elif path.is_file() and is_table(path.name) and _holds_prompts(path):
+        found = [_prompt_of(row, where) for where, row in rows_of(member_of(path))]
+    elif path.exists() or source.startswith(HUB):
+        pairs = read_pairs(source, split).pairs
+        return [pair.prompt for pair in pairs], [pair.group for pair in pairs]
+    else:
+        kinds = f"personas, a .txt, a file of prompts, or pairs: {', '.join(SUFFIXES)}"
+        raise BadInputError(f"{source}: no such file or folder ({kinds})")
+    return found, [None] * len(found)
+
+
+def _unusable(prompt: Prompt, most_tokens: int, chat: ChatFormat, to_train: bool) -> str:
+    """Why a prompt is left out, or nothing."""
+    if not prompt or prompt[-1].role != "user" or not prompt[-1].content.strip():
+        return "no user turn at the end"
+    if to_train and any(chat.has_special(m.content) for m in prompt):
+        return "the name of a special token in it"
+    try:
+        length = len(chat.prompt(prompt)[0])
+    except BadInputError:
+        return "refused by the chat template"
+    return f"longer than {most_tokens} tokens" if length > most_tokens else ""
+
+
 def read_styles(file: str) -> list[str]:
     """System prompts, one a line.
 
     Raises:
         BadInputError: unreadable or empty.
     """
-    try:
-        found = [
-            line.strip()
-            for line in Path(file).read_text(encoding="utf-8").splitlines()
-            if line.strip()
-        ]
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInputError(f"--styles {file}: cannot be read: {error}") from error
+    found = _lines(Path(file))
     if not found:
         raise BadInputError(f"--styles {file}: is empty; give a system prompt a line")
     return found
@@ -143,25 +149,27 @@ def in_style(prompt: Prompt, style: str | None) -> Prompt:
     return (Message("system", style), *prompt)
 
 
-def _text(path: Path) -> str:
+def _lines(path: Path) -> list[str]:
+    r"""Lines that are not empty; they end at ``\n`` alone."""
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInputError(f"{path}: cannot be read: {error}") from error
+    return [line.strip() for line in text.split("\n") if line.strip()]
 
 
 def _holds_prompts(path: Path) -> bool:
-    first = next((line for line in _text(path).splitlines() if line.strip()), "")
-    if not first:
+    """Whether the first row is a prompt alone."""
+    first = first_row(member_of(path))
+    if first is None:
         raise BadInputError(f"{path}: no usable prompt in it (it is empty)")
-    return '"chosen"' not in first
+    row = first[1]
+    return isinstance(row, RecordError) or (isinstance(row, dict) and "chosen" not in row)
 
 
-def _prompt_of(line: str, where: str) -> object:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise BadInputError(f"{where}: not JSON: {error.msg}, column {error.colno}") from error
-    if not isinstance(record, dict) or "prompt" not in record:
+def _prompt_of(row: object, where: str) -> Prompt:
+    if isinstance(row, RecordError):
+        raise row
+    if not isinstance(row, dict) or "prompt" not in row:
         raise BadInputError(f'{where}: needs "prompt"')
-    return record["prompt"]
+    return prompt_of(row["prompt"], where)

@@ -111,10 +111,7 @@ def winrate(
     policy, card = load_policy(directory, setting.device)
     arms = arms_of(card, setting)
     chosen = read_prompts(
-        setting.prompts,
-        setting.split,
-        setting.max_prompt_tokens or 1 << 20,
-        lambda p: len(policy.prompt_ids(p)),
+        setting.prompts, setting.split, setting.max_prompt_tokens or 1 << 20, policy.format
     )
     prompts, group = chosen.balanced(setting.limit, setting.seed)
     groups = Counter(group)
@@ -174,7 +171,7 @@ def _answers(
                 *(json.dumps(a._asdict(), ensure_ascii=False) for a in found),
             ]
             write_atomically(file, ("\n".join(lines) + "\n").encode())
-        head, *rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        head, *rows = [json.loads(line) for line in file.read_bytes().split(b"\n") if line]
         answers[arm.name], speed[arm.name] = (
             [Answer(**row) for row in rows],
             head["tokens_per_second"],

@@ -1,25 +1,56 @@
-"""Flags of ``fedvpa data inspect``, ``fedvpa data personas`` and ``fedvpa embed``."""
+"""Flags of ``fedvpa data`` and ``fedvpa embed``."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from fedvpa.cli.options import Asked, add_common, add_json, add_settings, settings_given
+from fedvpa.cli.options import (
+    Asked,
+    add_common,
+    add_json,
+    add_reading,
+    add_settings,
+    settings_given,
+)
 from fedvpa.config import PersonasConfig, build_config, leaf_settings
+
+PUBLISHED = ("prism", "multipref", "community-alignment", "chatbot-arena", "summarize")
+"""What ``--from`` takes (`fedvpa.data.published.DATASETS`, which help does not import)."""
 
 
 def inspect(parser: argparse.ArgumentParser, asked: Asked) -> None:
     """``fedvpa data inspect``."""
-    parser.add_argument("source", help="file, folder, or Hub dataset")
-    parser.add_argument("--split", help="only files called SPLIT.*")
+    _source(parser)
     parser.add_argument(
         "--test-split", metavar="SPLIT",
         help="also look for pairs and prompts that this split shares",
     )  # fmt: skip
-    parser.add_argument("--on-bad-record", choices=["few", "error", "skip"], default="few")
     add_json(parser, "the counts")
     add_common(parser)
+
+
+def convert(parser: argparse.ArgumentParser, asked: Asked) -> None:
+    """``fedvpa data convert``."""
+    _source(parser)
+    parser.add_argument(
+        "--from", dest="published", choices=PUBLISHED, metavar="{" + ",".join(PUBLISHED) + "}",
+        help="a published data set, as it is published (default: comparisons as for --data)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--to", choices=["trl", "hh"], default="trl",
+        help="trl: prompt, chosen, rejected as messages; hh: transcripts (default: trl)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="a new .jsonl or .jsonl.gz file"
+    )
+    add_common(parser)
+
+
+def _source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="file, folder, zip archive, or hf:// and a Hub dataset")
+    parser.add_argument("--split", help="only files called SPLIT.*")
+    add_reading(parser)
 
 
 def personas(parser: argparse.ArgumentParser, asked: Asked) -> None:

@@ -1,0 +1,379 @@
+"""Rows of files, whatever kind they are of: JSON lines, JSON, CSV, TSV, Parquet, Arrow; plain,
+gzip'd, or in a zip archive.
+
+A row comes with its place (``file:line``, ``file[record]``, ``archive.zip!file:line``); one that
+cannot be read comes as the error. In CSV and TSV every cell is text and an empty cell is missing; a
+cell that holds a list of messages, as JSON or as Python writes it, is read as one. Lines end at
+``\\n`` alone.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import gzip
+import json
+import zipfile
+import zlib
+from collections.abc import Callable, Collection, Generator, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fedvpa.errors import BadInputError, RecordError
+
+_LINES = (".jsonl", ".ndjson", ".json")
+_CELLS = (".csv", ".tsv")
+_TEXT = (*_LINES, *_CELLS)
+_COLUMNS = (".parquet", ".arrow", ".feather")
+SUFFIXES = (*_TEXT, *(f"{suffix}.gz" for suffix in _TEXT), *_COLUMNS)
+"""Endings of the files that are read; and ``.zip`` archives of them."""
+MOST_UNPACKED = 8 << 30
+"""Bytes of an archive's members that are unpacked, at most."""
+
+Rows = Generator[tuple[str, Any], None, None]
+csv.field_size_limit(1 << 30)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file of a source: what it is called in messages, its path within the source, and how it is
+    opened."""
+
+    label: str
+    path: PurePosixPath
+    open: Callable[[], Any]
+
+    @property
+    def stem(self) -> str:
+        """Name without its ending: the split."""
+        return stem(self.path.name)
+
+
+def is_table(name: str) -> bool:
+    """Whether a file of this name is read."""
+    return name.endswith(SUFFIXES)
+
+
+def stem(name: str) -> str:
+    """A file's name without the ending that says its kind."""
+    endings = sorted((*SUFFIXES, ".zip"), key=len, reverse=True)
+    return next((name.removesuffix(s) for s in endings if name.endswith(s)), name)
+
+
+def member_of(path: Path, root: Path | None = None) -> Member:
+    """A file of its own, or of the folder `root`."""
+    inner = path.relative_to(root) if root is not None else Path(path.name)
+    return Member(str(path), PurePosixPath(inner.as_posix()), lambda: path.open("rb"))
+
+
+def members_of_zip(path: Path) -> list[Member]:
+    """The files of an archive that can be read, sorted.
+
+    Raises:
+        BadInputError: no archive, encrypted, or far larger than it looks.
+    """
+    try:
+        archive = zipfile.ZipFile(path)
+        names = [i for i in archive.infolist() if not i.is_dir() and is_table(i.filename)]
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise BadInputError(f"{path}: damaged zip archive: {error}") from error
+    if any(entry.flag_bits & 1 for entry in names):
+        raise BadInputError(f"{path}: the archive is encrypted; unpack it first")
+    if sum(entry.file_size for entry in names) > MOST_UNPACKED:
+        raise BadInputError(
+            f"{path}: the archive holds more than {MOST_UNPACKED >> 30} GiB; unpack it first"
+        )
+    named = {
+        entry.filename: _opener(archive, entry)
+        for entry in sorted(names, key=lambda entry: entry.filename)
+        if not entry.filename.startswith("__MACOSX/")
+    }
+    tops = {PurePosixPath(name).parts[0] for name in named}
+    # an archive of a folder begins with the folder's name
+    inside = len(tops) == 1 and all(len(PurePosixPath(name).parts) > 1 for name in named)
+    return [
+        Member(
+            f"{path}!{name}",
+            PurePosixPath(*PurePosixPath(name).parts[1:]) if inside else PurePosixPath(name),
+            opened,
+        )
+        for name, opened in named.items()
+    ]
+
+
+def _opener(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Callable[[], Any]:
+    return lambda: archive.open(entry)
+
+
+def rows_of(member: Member, wanted: Collection[str] | None = None) -> Rows:
+    """Every row of a file with its place.
+
+    Args:
+        member: the file.
+        wanted: columns of a column-wise file that are needed (None: all); the others are not
+            decoded.
+
+    Raises:
+        RecordError: the file as a whole is damaged.
+        BadInputError: it cannot be read, or is of an unknown kind.
+    """
+    name = member.path.name
+    if not is_table(name):
+        raise BadInputError(f"{member.label}: unknown kind of file (known: {', '.join(SUFFIXES)})")
+    try:
+        if name.endswith(_COLUMNS):
+            yield from _columnwise(member, wanted)
+            return
+        with _bytes(member) as stream:
+            if name.removesuffix(".gz").endswith(_CELLS):
+                yield from _cells(stream, member, "\t" if ".tsv" in name else ",")
+            else:
+                yield from _json(stream, member)
+    except zipfile.BadZipFile as error:
+        raise BadInputError(f"{member.label}: damaged in its archive: {error}") from error
+    except OSError as error:
+        raise BadInputError(f"{member.label}: cannot be read: {error.strerror or error}") from error
+
+
+def first_row(member: Member) -> tuple[str, Any] | None:
+    """The first row of a file with its place; None if it has none."""
+    with closing(rows_of(member)) as rows:
+        return next(rows, None)
+
+
+@contextmanager
+def _bytes(member: Member) -> Iterator[Any]:
+    with member.open() as raw:
+        if member.path.name.endswith(".gz"):
+            with gzip.open(raw, "rb") as stream:
+                yield stream
+        else:
+            yield raw
+
+
+# JSON
+
+
+def _json(stream: Any, member: Member) -> Rows:
+    """A record per line; or, of a ``.json`` file, one list or object over all of it."""
+    number = 0
+    try:
+        first = _first_line(stream)
+        begun = first.lstrip(b"\xef\xbb\xbf \t\r\n")
+        plain = member.path.name.removesuffix(".gz").endswith(".json")
+        if begun.startswith(b"[") or (plain and begun.startswith(b"{") and not _whole(first)):
+            yield from _one_document(first + stream.read(), member)
+            return
+        for number, raw in enumerate(_with_first(first, stream), start=1):
+            if raw.strip():
+                yield f"{member.label}:{number}", json_of(raw, f"{member.label}:{number}")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise RecordError(
+            f"{member.label}:{number + 1}",
+            f"truncated or damaged gzip after line {number}",
+            f"{error}",
+        ) from error
+
+
+def _first_line(stream: Any) -> bytes:
+    """Up to the first line that is not empty, and all before it."""
+    read = b""
+    for line in stream:
+        read += line
+        if line.strip():
+            break
+    return read
+
+
+def _with_first(first: bytes, stream: Any) -> Iterator[bytes]:
+    yield from first.splitlines(keepends=True) if first.count(b"\n") > 1 else [first]
+    yield from stream
+
+
+def _whole(line: bytes) -> bool:
+    return not isinstance(json_of(line.strip(), ""), RecordError)
+
+
+def _one_document(raw: bytes, member: Member) -> Rows:
+    found = json_of(raw, member.label)
+    if isinstance(found, RecordError):
+        line = f":{raw[: _position(raw)].count(b'%c' % 10) + 1}"
+        yield (
+            f"{member.label}{line}",
+            RecordError(f"{member.label}{line}", found.reason, found.advice),
+        )
+    elif isinstance(found, list):
+        for n, record in enumerate(found, start=1):
+            yield f"{member.label}[{n}]", record
+    else:
+        yield f"{member.label}[1]", found
+
+
+def _position(raw: bytes) -> int:
+    try:
+        json.loads(raw.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        return error.pos
+    except (UnicodeDecodeError, RecursionError, ValueError):
+        return 0
+    return 0
+
+
+def json_of(raw: bytes, where: str) -> Any:
+    """A JSON value; what cannot be read is returned as the error."""
+    try:
+        return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_without_repetition)
+    except UnicodeDecodeError as error:
+        return RecordError(
+            where, "undecodable bytes", f"not UTF-8 at byte {error.start} of the line"
+        )
+    except json.JSONDecodeError as error:
+        return RecordError(where, "not JSON", f"{error.msg}, column {error.colno}")
+    except _RepeatedKeyError as error:
+        return RecordError(where, f"key '{error}' stands twice in one object", "keep one of them")
+    except (RecursionError, ValueError) as error:
+        return RecordError(where, "not JSON", f"{type(error).__name__}: {error}"[:120])
+
+
+class _RepeatedKeyError(Exception):
+    pass
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _RepeatedKeyError(next(key for key in keys if keys.count(key) > 1)[:60])
+    return out
+
+
+# CSV and TSV
+
+
+def _cells(stream: Any, member: Member, delimiter: str) -> Rows:
+    """A row per record, by the names in the first one."""
+    reader = csv.reader(_decoded(stream, member), delimiter=delimiter, strict=True)
+    names: list[str] = []
+    try:
+        for cells in reader:
+            where = f"{member.label}:{reader.line_num}"
+            if not names:
+                names = [cell.strip() for cell in cells]
+                twice = [name for name in names if name and names.count(name) > 1]
+                if twice:
+                    raise RecordError(where, f"two columns are called '{twice[0]}'", "rename one")
+            elif not cells:
+                continue
+            elif len(cells) != len(names):
+                yield where, RecordError(
+                    where, f"{len(cells)} cells under {len(names)} names",
+                    "quote cells that hold the delimiter or line breaks",
+                )  # fmt: skip
+            else:
+                yield where, {name: _cell(cell) for name, cell in zip(names, cells)}
+    except csv.Error as error:
+        raise RecordError(
+            f"{member.label}:{reader.line_num}",
+            "not CSV",
+            f"{error}; cells that hold quotes or line breaks stand in quotes, and quotes within"
+            " them are doubled",
+        ) from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise RecordError(
+            f"{member.label}:{reader.line_num + 1}", "truncated or damaged gzip", str(error)
+        ) from error
+
+
+def _decoded(stream: Any, member: Member) -> Iterator[str]:
+    for number, raw in enumerate(stream, start=1):
+        try:
+            yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise RecordError(
+                f"{member.label}:{number}",
+                "undecodable bytes",
+                f"not UTF-8 at byte {error.start} of the line; write the file as UTF-8",
+            ) from error
+
+
+def _cell(text: str) -> Any:
+    """A cell: text, or the list that it spells; None for an empty one."""
+    if text == "":
+        return None
+    if not (text.startswith("[") and text.rstrip().endswith("]")):
+        return text
+    for read in (json.loads, ast.literal_eval):
+        try:
+            found = read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(found, list) and all(isinstance(v, dict | str | int | float) for v in found):
+            return found
+    return text
+
+
+# Parquet, Arrow, Feather
+
+
+def _columnwise(member: Member, wanted: Collection[str] | None) -> Rows:
+    number = 0
+    try:
+        for batch in _batches(member, wanted):
+            for row in _records(batch, member.label, number):
+                number += 1
+                yield f"{member.label}:{number}", row
+    except (pa.ArrowException, OSError, ValueError) as error:
+        kind = "parquet" if member.path.name.endswith(".parquet") else "Arrow"
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RecordError(
+            f"{member.label}:{number + 1}", f"damaged {kind} file", first[:160]
+        ) from error
+
+
+def _batches(member: Member, wanted: Collection[str] | None) -> Iterator[Any]:
+    with member.open() as stream:
+        if member.path.name.endswith(".parquet"):
+            file = pq.ParquetFile(stream)
+            yield from file.iter_batches(1024, columns=_needed(file.schema_arrow, wanted))
+            return
+        whole = stream.read()
+        if member.path.name.endswith(".feather") and whole[:4] == b"FEA1":
+            raise ValueError("Feather version 1; write version 2 (Arrow IPC)")
+        opened = pa.ipc.open_file if whole[:6] == b"ARROW1" else pa.ipc.open_stream
+        table = opened(pa.BufferReader(whole)).read_all()
+    yield from table.select(_needed(table.schema, wanted)).to_batches(1024)
+
+
+def _needed(schema: Any, wanted: Collection[str] | None) -> list[str]:
+    """Columns to decode: dates and durations hold nothing that is read, and may be out of Python's
+    range."""
+    return [
+        field.name
+        for field in schema
+        if (wanted is None or field.name in wanted) and not pa.types.is_temporal(field.type)
+    ]
+
+
+def _records(batch: Any, label: str, before: int) -> list[Any]:
+    """The rows of a batch; one that cannot be decoded is the error."""
+    try:
+        found: list[Any] = batch.to_pylist()
+    except (UnicodeDecodeError, pa.ArrowException, ValueError, OverflowError):
+        return [_record(batch, i, f"{label}:{before + i + 1}") for i in range(batch.num_rows)]
+    return found
+
+
+def _record(batch: Any, i: int, where: str) -> Any:
+    row = {}
+    for name, column in zip(batch.schema.names, batch.columns):
+        try:
+            row[name] = column[i].as_py()
+        except (UnicodeDecodeError, pa.ArrowException, ValueError, OverflowError) as error:
+            reason = str(error).splitlines()[0][:120]
+            return RecordError(where, f"column '{name}' cannot be decoded", reason)
+    return row
