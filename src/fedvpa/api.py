@@ -13,9 +13,10 @@ from fedvpa.config import Config, build_config, leaf_settings, merged, read_yaml
 from fedvpa.console import Reporter
 from fedvpa.data.memory import pairs_from, write_pairs
 from fedvpa.errors import BadInputError
-from fedvpa.experiment.evaluate import Evaluation, EvaluationSettings
+from fedvpa.experiment.evaluate import Evaluation
 from fedvpa.experiment.evaluate import evaluate as evaluate_run
 from fedvpa.experiment.run import RunPaths, load_config
+from fedvpa.experiment.subjects import EvaluationSettings
 from fedvpa.experiment.train import KEPT, TrainResult, told
 from fedvpa.experiment.train import train as train_config
 from fedvpa.files import claim
@@ -84,7 +85,8 @@ def evaluate(
     data: Any = None,
     *,
     split: str | None = None,
-    clients: int = 10,
+    unseen: Any = None,
+    clients: int = 0,
     context: int = 32,
     repeats: int = 4,
     seed: int = 0,
@@ -100,7 +102,8 @@ def evaluate(
         run: what `train` returned, or the run's folder.
         data: evaluation pairs as for `train`; None: new pairs of a source that generates them.
         split: only files called ``SPLIT.*``.
-        clients: unseen clients that are made from the data.
+        unseen: other users, who were not trained on, as `data` (None: those in `data`).
+        clients: unseen clients (0: every new id, or ten clients where there are no ids).
         context: context pairs of a client, at most (and at most half of its pairs).
         repeats: random divisions into context and targets.
         seed: seed of these divisions.
@@ -117,18 +120,23 @@ def evaluate(
         ['high', 'low', 'mean', 'n']
     """
     root = run.root if isinstance(run, TrainResult) else Path(run)
-    source = data
-    if data is not None and not isinstance(data, str | Path):
-        pairs = pairs_from(data, "evaluate(data)")
-        keys = hashlib.sha256("".join(p.content_key() for p in pairs).encode()).hexdigest()
-        source = root / "data" / f"evaluation-{keys[:12]}.jsonl"
-        write_pairs(pairs, source)
     settings = EvaluationSettings(
-        None if source is None else str(source), split, clients, context, repeats, seed,
-        on_bad_record,
+        _named(data, "data", root), split, clients, context, repeats, seed, on_bad_record,
+        _named(unseen, "unseen", root),
     )  # fmt: skip
     with Reporter(quiet=not progress).texts() as on_features:
         return evaluate_run(str(root), settings, on_features)
+
+
+def _named(data: Any, argument: str, root: Path) -> str | None:
+    """The source's name; pairs in memory are written into the run's folder."""
+    if data is None or isinstance(data, str | Path):
+        return None if data is None else str(data)
+    pairs = pairs_from(data, f"evaluate({argument})")
+    keys = hashlib.sha256("".join(p.content_key() for p in pairs).encode()).hexdigest()
+    file = root / "data" / f"evaluation-{keys[:12]}.jsonl"
+    write_pairs(pairs, file)
+    return str(file)
 
 
 def _layer(config: Any) -> dict[str, Any]:

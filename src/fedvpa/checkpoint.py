@@ -44,8 +44,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     write_atomically(path, save(tensors, metadata={"fedvpa": json.dumps(header)}))
 
 
-def load_checkpoint(path: Path, *fingerprints: str) -> Checkpoint:
-    """Read a checkpoint; with `fingerprints`, refuse one that has none of them: it belongs to other
+def load_checkpoint(path: Path, fingerprint: str | None = None) -> Checkpoint:
+    """Read a checkpoint; with a `fingerprint`, refuse one that has another: it belongs to other
     settings or data.
 
     Raises:
@@ -66,7 +66,7 @@ def load_checkpoint(path: Path, *fingerprints: str) -> Checkpoint:
         found = Checkpoint(state, header["history"], header["fingerprint"], header["finished"])
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise CheckpointError(f"{path}: damaged checkpoint: {error}") from error
-    if fingerprints and found.fingerprint not in fingerprints:
+    if fingerprint is not None and found.fingerprint != fingerprint:
         raise CheckpointError(
             f"{path}: belongs to other settings or other data; it cannot be resumed with these"
         )

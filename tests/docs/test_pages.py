@@ -36,14 +36,19 @@ def test_examples_of_records_are_read() -> None:
     assert {p.prompt[0].content for p in pairs} == {"Is tea healthy?"}
 
 
-def test_example_files_are_read() -> None:
+def test_example_files_are_read(tiny_model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from fedvpa.features.chat import ChatFormat
+
     folder = ROOT / "examples" / "data"
     for name, clients in (("pairs", 2), ("conversations", 0), ("hh", 0)):
         pairs = read_pairs(folder / f"{name}.jsonl", None, "error").pairs
         assert len({p.client_id for p in pairs} - {None}) == clients
         assert {p.prompt[0].content for p in pairs} == {"Is tea healthy?", "How do I cook rice?"}
     assert len(read_responses(folder / "responses.jsonl")) == 4
-    assert len(read_prompts(str(folder / "prompts.txt"), None, 99, lambda p: 1).prompts) == 2
+    chat = ChatFormat(AutoTokenizer.from_pretrained(tiny_model), "tiny")
+    assert len(read_prompts(str(folder / "prompts.txt"), None, 99, chat).prompts) == 2
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())

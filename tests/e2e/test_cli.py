@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import zlib
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,6 @@ import yaml
 
 from fedvpa.checkpoint import load_checkpoint, save_checkpoint
 from fedvpa.cli.main import main
-from fedvpa.experiment.run import fingerprint_by_features, open_run
 from tests.conftest import write_groups
 
 GOOD = {"prompt": "is tea good", "chosen": "yes", "rejected": "no"}
@@ -140,7 +140,6 @@ BROKEN = {
     "bytes.jsonl": b'{"prompt": "\xff\xfe", "chosen": "a", "rejected": "b"}',
     "empty.jsonl": b"",
     "truncated.jsonl.gz": gzip.compress(json.dumps(GOOD).encode() * 50)[:-12],
-    "list.jsonl": json.dumps([GOOD, GOOD]).encode(),
 }
 
 
@@ -373,20 +372,20 @@ def test_a_privacy_plan_keeps_to_its_target(
 def test_a_run_is_known_by_its_comparisons_and_not_by_the_last_bits_of_its_features(
     tiny_model: Path, pair_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Features that are computed again in other batches differ in their last bits; a run of version
-    0.1.0 carries the hash of these bits."""
+    """Features that are computed again in other batches differ in their last bits."""
     out = tmp_path / "run"
     assert (
         main(["train", "--data", str(pair_file), "--split", "train", *flags(tiny_model, out)]) == 0
     )
     cache = Path(os.environ["FEDVPA_CACHE"]) / "features.sqlite"
     with closing(sqlite3.connect(cache)) as database:
-        rows = database.execute("SELECT key, value FROM feature").fetchall()
+        rows = database.execute("SELECT key, notes, value FROM text").fetchall()
         moved = [
-            ((np.frombuffer(value, "<f4") * np.float32(1 + 1e-6)).tobytes(), key)
-            for key, value in rows
+            (new, zlib.crc32(new, notes), key)
+            for key, notes, value in rows
+            for new in [(np.frombuffer(value, "<f4") * np.float32(1 + 1e-6)).tobytes()]
         ]
-        database.executemany("UPDATE feature SET value = ? WHERE key = ?", moved)
+        database.executemany("UPDATE text SET value = ?, checksum = ? WHERE key = ?", moved)
         database.commit()
     evaluation = [
         "evaluate",
@@ -400,13 +399,7 @@ def test_a_run_is_known_by_its_comparisons_and_not_by_the_last_bits_of_its_featu
     ]
     assert main(["train", "--resume", "--out", str(out)]) == 0
     assert main(evaluation) == 0
-    run = open_run(out, with_clients=True)
-    assert run.store is not None
-    signature = json.loads((out / "data.json").read_text())["signature"]
-    former = fingerprint_by_features(run.config, run.store, signature)
     path = out / "checkpoint.safetensors"
-    save_checkpoint(path, replace(load_checkpoint(path), fingerprint=former))
-    assert main(evaluation) == 0
     save_checkpoint(path, replace(load_checkpoint(path), fingerprint="another"))
     assert main(evaluation) == 2
     assert "have changed since it was trained" in capsys.readouterr().err

@@ -22,6 +22,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 
 from fedvpa.errors import BadInputError
 from fedvpa.experiment.use import SharedRewardModel
+from fedvpa.features.chat import ChatFormat
 from fedvpa.policy.align import Candidate, choose
 from fedvpa.policy.conditioning import PreferenceConditioner, attach
 from fedvpa.policy.dpo import ConditionalDPOTrainer, PreferenceCollator, last_checkpoint
@@ -370,17 +371,22 @@ def test_preferences_have_names_and_can_be_mixed(tmp_path: Path) -> None:
         load_policy(tmp_path / "nowhere")
 
 
-def test_prompts_are_read_checked_and_counted(tmp_path: Path) -> None:
+def test_prompts_are_read_checked_and_counted(tiny_model: Path, tmp_path: Path) -> None:
+    chat = ChatFormat(AutoTokenizer.from_pretrained(tiny_model), "tiny")
     text = tmp_path / "p.txt"
-    text.write_text("one\n\ntwo words\none\n" + "long " * 50 + "\n")
-    found = read_prompts(str(text), None, 10, lambda p: len(p[-1].content.split()))
-    assert [p[0].content for p in found.prompts] == ["one", "two words"]
-    assert found.skipped == {"repetition": 1, "longer than 10 tokens": 1}
+    rows = ["\ufeffone", "", "two\u2028words\r", "one", "the <end>", "long " * 50]
+    text.write_bytes("\n".join(rows).encode())
+    found = read_prompts(str(text), None, 10, chat, to_train=True)
+    assert [p[0].content for p in found.prompts] == ["one", "two\u2028words"]
+    assert found.skipped == {
+        "repetition": 1, "longer than 10 tokens": 1, "the name of a special token in it": 1,
+    }  # fmt: skip
+    assert len(read_prompts(str(text), None, 10, chat).prompts) == 3
     for group, names in {"a": "pqrst", "b": "tuv"}.items():
         (tmp_path / "groups" / group).mkdir(parents=True)
         lines = [json.dumps({"prompt": name, "chosen": "x", "rejected": "y"}) for name in names]
         (tmp_path / "groups" / group / "test.jsonl").write_text("\n".join(lines))
-    grouped = read_prompts(str(tmp_path / "groups"), "test", 10, lambda _: 1)
+    grouped = read_prompts(str(tmp_path / "groups"), "test", 10, chat)
     assert grouped.groups == ["a"] * 4 + ["a & b"] + ["b"] * 2
     chosen, of = grouped.balanced(0, 0)
     assert (of, len(chosen)) == (["a", "a & b", "b"], 3)
@@ -392,10 +398,10 @@ def test_prompts_are_read_checked_and_counted(tmp_path: Path) -> None:
         ' "content": "b"}]}\n'
     )
     with pytest.raises(BadInputError):
-        read_prompts(str(tmp_path / "none.txt"), None, 10, lambda _: 1)
+        read_prompts(str(tmp_path / "none.txt"), None, 10, chat)
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(BadInputError, match="it is empty"):
-        read_prompts(str(tmp_path / "empty.jsonl"), None, 10, lambda _: 1)
+        read_prompts(str(tmp_path / "empty.jsonl"), None, 10, chat)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -5,21 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-
 from fedvpa.config import build_config
 from fedvpa.data.sources import source_of
-from fedvpa.errors import BadInputError
 from fedvpa.experiment.dataset import training_data
 
 
-def write_users(file: Path, users: list[str], first: int = 0) -> None:
+def write_users(file: Path, users: list[str], first: int = 0, named: bool = True) -> None:
     rows = [
         {
             "prompt": f"{user} asks {first + i}",
             "chosen": f"yes {i}",
             "rejected": f"no {i}",
-            "client_id": user,
+            "client_id": user if named else None,
         }
         for user in users
         for i in range(12)
@@ -39,8 +36,11 @@ def test_a_client_that_was_trained_on_is_never_unseen(tmp_path: Path) -> None:
     assert [c.name for c in unseen] == ["cy"]
     assert [len(c.pairs) for c in source.held_out(0, train)] == [12, 12]
     write_users(tmp_path / "test.jsonl", ["ann", "bob"], first=50)
-    with pytest.raises(BadInputError, match="nobody is unseen"):
-        source_of(evaluation).unseen(0, 8, seen)
+    assert source_of(evaluation).unseen(0, 8, seen).clients == []
+    write_users(tmp_path / "test.jsonl", ["di", "ed"], first=50)
+    assert source_of(evaluation).held_out(0, train) == []  # strangers
+    write_users(tmp_path / "test.jsonl", ["di", "ed"], first=50, named=False)
+    assert source_of(evaluation).held_out(0, train) == []  # nobody's
 
 
 def test_no_client_trains_on_a_validation_pair_of_another_not_even_reversed(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import ast
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -220,10 +221,13 @@ def test_strangers_pairs_are_not_dealt_to_clients_without_a_group(tmp_path: Path
     record = {"prompt": "Tea?", "chosen": "Yes.", "rejected": "No."}
     file.write_text(json.dumps(record | {"client_id": "new"}) + "\n")
     source = source_of(build_config({"data": {"source": str(file)}}).data)
-    (row,) = source.held_out(0, [ClientPairs("ann", None, ())])
-    assert not row.pairs
+    mine = pairs_from([record | {"prompt": "Milk?"}])
+    clients = [ClientPairs("client-0000", None, tuple(mine))]
+    assert source.held_out(0, clients) == []
     file.write_text(json.dumps(record) + "\n")
-    (row,) = source.held_out(0, [ClientPairs("ann", None, ())])
+    assert source.held_out(0, clients) == []
+    file.write_text(json.dumps(record | {"group": "kind"}) + "\n")
+    (row,) = source.held_out(0, [replace(clients[0], group="kind")])
     assert len(row.pairs) == 1
 
 

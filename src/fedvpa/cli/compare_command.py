@@ -69,7 +69,8 @@ def _planned(arguments: argparse.Namespace, given: dict[str, Any]) -> list[Compa
 def _one_setting(arguments: argparse.Namespace, given: dict[str, Any]) -> Comparison:
     methods = list(dict.fromkeys(m for m in arguments.methods.split(",") if m))
     test = TestSettings(
-        source=arguments.test_data, split=arguments.test_split, clients=arguments.unseen_clients,
+        source=arguments.test_data, split=arguments.test_split, unseen=arguments.unseen_data,
+        clients=arguments.unseen_clients,
         context=arguments.context,
         repeats=arguments.repeats,
     )  # fmt: skip

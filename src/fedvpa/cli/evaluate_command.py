@@ -8,7 +8,8 @@ from pathlib import Path
 from fedvpa.console import Reporter, emit_json
 from fedvpa.evaluation.report import render_report
 from fedvpa.evaluation.statistics import show
-from fedvpa.experiment.evaluate import EvaluationSettings, evaluate
+from fedvpa.experiment.evaluate import evaluate
+from fedvpa.experiment.subjects import EvaluationSettings
 from fedvpa.files import write_atomically
 
 
@@ -18,11 +19,18 @@ def run_evaluate(arguments: argparse.Namespace, reporter: Reporter) -> int:
     with reporter.texts() as progress:
         found = evaluate(arguments.directory, settings, progress)
     results = found.results
+    for note in results["data"]["notes"]:
+        reporter.say(note)
+    parts = {"unseen clients": results} if results["accuracy"] else {}
+    if results["seen"]:
+        by = " (pairs dealt by group)" * (results["data"]["held_out_pairs_by"] == "group")
+        parts[f"seen clients{by}"] = results["seen"]
     rows = []
     for key in ("own", "worst_group", "prior_mean", "shuffled", "other_group", "flipped"):
-        cells = [show(part["accuracy"].get(key)) for part in (results, results["seen"]) if part]
-        rows.append((key.replace("_", " "), *cells))
-    columns = ["accuracy", "unseen clients", *(["seen clients"] if results["seen"] else [])]
+        cells = [show(part["accuracy"].get(key)) for part in parts.values()]
+        if not all(cell == "-" for cell in cells):
+            rows.append((key.replace("_", " "), *cells))
+    columns = ["accuracy", *parts]
     reporter.table(
         f"{results['run']['method']}: target pairs, disjoint from every context", columns, rows
     )
@@ -51,5 +59,5 @@ def evaluation_settings(arguments: argparse.Namespace) -> EvaluationSettings:
     return EvaluationSettings(
         arguments.data, arguments.split, arguments.clients, arguments.context, arguments.repeats,
         arguments.seed,
-        arguments.on_bad_record,
+        arguments.on_bad_record, arguments.unseen,
     )  # fmt: skip

@@ -16,11 +16,11 @@ from fedvpa.federated.accounting import noise_for, privacy_of
 def run_plan(arguments: argparse.Namespace, reporter: Reporter) -> int:
     """Find the noise; show what epsilon becomes on the way."""
     config = build_config(merged(WHAT_IT_TAKES, settings_given(arguments)))
-    privacy = privacy_of(config, config.data.clients)
+    privacy = privacy_of(config, config.data.made)
     assert privacy is not None
-    if privacy.delta >= 1 / config.data.clients:
+    if privacy.delta >= 1 / config.data.made:
         raise BadInputError(
-            f"--delta: {privacy.delta:g} is no privacy for {config.data.clients} clients; well"
+            f"--delta: {privacy.delta:g} is no privacy for {config.data.made} clients; well"
             " under one over their number"
         )
     rounds, fits = config.federation.rounds, privacy.fits
@@ -29,7 +29,7 @@ def run_plan(arguments: argparse.Namespace, reporter: Reporter) -> int:
     marks = sorted({1, *(max(1, rounds * k // 5) for k in range(1, 6))})
     path = [{"round": r, "epsilon": planned.epsilon(r, fits)} for r in marks]
     reporter.table(
-        f"{config.data.clients} clients, {planned.expected:g} per round on average,"
+        f"{config.data.made} clients, {planned.expected:g} per round on average,"
         f" {fits * planned.fit_releases} sums for fits",
         ["after round", "epsilon"],
         [(str(row["round"]), f"{row['epsilon']:.2f}") for row in path],

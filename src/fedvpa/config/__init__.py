@@ -2,7 +2,14 @@
 become one checked configuration (`building`)."""
 
 from fedvpa.config.building import build_config, explain, flatten, merged, read_yaml, settings_for
-from fedvpa.config.inputs import FEDERATION, DataConfig, FeaturesConfig, PersonasConfig, Section
+from fedvpa.config.inputs import (
+    FEDERATION,
+    MADE,
+    DataConfig,
+    FeaturesConfig,
+    PersonasConfig,
+    Section,
+)
 from fedvpa.config.reads import (
     BASIC,
     leaf_settings,
@@ -16,6 +23,7 @@ from fedvpa.config.sections import Config, FederationConfig
 __all__ = [
     "BASIC",
     "FEDERATION",
+    "MADE",
     "Config",
     "DataConfig",
     "FeaturesConfig",

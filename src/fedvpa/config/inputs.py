@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+MADE = 40
+"""Clients that are made where the data have no ids, and nobody says how many."""
 FEDERATION = "federation"
 """The data source of pairs that the clients of a federation keep."""
 
@@ -37,7 +39,9 @@ class DataConfig(Section):
 
     source: str = Field(
         "personas",
-        description="comparisons: a file, a folder, a Hub dataset, or the built-in 'personas'",
+        description=(
+            "comparisons: a file, a folder, a zip archive, hf:// and a Hub dataset, or 'personas'"
+        ),
     )
     split: str | None = Field(
         None, description="read only files called SPLIT.* (a Hub dataset: its split)"
@@ -55,7 +59,9 @@ class DataConfig(Section):
             " rest"
         ),
     )
-    clients: Positive = Field(40, description="number of clients")
+    clients: Annotated[int, Field(ge=0)] = Field(
+        0, description="number of clients (0: every client id; 40 where there are none)"
+    )
     partition: Literal["auto", "natural", "group", "dirichlet", "mixed"] = Field(
         "auto", description="auto: natural where records have a client_id, else group"
     )
@@ -95,13 +101,18 @@ class DataConfig(Section):
     )
     personas: PersonasConfig = PersonasConfig()
 
+    @property
+    def made(self) -> int:
+        """Clients that are made where the data have no ids."""
+        return self.clients or MADE
+
 
 class FeaturesConfig(Section):
     """The frozen backbone and where its features are read."""
 
     backbone: str = Field(
         "smollm2",
-        description="smollm2, smollm2-gguf, minilm, a Hub name (NAME@REVISION), or a folder",
+        description="smollm2, smollm2-gguf, minilm, a folder, or hf://NAME (or NAME@REVISION)",
     )
     layer: Annotated[int, Field(ge=0)] = Field(
         18, description="residual stream after this block (0: the middle)"

@@ -15,6 +15,8 @@ from typing import Literal
 
 import numpy as np
 
+from fedvpa.config import MADE
+from fedvpa.data.reading import FEW
 from fedvpa.errors import BadInputError
 from fedvpa.records import PreferencePair
 
@@ -36,9 +38,10 @@ class ClientPairs:
 
 @dataclass(frozen=True)
 class Partitioner:
-    """How pairs are divided; see `data.*` in the configuration."""
+    """How pairs are divided; see `data.*` in the configuration. `clients` 0 stands for every client
+    id, or for `otherwise` clients where there are no ids."""
 
-    clients: int
+    clients: int = 0
     partition: Partition = "auto"
     group_ratio: str | None = None
     dirichlet_alpha: float = 0.5
@@ -46,6 +49,7 @@ class Partitioner:
     protocol: Literal["natural", "mirrored"] = "natural"
     max_pairs: int = 0
     least_pairs: int = 2
+    otherwise: int = MADE
 
     def __call__(
         self, pairs: Sequence[PreferencePair], seed: int, prefix: str = "client"
@@ -60,7 +64,7 @@ class Partitioner:
         clients = (
             self._mirrored(pairs, generator, prefix)
             if self.protocol == "mirrored"
-            else self._divide(pairs, generator, prefix, self.clients)
+            else self._divide(pairs, generator, prefix, self.clients or self.otherwise)
         )
         out = []
         for client in clients:
@@ -76,10 +80,56 @@ class Partitioner:
             out.append(replace(client, pairs=tuple(own)))
         return out
 
-    def _kind(self, pairs: Sequence[PreferencePair]) -> str:
+    def kind(self, pairs: Sequence[PreferencePair]) -> str:
+        """How these pairs are divided: by their ids, if nearly all have one and nothing else was
+        asked for.
+
+        Raises:
+            BadInputError: some have an id, and too many have none.
+        """
         if self.partition != "auto":
             return self.partition
-        return "natural" if pairs and all(p.client_id is not None for p in pairs) else "group"
+        without = [p for p in pairs if p.client_id is None]
+        if len(without) == len(pairs):
+            return "group"
+        if len(without) >= FEW * len(pairs):
+            raise BadInputError(
+                f"{without[0].source}: has no client_id, as {len(without)} of {len(pairs)} records,"
+                " although others have one; give every record one, or divide pairs without regard"
+                " to the ids with --partition group"
+            )
+        return "natural"
+
+    def told(
+        self, pairs: Sequence[PreferencePair], clients: Sequence[ClientPairs]
+    ) -> tuple[str, ...]:
+        """What was asked for and what there is, where they differ."""
+        if self.protocol == "mirrored" or self.kind(pairs) != "natural":
+            return ()
+        there = {p.client_id for p in pairs if p.client_id is not None}
+        without = sum(p.client_id is None for p in pairs)
+        able = len(there) - len(self.too_few(pairs))
+        notes = []
+        if len(there) > able:
+            notes.append(
+                f"{len(there) - able} of {len(there)} client ids have fewer than"
+                f" {self.least_pairs} pairs, and are left out"
+            )
+        if self.clients > able:
+            notes.append(f"{self.clients} clients were asked for; the data have {able}")
+        elif len(clients) < able:
+            notes.append(f"{len(clients)} of {able} clients are used, as was asked for")
+        if without:
+            notes.append(f"{without} records without a client_id are left out")
+        return tuple(notes)
+
+    def too_few(self, pairs: Sequence[PreferencePair]) -> set[str]:
+        """Ids with fewer pairs than a client needs."""
+        by_id: dict[str, list[PreferencePair]] = defaultdict(list)
+        for pair in pairs:
+            if pair.client_id is not None:
+                by_id[pair.client_id].append(pair)
+        return {n for n, own in by_id.items() if len(without_duplicates(own)) < self.least_pairs}
 
     def _divide(
         self,
@@ -88,7 +138,7 @@ class Partitioner:
         prefix: str,
         count: int,
     ) -> list[ClientPairs]:
-        kind = self._kind(pairs)
+        kind = self.kind(pairs)
         if kind == "natural":
             return self._natural(pairs, generator, count)
         pools = _pools(pairs, generator)
@@ -115,23 +165,23 @@ class Partitioner:
     ) -> list[ClientPairs]:
         by_id: dict[str, list[PreferencePair]] = defaultdict(list)
         for pair in pairs:
-            if pair.client_id is None:
-                raise BadInputError(
-                    f"{pair.source}: partition=natural needs a client_id in every record"
-                )
-            by_id[pair.client_id].append(pair)
-        usable = {
-            name: own
-            for name, own in by_id.items()
-            if len(without_duplicates(own)) >= self.least_pairs
-        }
+            if pair.client_id is not None:
+                by_id[pair.client_id].append(pair)
+        without = len(pairs) - sum(map(len, by_id.values()))
+        if without >= max(1, FEW * len(pairs)):
+            stray = next(pair for pair in pairs if pair.client_id is None)
+            raise BadInputError(
+                f"{stray.source}: partition=natural needs a client_id in every record"
+            )
+        small = self.too_few(pairs)
+        usable = {name: own for name, own in by_id.items() if name not in small}
         if not usable:
             raise BadInputError(
                 f"none of the {len(by_id)} client ids has {self.least_pairs} or more pairs"
             )
         names = sorted(usable)
-        if len(names) > count:
-            names = sorted(generator.permutation(names)[:count].tolist())
+        if 0 < self.clients < len(names):
+            names = sorted(generator.permutation(names)[: min(count, self.clients)].tolist())
         return [
             ClientPairs(name, _majority_group(usable[name]), tuple(usable[name])) for name in names
         ]
@@ -191,13 +241,12 @@ class Partitioner:
     def _mirrored(
         self, pairs: Sequence[PreferencePair], generator: np.random.Generator, prefix: str
     ) -> list[ClientPairs]:
-        if self.clients < 2 or self.clients % 2:
-            raise BadInputError(
-                f"protocol=mirrored needs an even number of clients, not {self.clients}"
-            )
+        count = self.clients or self.otherwise
+        if count < 2 or count % 2:
+            raise BadInputError(f"protocol=mirrored needs an even number of clients, not {count}")
         return [
             side
-            for client in self._divide(pairs, generator, prefix, self.clients // 2)
+            for client in self._divide(pairs, generator, prefix, count // 2)
             for side in (replace(client, group=client.group or "original"), mirror_image(client))
         ]
 

@@ -3,16 +3,16 @@
 | source | training clients | unseen clients | new pairs of seen clients |
 |---|---|---|---|
 | `personas` | generated users | other generated users | generated anew |
-| `files` | by `data.partition` | clients that were not trained on | by id, or dealt by group |
+| `files` | by `data.partition` | not trained on | by id; dealt by group where the clients were |
 | `federation` | not here | not here | not here |
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, NoReturn, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, NoReturn, Protocol, runtime_checkable
 
 from fedvpa.config import FEDERATION, DataConfig
 from fedvpa.data.partition import MIRRORED, ClientPairs, Partitioner, mirror_image
@@ -21,14 +21,19 @@ from fedvpa.data.personas import personas as generate
 from fedvpa.data.reading import pairs_by
 from fedvpa.errors import BadInputError
 from fedvpa.parts import SOURCES, builder, is_reference, part
+from fedvpa.records import PreferencePair
+
+NEW = 10
+"""Unseen clients that are made where the data have no ids, and nobody says how many."""
 
 
 class Clients(NamedTuple):
-    """Clients with their pairs, and what was skipped on reading."""
+    """Clients with their pairs, what was skipped on reading, and what is to be said of both."""
 
     clients: list[ClientPairs]
     skipped: Counter[str]
     first_skipped: list[str]
+    notes: tuple[str, ...] = ()
 
 
 @runtime_checkable
@@ -47,12 +52,12 @@ class Source(Protocol):
 
     def unseen(self, seed: int, context: int, seen: set[str]) -> Clients:
         """Clients to evaluate on, none of them called as in `seen`, with enough pairs for `context`
-        of them to be read."""
+        of them to be read; none, if all are in `seen`."""
         ...
 
     def held_out(self, seed: int, seen: Sequence[ClientPairs]) -> list[ClientPairs]:
-        """New pairs for the clients that were trained on, in their order; a client that gets none
-        has an empty row."""
+        """New pairs for the clients that were trained on, in their order, a client that gets none
+        with an empty row; or nothing, if none of the pairs are theirs."""
         ...
 
 
@@ -77,12 +82,12 @@ class Personas:
 
     def training(self, seed: int) -> Clients:
         """The first `data.clients` users."""
-        users = generate(self.data.personas, range(self.data.clients), seed)
+        users = generate(self.data.personas, range(self.data.made), seed)
         return Clients(users, Counter(), [])
 
     def unseen(self, seed: int, context: int, seen: set[str]) -> Clients:
         """Other users, with `context` pairs and as many targets."""
-        users = range(UNSEEN, UNSEEN + self.data.clients)
+        users = range(UNSEEN, UNSEEN + (self.data.clients or NEW))
         pairs = max(4, 2 * context)
         return Clients(
             generate(self.data.personas, users, seed, "test", pairs=pairs), Counter(), []
@@ -105,29 +110,29 @@ class Files:
     def training(self, seed: int) -> Clients:
         """The pairs as `data.partition` divides them."""
         found = pairs_by(self.data)
-        clients = self._partitioner()(found.pairs, seed)
-        return Clients(clients, found.skipped, found.first_skipped)
+        divide = self._partitioner()
+        clients = divide(found.pairs, seed)
+        notes = (*found.notes, *divide.told(found.pairs, clients))
+        return Clients(clients, found.skipped, found.first_skipped, notes)
 
     def unseen(self, seed: int, context: int, seen: set[str]) -> Clients:
-        """The pairs of clients that were not trained on.
-
-        Raises:
-            BadInputError: every client id of the data is among `seen`.
-        """
+        """The pairs of clients that were not trained on."""
         found = pairs_by(self.data)
         new = [p for p in found.pairs if p.client_id is None or p.client_id not in seen]
-        if not new:
-            raise BadInputError(
-                f"{self.data.source}: every client id in it was trained on, so nobody is unseen;"
-                " evaluate on other users, or leave some out of training (--clients N takes N of"
-                " them)"
-            )
-        clients = self._partitioner()(new, seed, prefix="unseen")
-        return Clients(clients, found.skipped, found.first_skipped)
+        divide = replace(self._partitioner(), otherwise=NEW)
+        if divide.kind(found.pairs) == "natural":
+            new = [p for p in new if p.client_id is not None]
+            # an id with one pair has no target beside its context
+            small = divide.too_few(new)
+            new = [p for p in new if p.client_id not in small]
+        clients = divide(new, seed, prefix="unseen") if new else []
+        notes = (*found.notes, *(divide.told(new, clients) if new else ()))
+        return Clients(clients, found.skipped, found.first_skipped, notes)
 
     def held_out(self, seed: int, seen: Sequence[ClientPairs]) -> list[ClientPairs]:
-        """A client's own pairs where ids are natural, else pairs dealt by group; mirrored clients
-        get reversed pairs for their reversed halves."""
+        """The pairs that bear a client's own id. Where the clients themselves were made by group,
+        pairs are dealt by group; mirrored clients get reversed pairs for their reversed halves.
+        Without ids and without groups nothing is a seen client's."""
         if self.data.protocol == "mirrored":
             plain = replace(self, data=self.data.model_copy(update={"protocol": "natural"}))
             halves = [_ungrouped(c) for c in seen if not c.name.endswith(MIRRORED)]
@@ -137,30 +142,35 @@ class Files:
                 for side in (replace(c, group=c.group or "original"), mirror_image(c))
             ]
         pairs = pairs_by(self.data).pairs
-        named = {p.client_id for p in pairs if p.client_id is not None}
-        if named & {c.name for c in seen}:
-            return [
-                replace(c, pairs=tuple(p for p in pairs if p.client_id == c.name)) for c in seen
-            ]
+        if dealt_by(seen) == "id":
+            own: dict[str | None, list[PreferencePair]] = defaultdict(list)
+            for pair in pairs:
+                own[pair.client_id].append(pair)
+            out = [replace(c, pairs=tuple(own[c.name])) for c in seen]
+            return out if any(c.pairs for c in out) else []
+        if any(c.group is None for c in seen) or not any(p.group for p in pairs):
+            return []
         out = []
         for client in seen:
             holders = [c.name for c in seen if c.group == client.group]
-            # a stranger's pairs say nothing of a client whose group is not known
-            pool = [
-                p
-                for p in pairs
-                if (p.client_id is None if client.group is None else p.group == client.group)
-            ]
-            own = pool[holders.index(client.name) :: len(holders)]
-            out.append(replace(client, pairs=tuple(own)))
+            pool = [p for p in pairs if p.group == client.group]
+            dealt = pool[holders.index(client.name) :: len(holders)]
+            out.append(replace(client, pairs=tuple(dealt)))
         return out
 
     def _partitioner(self) -> Partitioner:
         d = self.data
         return Partitioner(
             d.clients, d.partition, d.group_ratio, d.dirichlet_alpha, d.mixing, d.protocol,
-            d.max_pairs,
+            d.max_pairs, otherwise=d.made,
         )  # fmt: skip
+
+
+def dealt_by(clients: Sequence[ClientPairs]) -> Literal["id", "group"]:
+    """How training clients came to their pairs: they bear their ids, or pairs were dealt to them by
+    group."""
+    named = all(p.client_id == c.name for c in clients for p in c.pairs)
+    return "id" if named else "group"
 
 
 @dataclass(frozen=True)

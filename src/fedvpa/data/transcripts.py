@@ -48,7 +48,7 @@ def dialect_of(text: str) -> Dialect | None:
     if first is None:
         return None
     tag, rest = first[1], text[first.end() :]
-    if tag == HH.user and re.search(r"\n[ \t]*\n[ \t]*Assistant[ \t]*:", rest):
+    if tag == HH.user and re.search(r"\n[ \t]*\nAssistant[ \t]*:", rest):
         return HH
     mark = tag[: len(tag) - len(tag.lstrip("# "))]
     for word in _ASSISTANT:  # the likeliest first: a turn may well have a line 'Answer: ...'
@@ -68,10 +68,10 @@ def begins_like_one(text: str) -> bool:
 def turns_of(text: str, dialect: Dialect) -> list[Message]:
     """The turns of a transcript; an assistant's last turn is empty if the text ends with its tag.
 
-    Tags of HH-RLHF count after a blank line, others at the beginning of a line. A turn's text
-    keeps its indentation; blank lines around it are the format's.
+    Tags of HH-RLHF count after a blank line, others at the beginning of a line, indented or not. A
+    turn's text keeps its indentation; blank lines around it are the format's.
     """
-    before = r"(?:\A\s*|\n[ \t]*\n[ \t]*)" if dialect.blank else r"(?:\A\s*|\n[ \t]*)"
+    before = r"(?:\A\s*|\n[ \t]*\n)" if dialect.blank else r"(?:\A\s*|\n[ \t]*)"
     names = f"({re.escape(dialect.user)}|{re.escape(dialect.assistant)})"
     found = list(re.finditer(rf"{before}{names}[ \t]*:", newlines(text)))
     ends = [match.start() for match in found[1:]] + [len(newlines(text))]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from fedvpa.evaluation import plots
 from fedvpa.evaluation.pages import render
-from fedvpa.evaluation.statistics import Interval, interval, ratio_interval, show
+from fedvpa.evaluation.statistics import Interval, interval, ratio_interval, share, show
 from fedvpa.methods import METHODS
 
 COLUMNS = (
@@ -65,7 +65,7 @@ def compared(
             "seconds": _mean([f["seconds"] for f in found.values()]),
         }
         for part in ("seen", "unseen", "no_context"):
-            line[part] = _over_seeds([_clients(f, part) for f in found.values()])
+            line[part] = _over_seeds([_clients(f, part) for f in found.values()], share)
             other = by_row[reference] if row != reference else {}
             line[f"difference_{part}"] = _difference(found, other, part)
         for part in ("seen", "unseen"):
@@ -97,10 +97,10 @@ def _figures(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     ]
     ari = [r["latent"]["ari"] for r in runs if r.get("latent", {}).get("ari") is not None]
     return {
-        "other_group": interval(swapped),
+        "other_group": share(swapped),
         "ari": interval(ari),
-        "ece": interval([run["ece"]["own"] for run in runs]),
-        "nll": interval([run["nll"]["own"]["mean"] for run in runs]),
+        "ece": interval([_number(run, "ece", "own") for run in runs]),
+        "nll": interval([_number(run, "nll", "own", "mean") for run in runs]),
         "collapsed": sum(map(collapsed, runs)) if "latent" in runs[0] else None,
     }
 
@@ -127,12 +127,14 @@ def _seed_mean(found: Mapping[str, Any], part: str) -> float:
     return interval(_clients(found, part))["mean"]
 
 
-def _over_seeds(values: list[list[float]]) -> Interval:
+def _over_seeds(
+    values: list[list[float]], summarise: Callable[[Sequence[float]], Interval] = interval
+) -> Interval:
     """Interval over seeds of the clients' means: clients of one seed share a model, so they are not
     independent. With one seed there is nothing but the clients, and the interval is over them."""
     if len(values) == 1:
-        return interval(values[0])
-    return interval([interval(clients)["mean"] for clients in values])
+        return summarise(values[0])
+    return summarise([interval(clients)["mean"] for clients in values])
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -176,12 +178,12 @@ def _groups(
     if len(names) < 2:
         return out
     out["worst_group"] = min(
-        (interval([e[n]["mean"] for e in every]) for n in names), key=lambda v: v["mean"]
+        (share([e[n]["mean"] for e in every]) for n in names), key=lambda v: v["mean"]
     )
     size = {n: every[0][n]["n"] for n in names}
     rarest = min(names, key=lambda n: size[n])
     if max(size.values()) > 1.25 * size[rarest]:
-        out["rarest_group"] = interval([e[rarest]["mean"] for e in every])
+        out["rarest_group"] = share([e[rarest]["mean"] for e in every])
         out["closure_rarest"] = _closure(
             by_row, method, row, oracle, lambda f: f["seen"]["accuracy"]["by_group"][rarest]["mean"]
         )
@@ -209,12 +211,12 @@ def as_csv(results: Sequence[Result]) -> str:
         values = [
             _at(seen, "own", "mean"), _at(seen, "worst_group", "mean"), _at(seen, "other_group",
             "mean"),
-            f["accuracy"]["own"]["mean"], f["accuracy"]["worst_group"]["mean"], _at(f["accuracy"],
-            "other_group", "mean"),
+            _at(f, "accuracy", "own", "mean"), _at(f, "accuracy", "worst_group", "mean"),
+            _at(f, "accuracy", "other_group", "mean"),
             latent.get("ari"), _at(latent, "inferred", "ari"), latent.get("population_components"),
             posterior.get("active_units"), posterior.get("coverage_90"),
             f.get("leaking_single_pair_accuracy"),
-            f["nll"]["own"]["mean"], f["ece"]["own"], _at(f, "prior_weights", "entropy"),
+            _at(f, "nll", "own", "mean"), _at(f, "ece", "own"), _at(f, "prior_weights", "entropy"),
             _at(f, "prior_weights", "same_group_weight"), _at(f, "corrupted", "nll", "auc"),
             f["seconds"],
             *(_at(s, "accuracy", "mean") for s in shots), *(_at(s, "nll", "mean") for s in shots),
@@ -223,6 +225,11 @@ def as_csv(results: Sequence[Result]) -> str:
         shown = ["" if v is None else str(v) if isinstance(v, int) else f"{v:.4f}" for v in values]
         writer.writerow([r.setting, r.row, r.method, r.seed, *shown])
     return out.getvalue()
+
+
+def _number(tree: Any, *path: str) -> float:
+    found = _at(tree, *path)
+    return math.nan if found is None else float(found)
 
 
 def _at(tree: Any, *path: str) -> Any:
@@ -308,7 +315,9 @@ def render_comparison(
 def _few_shot(results: Sequence[Result], rows: Sequence[str]) -> Figure:
     fig, axes = plots.figure(7.2, 3.8)
     for i, row in enumerate(rows):
-        found = [r.found["few_shot"] for r in results if r.row == row]
+        found = [
+            r.found["few_shot"] or r.found["seen"]["few_shot"] for r in results if r.row == row
+        ]
         sizes = list(found[0])
         means = [_mean([f[s]["accuracy"]["mean"] for f in found]) for s in sizes]
         style = "-" if i < len(plots.COLOURS) else "--"
@@ -319,7 +328,7 @@ def _few_shot(results: Sequence[Result], rows: Sequence[str]) -> Figure:
             marker="o",
             ms=4,
             color=plots.COLOURS[i % len(plots.COLOURS)],
-            label=row,
+            label=plots.label(row),
         )
         axes.set_xticks(range(len(sizes)), sizes)
     axes.axhline(0.5, color=plots.GREY, lw=0.8, ls=":")
@@ -359,7 +368,7 @@ def _collapse(results: Sequence[Result]) -> Figure:
         axes.tick_params(labeltop=True)
     left.set_yticks(
         range(len(labels)),
-        [" · ".join(part for part in label if part) for label in labels],
+        [plots.label(" · ".join(part for part in label if part)) for label in labels],
         fontsize=7,
     )
     left.set_ylim(len(labels) - 0.4, -0.6)

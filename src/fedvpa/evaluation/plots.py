@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 from torch import Tensor
 
+from fedvpa.foreign import harmless
 from fedvpa.types import Posterior
 
 COLOURS = (
@@ -31,6 +32,12 @@ COLOURS = (
     "#B22222",
 )
 GREY = "#888888"
+
+
+def label(name: object) -> str:
+    """A name as it is drawn: on one line, never as mathematics, never hidden from a legend."""
+    text = harmless(name, 60).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def figure(width: float = 5.4, height: float = 3.6) -> tuple[Figure, Axes]:
@@ -62,7 +69,7 @@ def latent_map(
     if axes_2d.shape[0] < 2:
         axes_2d = torch.cat([axes_2d, torch.zeros(2 - axes_2d.shape[0], axes_2d.shape[1])])
     fig, axes = figure(6.2, 4.6)
-    for posterior, group, marker, label in (
+    for posterior, group, marker, whose in (
         (seen, seen_group, "o", "seen"),
         (unseen, unseen_group, "^", "unseen"),
     ):
@@ -73,7 +80,7 @@ def latent_map(
         for g in sorted(set(group.tolist())):
             colour = COLOURS[g % len(COLOURS)] if g >= 0 else GREY
             mine = group == g
-            name = names[g] if g >= 0 else "no group"
+            name = label(names[g]) if g >= 0 else "no group"
             face = colour if marker == "o" else "none"
             axes.scatter(
                 at[mine, 0],
@@ -82,7 +89,7 @@ def latent_map(
                 marker=marker,
                 c=face,
                 edgecolors=colour,
-                label=f"{name}, {label}",
+                label=f"{name}, {whose}",
                 zorder=3,
             )
             for point, cov in zip(at[mine], covariance[mine]):
@@ -145,7 +152,7 @@ def few_shot_curve(few_shot: dict[str, Any], names: Sequence[str]) -> Figure:
                 color=COLOURS[g % len(COLOURS)],
                 alpha=0.6,
                 lw=1,
-                label=name,
+                label=label(name),
             )
     every = [few_shot[str(s)]["accuracy"] for s in sizes]
     axes.plot(
@@ -174,6 +181,8 @@ def controls(accuracy: dict[str, Any]) -> Figure:
         n
         for n in ("own", "worst_group", "prior_mean", "shuffled", "other_group", "flipped")
         if n in accuracy
+        # with one group or none, the worst group is everybody
+        and not (n == "worst_group" and len(accuracy["by_group"]) < 2)
     ]
     for i, name in enumerate(reversed(wanted)):
         value = accuracy[name]
@@ -184,6 +193,10 @@ def controls(accuracy: dict[str, Any]) -> Figure:
             height=0.65,
         )
         axes.plot([value["low"], value["high"]], [i, i], color="black", lw=1.2)
+        axes.annotate(
+            f"{value['mean']:.2f}", (value["mean"], i), xytext=(3, 5), textcoords="offset points",
+            fontsize=7, clip_on=False,
+        )  # fmt: skip
     axes.set_yticks(range(len(wanted)), [n.replace("_", " ") for n in reversed(wanted)])
     axes.axvline(0.5, color="black", lw=0.8, ls=":")
     axes.set_xlim(0, 1)

@@ -44,16 +44,17 @@ def render_report(
 ) -> str:
     """The page for `results` (see docs/evaluation.md for its keys)."""
     run, data, protocol = results["run"], results["data"], results["protocol"]
+    who, part = ("unseen", results) if results["accuracy"] else ("seen", results["seen"])
     figures = [
-        ("Own z against the controls (unseen clients).", plots.controls(results["accuracy"])),
-        ("Few-shot curve, unseen clients; the band is a 95 % interval over clients.",
-         plots.few_shot_curve(results["few_shot"], group_names)),
+        (f"Own z against the controls ({who} clients).", plots.controls(part["accuracy"])),
+        (f"Few-shot curve, {who} clients; the band is a 95 % interval over clients.",
+         plots.few_shot_curve(part["few_shot"], group_names)),
     ]  # fmt: skip
     if seen is not None:
         drawn = plots.latent_map(seen, unseen, prototypes, seen_group, unseen_group, group_names)
         figures.append((_LATENT_MAP, drawn))
-    figures += _further_figures(results, probability)
-    columns = [("unseen clients", results)]
+    figures += _further_figures(results, probability, who)
+    columns = [("unseen clients", results)] if results["accuracy"] else []
     columns += [("seen clients", results["seen"])] if results["seen"] else []
     return render(
         "fedvpa.evaluation",
@@ -76,14 +77,16 @@ def render_report(
     )
 
 
-def _further_figures(results: dict[str, Any], probability: list[float]) -> list[tuple[str, Figure]]:
+def _further_figures(
+    results: dict[str, Any], probability: list[float], who: str
+) -> list[tuple[str, Figure]]:
     figures = []
     if any("loss" in row for row in results["history"]):
         figures.append(("Learning curves.", plots.learning_curves(results["history"])))
     if "posterior" in results:
         bars = plots.kl_bars(results["posterior"]["kl_per_dimension"])
         figures.append(("KL per dimension, mean over seen clients.", bars))
-    figures.append(("Calibration on unseen clients' targets.", plots.calibration(probability)))
+    figures.append((f"Calibration on {who} clients' targets.", plots.calibration(probability)))
     traffic = results["communication"]
     down, up = traffic["down_bytes_per_client_and_round"], traffic["up_bytes_per_client_and_round"]
     drawn = plots.communication(down, up, results["run"]["rounds"])
@@ -100,6 +103,14 @@ def _warnings(results: dict[str, Any]) -> list[str]:
     dropped = results["data"]["dropped_because_trained_on"]
     if dropped:
         found.append(f"{dropped} evaluation pairs were dropped: the run was trained on them.")
+    if results["data"]["held_out_pairs_by"] == "group" and results["seen"]:
+        found.append(
+            "The training clients were made by group, and so were the held-out pairs of 'seen'"
+            " clients dealt to them: by group, not by person."
+        )
+    skipped = results["data"]["skipped"]
+    found += [f"{count} records were skipped: {reason}." for reason, count in skipped.items()]
+    found += results["data"]["notes"]
     return found
 
 
@@ -109,6 +120,8 @@ def _rows(columns: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
         {"name": label, "cells": [_cell(part["accuracy"].get(key)) for part in parts]}
         for key, label in _ROWS
         if any(key in part["accuracy"] for part in parts)
+        # with one group or none, the worst group is everybody
+        and not (key == "worst_group" and all(len(p["accuracy"]["by_group"]) < 2 for p in parts))
     ]
     rows.append({"name": "ECE, own z", "cells": [f"{part['ece']['own']:.3f}" for part in parts]})
     nll = [_cell(part["nll"]["own"]) for part in parts]
@@ -127,7 +140,9 @@ def _cards(results: dict[str, Any]) -> list[dict[str, str]]:
         )
         return {"label": label, "value": f"{value['mean']:.3f}", "detail": detail}
 
-    cards = [card("own z, unseen", results["accuracy"]["own"])]
+    cards = []
+    if results["accuracy"]:
+        cards.append(card("own z, unseen", results["accuracy"]["own"]))
     if "other_group" in results["accuracy"]:
         cards.append(card("another group's z", results["accuracy"]["other_group"]))
     if results["seen"]:

@@ -32,6 +32,30 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(mean=mean, low=mean - half, high=mean + half, n=int(x.size))
 
 
+def share(values: Sequence[float]) -> Interval:
+    """Mean of shares (accuracies) and its 95 % interval, which stays within [0, 1].
+
+    Wilson's score interval (Wilson, 1927) for as many trials as have the variance that is seen
+    between the values, with Student's t in place of the normal quantile. Where all values are 0 or
+    all are 1 there is none to be seen, and each value counts as one trial.
+    """
+    found = interval(values)
+    if found["n"] < 2:
+        return found
+    p, n = found["mean"], found["n"]
+    quantile = float(stdtrit(n - 1, 0.975))
+    error = (found["high"] - found["mean"]) / quantile
+    trials = (
+        p * (1 - p) / error**2 if error > 1e-12 else (float(n) if p in (0.0, 1.0) else math.inf)
+    )
+    if math.isinf(trials) or trials <= 0:
+        return found
+    weight = quantile**2 / trials
+    centre = (p + weight / 2) / (1 + weight)
+    half = quantile / (1 + weight) * math.sqrt(p * (1 - p) / trials + weight / (4 * trials))
+    return Interval(mean=p, low=max(0.0, centre - half), high=min(1.0, centre + half), n=n)
+
+
 def ratio_interval(numerator: Sequence[float], denominator: Sequence[float]) -> Interval:
     """Ratio of two means over the same seeds, with the 95 % interval of the delta method
     (linearised; Student t)."""

@@ -19,9 +19,11 @@ from fedvpa.errors import BadInputError, FedvpaError, RunError
 from fedvpa.evaluation import plots
 from fedvpa.evaluation.comparison import Result, as_csv, as_markdown, compared, render_comparison
 from fedvpa.evaluation.report import render_report
-from fedvpa.experiment.evaluate import EvaluationSettings, evaluate
+from fedvpa.experiment.dataset import training_data
+from fedvpa.experiment.evaluate import evaluate
 from fedvpa.experiment.plan import Comparison
 from fedvpa.experiment.run import RunPaths, load_config
+from fedvpa.experiment.subjects import EvaluationSettings, people_of
 from fedvpa.experiment.train import train
 from fedvpa.files import file_name, write_atomically
 from fedvpa.records import Progress
@@ -54,6 +56,7 @@ class Cell:
             data.split,
             self.evaluation.data,
             self.evaluation.split,
+            self.evaluation.unseen,
             self.config.features.model_dump_json(),
         )
 
@@ -73,6 +76,7 @@ def compare(
     """
     cells = [cell for setting in comparisons for cell in _cells(setting, out)]
     todo = [cell for cell in cells if _finished(cell) is None]
+    _check(todo)
     done, failed = len(cells) - len(todo), dict[str, str]()
     if on_cell is not None and done:
         on_cell(done, len(cells), "finished before")
@@ -90,6 +94,25 @@ def compare(
             " others"
         )
     return tables
+
+
+def _check(cells: Sequence[Cell]) -> None:
+    """Read and divide all data that the runs will need, before any of them is trained.
+
+    Raises:
+        BadInputError: some of it is unusable, with the run that it is for.
+    """
+    known = set[str]()
+    for cell in cells:
+        asked = f"{cell.config.data.model_dump_json()}|{cell.evaluation}|{cell.config.seed}"
+        if asked in known:
+            continue
+        known.add(asked)
+        try:
+            data = training_data(cell.config)
+            people_of(cell.config, cell.evaluation, data.train, {c.name for c in data.train})
+        except BadInputError as error:
+            raise BadInputError(f"{cell.name}: {error}") from error
 
 
 def _written(
@@ -138,7 +161,8 @@ def _cells(setting: Comparison, out: Path) -> Iterator[Cell]:
             config = build_config(given, {"seed": seed, "out": str(place)})
             t = setting.test
             evaluation = EvaluationSettings(
-                t.source, t.split, t.clients, t.context, t.repeats, seed, config.data.on_bad_record
+                t.source, t.split, t.clients, t.context, t.repeats, seed, config.data.on_bad_record,
+                t.unseen,
             )  # fmt: skip
             yield Cell(setting.name, label, config, evaluation, seed == setting.seeds[0])
 

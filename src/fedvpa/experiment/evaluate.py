@@ -3,20 +3,16 @@ docs/evaluation.md)."""
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from fedvpa import __version__
-from fedvpa.config import FEDERATION, DataConfig
-from fedvpa.data.sources import source_of
-from fedvpa.errors import BadInputError
+from fedvpa.config import FEDERATION
 from fedvpa.evaluation.diagnostics import (
     cluster_diagnostics,
     component_confidence,
@@ -37,17 +33,10 @@ from fedvpa.evaluation.protocol import (
     leaking_accuracy,
     split_trials,
 )
-from fedvpa.evaluation.statistics import interval
-from fedvpa.experiment.dataset import (
-    TrainingData,
-    features_of,
-    to_store,
-    training_data,
-    without_overlap,
-)
+from fedvpa.evaluation.statistics import interval, share
 from fedvpa.experiment.run import Run, open_run
+from fedvpa.experiment.subjects import EvaluationSettings, Subjects, subjects_of
 from fedvpa.experiment.train import manifest
-from fedvpa.features.cache import FeatureCache
 from fedvpa.federated.batch import ClientStore, Roster, concatenate
 from fedvpa.federated.messages import PROTOTYPES
 from fedvpa.federated.priors.peers import PeersPrior
@@ -58,19 +47,11 @@ from fedvpa.selector.predictor import VariationalPredictor
 from fedvpa.types import PairBatch, Posterior
 
 CONTEXT_SIZES = (0, 1, 2, 4, 8, 16, 32)
-
-
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """What to evaluate on. `data` None stands for the run's own source."""
-
-    data: str | None = None
-    split: str | None = None
-    clients: int = 10
-    context: int = 32
-    repeats: int = 4
-    seed: int = 0
-    on_bad_record: str = "few"
+_NOBODY: dict[str, Any] = {
+    "accuracy": {}, "nll": {}, "ece": {}, "few_shot": {}, "per_client_accuracy": [],
+    "per_client_without_context": [], "targets_scored": 0,
+}  # fmt: skip
+"""What there is to say of unseen clients where nobody is unseen."""
 
 
 @dataclass(frozen=True)
@@ -106,29 +87,34 @@ def evaluate(
     if not elsewhere:
         run = open_run(directory, with_clients=True, progress=progress)
     # 1. Whom to evaluate: no pair of theirs was trained on.
-    subjects = _subjects(run, _evaluation_data(run.config.data, settings), settings, progress)
+    subjects = subjects_of(run, settings, progress)
     names = run.roster.group_index()[0]  # a model that knows groups knows these, in this order
-    names += sorted({g for g in subjects.unseen.groups if g is not None} - set(names))
-    seen_group = _group_of(run.roster, names)
-    unseen_group = _group_of(subjects.unseen.roster, names)
+    others = Roster((), ()) if subjects.unseen is None else subjects.unseen.roster
+    names += sorted({g for g in others.groups if g is not None} - set(names))
+    seen_group, unseen_group = _group_of(run.roster, names), _group_of(others, names)
     # 2. Controls and few-shot curves, of unseen clients and of those that were trained on.
     predictor = run.predictor
-    trials = split_trials(subjects.unseen, settings.context, settings.repeats, settings.seed)
     sizes = sorted({s for s in CONTEXT_SIZES if s <= settings.context} | {settings.context})
-    unseen_part, scores = _part(predictor, trials, unseen_group, names, sizes, settings.seed)
-    seen_part: dict[str, Any] | None = None
+    unseen_part, seen_part, trials = _NOBODY, None, list[Trial]()
+    scores: dict[str, Scores] = {}
+    if subjects.unseen is not None:
+        trials = split_trials(subjects.unseen, settings.context, settings.repeats, settings.seed)
+        unseen_part, scores = _part(predictor, trials, unseen_group, names, sizes, settings.seed)
     if run.store is not None and subjects.held_out is not None and subjects.held_out_pairs:
         trial = given_trial(run.store, subjects.held_out)
-        seen_part, _ = _part(predictor, [trial], seen_group, names, sizes, settings.seed)
+        seen_part, own = _part(predictor, [trial], seen_group, names, sizes, settings.seed)
+        scores, trials = scores or own, trials or [trial]
     results = _described(run, settings, subjects, names) | unseen_part
     results |= {"seen": seen_part, "history": run.checkpoint.history}
     # 3. The latent, where there is one.
     seen = unseen_posterior = prototypes = None
     if run.store is not None and isinstance(predictor, VariationalPredictor):
         seen = predictor.amortised(_all_pairs(run.store))
-        unseen_posterior = predictor.amortised(trials[0].context)
         prototypes = _prototypes(run)
-        results |= _latent(run, predictor, trials, seen_group, unseen_group)
+        if subjects.unseen is not None:
+            unseen_posterior = predictor.amortised(trials[0].context)
+        tested = unseen_group if subjects.unseen is not None else seen_group
+        results |= _latent(run, predictor, trials, seen_group, tested)
         if subjects.corrupted.any():
             results["corrupted"] = _corrupted(predictor, run.store, subjects.corrupted)
     # 4. What training cost.
@@ -139,51 +125,8 @@ def evaluate(
     )
 
 
-class _Subjects(NamedTuple):
-    """Whitened pairs of those who are evaluated, and what was left out."""
-
-    data: DataConfig
-    unseen: ClientStore
-    held_out: ClientStore | None
-    corrupted: Bool[Tensor, "k"]
-    dropped: int | None
-    skipped: Counter[str]
-
-    @property
-    def held_out_pairs(self) -> int:
-        """Pairs of seen clients that are scored."""
-        return 0 if self.held_out is None else int(self.held_out.sizes.sum())
-
-
-def _subjects(
-    run: Run, data: DataConfig, settings: EvaluationSettings, progress: Progress | None
-) -> _Subjects:
-    """Unseen clients, and new pairs of seen ones, without any pair that the run was trained on."""
-    elsewhere = run.store is None
-    trained = TrainingData([], [], Counter(), []) if elsewhere else training_data(run.config)
-    everything = [*trained.train, *trained.validation]
-    source, seed = source_of(data), run.config.seed
-    found = source.unseen(seed, settings.context, set(run.roster.names))
-    unseen, dropped = without_overlap(found.clients, everything)
-    raw = [] if elsewhere else source.held_out(seed, trained.train)
-    held_out, dropped_seen = without_overlap(raw, everything)
-    held_out = [replace(c, pairs=()) if t.corrupted else c for c, t in zip(held_out, trained.train)]
-    cache = FeatureCache(run.config.features)
-    features, _, signature = features_of([*unseen, *held_out], cache, progress)
-    _same_backbone(run, signature)
-    own, others = features[: len(unseen)], features[len(unseen) :]
-    return _Subjects(
-        data,
-        to_store(unseen, own, run.whitener, run.needs_common),
-        to_store(held_out, others, run.whitener, run.needs_common) if held_out else None,
-        torch.tensor([c.corrupted for c in trained.train], dtype=torch.bool),
-        None if elsewhere else dropped + dropped_seen,
-        found.skipped,
-    )
-
-
 def _described(
-    run: Run, settings: EvaluationSettings, subjects: _Subjects, names: list[str]
+    run: Run, settings: EvaluationSettings, subjects: Subjects, names: list[str]
 ) -> dict[str, Any]:
     """Run, data and protocol of an evaluation, for the report."""
     config, data = run.config, subjects.data
@@ -195,16 +138,18 @@ def _described(
             "config": config.model_dump(mode="json"),
         },
         "data": {
-            "source": data.source, "split": data.split, "unseen_clients": len(subjects.unseen),
-            "unseen_pairs": int(subjects.unseen.sizes.sum()),
+            "source": data.source, "split": data.split, "unseen_source": settings.unseen,
+            "unseen_clients": 0 if subjects.unseen is None else len(subjects.unseen),
+            "unseen_pairs": 0 if subjects.unseen is None else int(subjects.unseen.sizes.sum()),
             "held_out_pairs_of_seen_clients": subjects.held_out_pairs,
+            "held_out_pairs_by": subjects.dealt,
             "dropped_because_trained_on": subjects.dropped, "skipped": dict(subjects.skipped),
-            "groups": names,
+            "notes": subjects.notes, "groups": names,
         },
         "protocol": {
             "context": settings.context, "repeats": settings.repeats, "disjoint": True,
             "training_leaks": config.variational and config.federation.protocol == "single-pair",
-            "interval": "95 % Student t over clients",
+            "interval": "95 % over clients: shares by Wilson with Student t, others by Student t",
         },
     }  # fmt: skip
 
@@ -289,17 +234,17 @@ def _part(
     """Controls and the few-shot curve of one set of clients, summarised over clients."""
     scores = evaluate_controls(predictor, trials, group, seed)
     own = scores["own"].accuracy()
-    groups = by_group(own, group, names, interval)
+    groups = by_group(own, group, names, share)
     present: dict[str, Any] = {k: v for k, v in groups.items() if v["n"]}  # type: ignore[index]
     worst = min(present, key=lambda name: present[name]["mean"]) if present else None
-    accuracy: dict[str, Any] = {name: interval(s.accuracy()) for name, s in scores.items()}
-    accuracy["worst_group"] = {**(present[worst] if worst else interval(own)), "group": worst}
+    accuracy: dict[str, Any] = {name: share(s.accuracy()) for name, s in scores.items()}
+    accuracy["worst_group"] = {**(present[worst] if worst else share(own)), "group": worst}
     accuracy["by_group"] = present
     few_shot = {}
     for size, at in evaluate_few_shot(predictor, trials, group, sizes).items():
         few_shot[str(size)] = {
-            "accuracy": interval(at.accuracy()), "nll": interval(at.mean_nll()), "ece": at.ece(),
-            "by_group": by_group(at.accuracy(), group, names, interval),
+            "accuracy": share(at.accuracy()), "nll": interval(at.mean_nll()), "ece": at.ece(),
+            "by_group": by_group(at.accuracy(), group, names, share),
         }  # fmt: skip
     return {
         "accuracy": accuracy,
@@ -312,41 +257,10 @@ def _part(
     }, scores
 
 
-def _evaluation_data(trained: DataConfig, settings: EvaluationSettings) -> DataConfig:
-    update: dict[str, Any] = {
-        "split": settings.split, "on_bad_record": settings.on_bad_record, "group_ratio": None,
-        "max_pairs": 0,
-        "clients": settings.clients,
-    }  # fmt: skip
-    if settings.data is not None:
-        update["source"] = settings.data
-    elif trained.source == FEDERATION:
-        raise BadInputError(
-            "evaluate: the pairs of a federation are its clients'; say which data to evaluate on,"
-            " --data"
-        )
-    elif settings.split is None and not source_of(trained).generates:
-        raise BadInputError(
-            "evaluate: say which data, --data (and --split NAME); the training pairs must not be"
-            " scored"
-        )
-    return trained.model_copy(update=update)
-
-
 def _group_of(roster: Roster, names: list[str]) -> Int[Tensor, "k"]:
     return torch.tensor(
         [-1 if g is None else names.index(g) for g in roster.groups], dtype=torch.long
     )
-
-
-def _same_backbone(run: Run, signature: str) -> None:
-    trained = json.loads((run.paths.root / "data.json").read_text())["signature"]
-    if trained != signature:
-        raise BadInputError(
-            f"{run.paths.root}: was trained on features of another backbone or number type"
-            f" ({trained}) than this machine gives ({signature}); set --features.dtype and"
-            " --features.backbone explicitly when training"
-        )
 
 
 def _bytes_a_round(payload: list[dict[str, Any]], direction: str) -> int:

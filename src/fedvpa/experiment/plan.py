@@ -32,11 +32,13 @@ from fedvpa.methods import METHODS
 
 
 class TestSettings(Section):
-    """Evaluation data and how much of it; `source` None stands for the training source."""
+    """Evaluation data and how much of it; `source` None stands for the training source, `unseen`
+    for another source of unseen users, `clients` 0 for all of its ids."""
 
     source: str | None = None
     split: str | None = None
-    clients: Annotated[int, Field(ge=1)] = 10
+    unseen: str | None = None
+    clients: Annotated[int, Field(ge=0)] = 0
     context: Annotated[int, Field(ge=0)] = 16
     repeats: Annotated[int, Field(ge=1)] = 4
 
@@ -160,5 +162,7 @@ def _planned(
     test = setting.test
     if data_root is not None and test.source is not None:
         test = test.model_copy(update={"source": str(data_root / test.source)})
+    if data_root is not None and test.unseen is not None:
+        test = test.model_copy(update={"unseen": str(data_root / test.unseen)})
     seeds = plan.quick.seeds if quick and plan.quick.seeds else setting.seeds or plan.seeds
     return comparison(rows, given, seeds, test, name, setting.about)

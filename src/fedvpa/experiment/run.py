@@ -142,11 +142,8 @@ def open_run(
         clients = training_data(config).train
         features, _, signature = features_of(clients, FeatureCache(config.features), progress)
         store = to_store(clients, features, whitener, needs_common(config))
-        known = (
-            fingerprint(config, clients, signature),
-            fingerprint_by_features(config, store, signature),
-        )
-        if checkpoint.fingerprint not in known:
+        _same_signature(paths, signature)
+        if checkpoint.fingerprint != fingerprint(config, clients, signature):
             raise BadInputError(
                 f"{paths.root}: its training data, or the backbone that reads them, have changed"
                 " since it was trained; what it was trained on is no longer known, so nothing can"
@@ -171,19 +168,30 @@ def fingerprint(config: Config, clients: Sequence[ClientPairs], signature: str) 
     return digest.hexdigest()
 
 
-def fingerprint_by_features(config: Config, store: ClientStore, signature: str) -> str:
-    """The fingerprint that versions up to 0.1.0 wrote: that of the whitened features' bits."""
-    settings = config.model_dump(mode="json", exclude=ELSEWHERE)
-    named = [settings, signature, store.names, store.offset.tolist()]
-    digest = hashlib.sha256(json.dumps(named).encode())
-    digest.update(store.difference.contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def roster_of(root: Path) -> Roster:
     """Names and groups of a run's clients, as it wrote them down."""
     rows = json.loads((root / "data.json").read_text())["clients"]
     return Roster(tuple(row["name"] for row in rows), tuple(row["group"] for row in rows))
+
+
+def same_backbone(run: Run, signature: str) -> None:
+    """Refuse features of another backbone than the run was trained on.
+
+    Raises:
+        BadInputError: with both signatures.
+    """
+    _same_signature(run.paths, signature)
+
+
+def _same_signature(paths: RunPaths, signature: str) -> None:
+    trained = json.loads((paths.root / "data.json").read_text())["signature"]
+    if trained != signature:
+        raise BadInputError(
+            f"{paths.root}: was trained on features that were made in another way ({trained}) than"
+            f" here ({signature}): by another backbone, in another number type, or by another"
+            " version of fedvpa, which prepares texts otherwise; name the backbone and"
+            " --features.dtype when training, or train the run again"
+        )
 
 
 def pairs_to_batch(run: Run, features: torch.Tensor, orders: torch.Tensor) -> PairBatch:

@@ -24,14 +24,7 @@ from fedvpa.experiment.dataset import (
     to_store,
     training_data,
 )
-from fedvpa.experiment.run import (
-    ELSEWHERE,
-    RunPaths,
-    fingerprint,
-    fingerprint_by_features,
-    load_config,
-    save_config,
-)
+from fedvpa.experiment.run import ELSEWHERE, RunPaths, fingerprint, load_config, save_config
 from fedvpa.experiment.tracking import Tracker, open_tracker
 from fedvpa.features.cache import FeatureCache
 from fedvpa.features.whitening import Whitener
@@ -156,8 +149,7 @@ def _prepare(
     held = to_store(data.validation, held_features, whitener, common)
     found = None
     if resumes:
-        former = fingerprint_by_features(config, store, signature)
-        found = load_checkpoint(paths.checkpoint, identity, former)
+        found = load_checkpoint(paths.checkpoint, identity)
     return _Ready(store, held, whitener, identity, backbone, signature, found)
 
 

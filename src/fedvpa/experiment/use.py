@@ -19,7 +19,14 @@ from fedvpa.data.partition import ClientPairs, without_duplicates
 from fedvpa.data.reading import read_pairs
 from fedvpa.errors import BadInputError
 from fedvpa.experiment.dataset import presentation_order, training_data
-from fedvpa.experiment.run import Run, RunPaths, load_config, open_run, pairs_to_batch
+from fedvpa.experiment.run import (
+    Run,
+    RunPaths,
+    load_config,
+    open_run,
+    pairs_to_batch,
+    same_backbone,
+)
 from fedvpa.experiment.train import TrainResult
 from fedvpa.features.cache import FeatureCache
 from fedvpa.features.loading import location_stamp
@@ -135,7 +142,9 @@ class PreferenceModel:
         own = without_duplicates(pairs_from(pairs, "personalize(pairs)"))
         inputs = self.run.config.model.inputs
         if own:
-            features = self._cache.pairs(own).values
+            table = self._cache.pairs(own)
+            same_backbone(self.run, table.signature)
+            features = table.values
             batch = pairs_to_batch(
                 self.run, features, presentation_order(ClientPairs("user", None, tuple(own)))
             )
@@ -288,7 +297,9 @@ def _latent(z: Any) -> Float[Tensor, "*n d"]:
 def _against_average(run: Run, cache: FeatureCache, items: Sequence[Item]) -> PairBatch:
     """Pairs [n, 1] of each response and one at the centre of the training responses, whose whitened
     features are zero."""
-    features = cache.items(items).values
+    found = cache.items(items)
+    same_backbone(run, found.signature)
+    features = found.values
     centred = (features - run.whitener.centre) @ run.whitener.projection
     mask = torch.ones(len(items), 1, dtype=torch.bool)
     return PairBatch(

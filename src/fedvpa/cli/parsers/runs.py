@@ -37,8 +37,12 @@ def evaluate(parser: argparse.ArgumentParser, asked: Asked) -> None:
     )
     parser.add_argument("--split", help="only files called SPLIT.*")
     parser.add_argument(
-        "--clients", type=int, default=10, help="unseen clients made from it (default: 10)"
+        "--unseen", metavar="SOURCE", help="other users, who were not trained on (default: --data)"
     )
+    parser.add_argument(
+        "--clients", type=int, default=0,
+        help="unseen clients (default: every new id; 10 where there are no ids)",
+    )  # fmt: skip
     parser.add_argument(
         "--context", type=int, default=32,
         help="context pairs, at most half of a client's (default: 32)",
@@ -61,7 +65,7 @@ def evaluate(parser: argparse.ArgumentParser, asked: Asked) -> None:
 
 def check_evaluate(arguments: argparse.Namespace) -> None:
     """A number out of range is refused before anything is loaded."""
-    _at_least(arguments, clients=1, context=0, repeats=1, seed=0)
+    _at_least(arguments, clients=0, context=0, repeats=1, seed=0)
 
 
 def compare(parser: argparse.ArgumentParser, asked: Asked) -> None:
@@ -77,8 +81,13 @@ def compare(parser: argparse.ArgumentParser, asked: Asked) -> None:
     )
     many.add_argument("--test-split", metavar="SPLIT", help="evaluation split")
     many.add_argument(
-        "--unseen-clients", type=int, default=10, help="clients to evaluate on (default: 10)"
-    )
+        "--unseen-data", metavar="SOURCE",
+        help="other users, who are not trained on (default: the evaluation data)",
+    )  # fmt: skip
+    many.add_argument(
+        "--unseen-clients", type=int, default=0,
+        help="clients to evaluate on (default: every new id; 10 where there are no ids)",
+    )  # fmt: skip
     many.add_argument("--context", type=int, default=16, help="context pairs (default: 16)")
     many.add_argument(
         "--repeats", type=int, default=4, help="divisions into context and targets (default: 4)"
@@ -120,7 +129,7 @@ def check_compare(arguments: argparse.Namespace) -> None:
         raise BadInputError(
             f"--seeds: '{arguments.seeds}' must be whole numbers, separated by commas"
         )
-    _at_least(arguments, unseen_clients=1, context=0, repeats=1)
+    _at_least(arguments, unseen_clients=0, context=0, repeats=1)
 
 
 def _at_least(arguments: argparse.Namespace, **least: int) -> None:
