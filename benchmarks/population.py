@@ -55,8 +55,8 @@ def prepare(clients: int, seed: int = 0) -> Data:
 
     found = training_data(config)
     others = training_data(configuration(60, {"seed": 1}))
-    features, _, _ = features_of([*found.train, *found.validation], cache, progress)
-    public, _, _ = features_of(others.train, cache, progress)
+    features, _ = features_of([*found.train, *found.validation], cache, progress)
+    public, _ = features_of(others.train, cache, progress)
     whitener = Whitener.fit(torch.cat(public), config.model.inputs)
     half = len(found.train)
 

@@ -6,8 +6,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, Field, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -27,6 +28,22 @@ class Checkpoint:
     history: list[dict[str, Any]]
     fingerprint: str
     finished: bool
+
+
+class _Header(BaseModel):
+    """What stands beside the tensors."""
+
+    round: Annotated[int, Field(ge=0)]
+    fingerprint: str
+    finished: bool
+    history: list[dict[str, float | None]]
+
+    @field_validator("history")
+    @classmethod
+    def _with_rounds(cls, rows: list[dict[str, float | None]]) -> list[dict[str, float | None]]:
+        if any(row.get("round") is None for row in rows):
+            raise ValueError("a row without its round")
+        return rows
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -55,15 +72,20 @@ def load_checkpoint(path: Path, fingerprint: str | None = None) -> Checkpoint:
         raise CheckpointError(f"{path}: no checkpoint there")
     try:
         with safe_open(path, framework="pt") as file:
-            header: dict[str, Any] = json.loads((file.metadata() or {}).get("fedvpa", "{}"))
+            header: Any = json.loads((file.metadata() or {}).get("fedvpa", "{}"))
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if header.get("format") != FORMAT:
+        kind = header.get("format") if isinstance(header, dict) else None
+        if kind != FORMAT:
             raise CheckpointError(
-                f"{path}: not a fedvpa checkpoint (format {header.get('format')!r}, wanted"
-                f" {FORMAT!r})"
+                f"{path}: not a fedvpa checkpoint (format {kind!r}, wanted {FORMAT!r})"
             )
+        _Header.model_validate(header)
         state = ServerState.from_tensors(header["round"], tensors)
         found = Checkpoint(state, header["history"], header["fingerprint"], header["finished"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{path}: damaged checkpoint: {place}: {first['msg']}") from error
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise CheckpointError(f"{path}: damaged checkpoint: {error}") from error
     if fingerprint is not None and found.fingerprint != fingerprint:

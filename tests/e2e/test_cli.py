@@ -12,14 +12,13 @@ import sys
 import time
 import zlib
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
-from fedvpa.checkpoint import load_checkpoint, save_checkpoint
+from fedvpa.checkpoint import load_checkpoint
 from fedvpa.cli.main import main
 from tests.conftest import write_groups
 
@@ -122,7 +121,10 @@ def test_personalize_and_score_prefer_what_the_user_prefers(
         )
         first, second = json.loads(capsys.readouterr().out)["scores"]
         assert (first - second) * sign > 0
-    z.write_text(json.dumps({"z": [0.0] * 3}))
+    z.write_text(json.dumps(json.loads(z.read_text()) | {"run": "another"}))
+    assert main(["score", str(run), "--z", str(z), "--responses", str(responses)]) == 2
+    assert "was inferred by another run" in capsys.readouterr().err
+    z.write_text(json.dumps([0.0] * 3))
     assert main(["score", str(run), "--z", str(z), "--responses", str(responses)]) == 2
     assert "this run's latent has 4 dimensions" in capsys.readouterr().err
     assert main(["score", str(run), "--z", "prototype:9", "--responses", str(responses)]) == 2
@@ -399,7 +401,7 @@ def test_a_run_is_known_by_its_comparisons_and_not_by_the_last_bits_of_its_featu
     ]
     assert main(["train", "--resume", "--out", str(out)]) == 0
     assert main(evaluation) == 0
-    path = out / "checkpoint.safetensors"
-    save_checkpoint(path, replace(load_checkpoint(path), fingerprint="another"))
+    file = pair_file / "kind" / "train.jsonl"
+    file.write_text(file.read_text().replace("please help", "do help", 1))
     assert main(evaluation) == 2
     assert "have changed since it was trained" in capsys.readouterr().err

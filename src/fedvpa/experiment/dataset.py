@@ -15,7 +15,7 @@ from fedvpa.data.partition import ClientPairs, corrupt, split_off
 from fedvpa.data.reading import pairs_by
 from fedvpa.data.sources import source_of
 from fedvpa.errors import BadInputError
-from fedvpa.features.cache import FeatureCache
+from fedvpa.features.cache import FeatureCache, FeatureTable
 from fedvpa.features.whitening import Whitener, WhiteningSums
 from fedvpa.federated.aggregators import robust_of
 from fedvpa.federated.batch import ClientStore, build_store
@@ -31,6 +31,7 @@ class TrainingData:
     validation: list[ClientPairs]
     skipped: Counter[str]
     first_skipped: list[str]
+    notes: tuple[str, ...] = ()
 
 
 def public_whitener(
@@ -71,7 +72,7 @@ def training_data(config: Config) -> TrainingData:
     train = [a for a, _ in parts]
     # nobody else may train on them, whatever the label
     validation, _ = without_overlap([b for _, b in parts], train)
-    return TrainingData(train, validation, found.skipped, found.first_skipped)
+    return TrainingData(train, validation, found.skipped, found.first_skipped, found.notes)
 
 
 def without_overlap(
@@ -88,17 +89,14 @@ def without_overlap(
 
 def features_of(
     clients: Sequence[ClientPairs], cache: FeatureCache, progress: Progress | None = None
-) -> tuple[list[Float[Tensor, "_ 2 h"]], str, str]:
-    """Features of every client's pairs, in their order; the backbone's name and signature."""
+) -> tuple[list[Float[Tensor, "_ 2 h"]], FeatureTable]:
+    """Features of every client's pairs, in their order; and all of them with what is known of
+    them."""
     pairs = [pair for client in clients for pair in client.pairs]
     if not pairs:
         raise BadInputError("no pairs are left to work with")
     table = cache.pairs(pairs, progress)
-    return (
-        list(table.values.split([len(c.pairs) for c in clients])),
-        table.backbone,
-        table.signature,
-    )
+    return list(table.values.split([len(c.pairs) for c in clients])), table
 
 
 def to_store(

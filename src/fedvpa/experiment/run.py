@@ -21,13 +21,15 @@ from typing import Any
 
 import torch
 import yaml
+from pydantic import ValidationError
 
 from fedvpa.checkpoint import Checkpoint, load_checkpoint
-from fedvpa.config import Config, build_config, flatten, read_yaml
+from fedvpa.config import Config, build_config, explain, flatten, read_yaml
 from fedvpa.data.partition import ClientPairs
 from fedvpa.errors import BadInputError, CheckpointError
 from fedvpa.experiment.build import build_algorithm, needs_common
 from fedvpa.experiment.dataset import features_of, to_store, training_data
+from fedvpa.experiment.opening import ELSEWHERE, RunData, check_state, read_data
 from fedvpa.features.cache import FeatureCache
 from fedvpa.features.whitening import Whitener
 from fedvpa.federated.algorithm import Algorithm, Predictor
@@ -35,9 +37,6 @@ from fedvpa.federated.batch import ClientStore, Roster
 from fedvpa.files import plain_json, write_atomically
 from fedvpa.records import Progress
 from fedvpa.types import PairBatch
-
-ELSEWHERE = {"out", "tracker"}
-"""Settings that say where a run is kept, not what it is."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +86,10 @@ def load_config(paths: RunPaths) -> Config:
     try:
         # already checked when it was built: nothing is layered again
         return Config.model_validate(settings)
-    except ValueError as error:
+    except ValidationError as error:
         raise BadInputError(
-            f"{paths.config}: not a configuration of this version: {error}"
+            f"{paths.config}: not a configuration of this version:"
+            f" {'; '.join(explain(e) for e in error.errors()[:3])}"
         ) from error
 
 
@@ -103,8 +103,18 @@ class Run:
     whitener: Whitener
     checkpoint: Checkpoint
     algorithm: Algorithm
-    roster: Roster
+    data: RunData
     store: ClientStore | None = None
+
+    @property
+    def roster(self) -> Roster:
+        """Names and groups of the training clients."""
+        return roster_of(self.data)
+
+    @property
+    def identity(self) -> str:
+        """Names the run's settings, data and backbone: what a z, and a policy, belong to."""
+        return self.data.identity
 
     @property
     def predictor(self) -> Predictor:
@@ -125,10 +135,14 @@ def open_run(
 
     Raises:
         BadInputError: no run there, or its data are gone.
-        CheckpointError: the run has no finished checkpoint, or a damaged one.
+        CheckpointError: training did not finish, or a file of the run is damaged, edited, or of
+            another run; the message names it.
     """
+    # 1. Settings and data, which say what the other files must hold.
     paths = RunPaths(Path(directory))
     config = load_config(paths)
+    data = read_data(paths.root, config)
+    # 2. Tensors, by their names, shapes and types.
     checkpoint = load_checkpoint(paths.checkpoint)
     if not checkpoint.finished:
         raise CheckpointError(
@@ -136,22 +150,36 @@ def open_run(
             f" {config.federation.rounds}; finish it with `fedvpa train --resume --out"
             f" {paths.root}`"
         )
-    whitener = Whitener.read(paths.whitening)
+    algorithm = build_algorithm(config, len(data.clients))
+    check_run(paths, config, data, checkpoint, algorithm)
+    whitener = Whitener.read(paths.whitening, data.identity, config.model.inputs)
+    # 3. The training pairs, where they are asked for.
     store = None
     if with_clients:
         clients = training_data(config).train
-        features, _, signature = features_of(clients, FeatureCache(config.features), progress)
+        features, table = features_of(clients, FeatureCache(config.features), progress)
         store = to_store(clients, features, whitener, needs_common(config))
-        _same_signature(paths, signature)
-        if checkpoint.fingerprint != fingerprint(config, clients, signature):
+        _same_signature(paths.root, data, table.signature)
+        if checkpoint.fingerprint != fingerprint(config, clients, table.signature):
             raise BadInputError(
                 f"{paths.root}: its training data, or the backbone that reads them, have changed"
                 " since it was trained; what it was trained on is no longer known, so nothing can"
                 " be evaluated honestly"
             )
-    roster = roster_of(paths.root)
-    algorithm = build_algorithm(config, len(roster.names))
-    return Run(config, paths, whitener, checkpoint, algorithm, roster, store)
+    return Run(config, paths, whitener, checkpoint, algorithm, data, store)
+
+
+def check_run(
+    paths: RunPaths, config: Config, data: RunData, checkpoint: Checkpoint, algorithm: Algorithm
+) -> None:
+    """Compare a checkpoint with the settings and the data that it stands beside.
+
+    Raises:
+        CheckpointError: it is another run's, or damaged.
+    """
+    if checkpoint.fingerprint != data.identity:
+        raise CheckpointError(f"{paths.checkpoint}: is of another run than {paths.root}/data.json")
+    check_state(paths.checkpoint, checkpoint.state, algorithm.init(roster_of(data)))
 
 
 def fingerprint(config: Config, clients: Sequence[ClientPairs], signature: str) -> str:
@@ -168,10 +196,9 @@ def fingerprint(config: Config, clients: Sequence[ClientPairs], signature: str) 
     return digest.hexdigest()
 
 
-def roster_of(root: Path) -> Roster:
+def roster_of(data: RunData) -> Roster:
     """Names and groups of a run's clients, as it wrote them down."""
-    rows = json.loads((root / "data.json").read_text())["clients"]
-    return Roster(tuple(row["name"] for row in rows), tuple(row["group"] for row in rows))
+    return Roster(tuple(row.name for row in data.clients), tuple(row.group for row in data.clients))
 
 
 def same_backbone(run: Run, signature: str) -> None:
@@ -180,14 +207,13 @@ def same_backbone(run: Run, signature: str) -> None:
     Raises:
         BadInputError: with both signatures.
     """
-    _same_signature(run.paths, signature)
+    _same_signature(run.paths.root, run.data, signature)
 
 
-def _same_signature(paths: RunPaths, signature: str) -> None:
-    trained = json.loads((paths.root / "data.json").read_text())["signature"]
-    if trained != signature:
+def _same_signature(root: Path, data: RunData, signature: str) -> None:
+    if data.signature != signature:
         raise BadInputError(
-            f"{paths.root}: was trained on features that were made in another way ({trained}) than"
+            f"{root}: was trained on features that were made in another way ({data.signature}) than"
             f" here ({signature}): by another backbone, in another number type, or by another"
             " version of fedvpa, which prepares texts otherwise; name the backbone and"
             " --features.dtype when training, or train the run again"

@@ -80,8 +80,8 @@ def subjects_of(run: Run, settings: EvaluationSettings, progress: Progress | Non
             f" on ({dropped + dropped_seen} pairs), or belongs to nobody"
         )
     cache = FeatureCache(run.config.features)
-    found_features, _, signature = features_of([*unseen, *held_out], cache, progress)
-    same_backbone(run, signature)
+    found_features, table = features_of([*unseen, *held_out], cache, progress)
+    same_backbone(run, table.signature)
     own, others = found_features[: len(unseen)], found_features[len(unseen) :]
     return Subjects(
         data,

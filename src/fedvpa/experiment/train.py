@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,8 @@ from fedvpa.experiment.dataset import (
     to_store,
     training_data,
 )
-from fedvpa.experiment.run import ELSEWHERE, RunPaths, fingerprint, load_config, save_config
+from fedvpa.experiment.opening import ELSEWHERE, read_data, settings_hash
+from fedvpa.experiment.run import RunPaths, check_run, fingerprint, load_config, save_config
 from fedvpa.experiment.tracking import Tracker, open_tracker
 from fedvpa.features.cache import FeatureCache
 from fedvpa.features.whitening import Whitener
@@ -92,10 +94,11 @@ def train(
     if found is None:
         state, history = algorithm.init(store.roster), list[dict[str, Any]]()
         save_config(paths, config)
-        write_atomically(paths.whitening, ready.whitener.to_bytes())
-        paths.write_json("data.json", _describe(data, ready.backbone, ready.signature))
+        write_atomically(paths.whitening, ready.whitener.to_bytes(ready.identity))
+        paths.write_json("data.json", _describe(config, data, ready))
     else:
         state, history = found.state, found.history
+        check_run(paths, config, read_data(paths.root, config), found, algorithm)
         if found.finished:
             logger.info("%s is finished already", paths.root)
     paths.write_json("manifest.json", manifest(algorithm, state, ready.whitener))
@@ -128,6 +131,7 @@ class _Ready:
     identity: str
     backbone: str
     signature: str
+    texts: Counter[str]
     found: Checkpoint | None
 
 
@@ -136,21 +140,23 @@ def _prepare(
 ) -> _Ready:
     """Features, their whitening by the training pairs alone (or by public ones), and the stores."""
     cache = FeatureCache(config.features)
-    features, backbone, signature = features_of([*data.train, *data.validation], cache, on_features)
+    features, table = features_of([*data.train, *data.validation], cache, on_features)
     train_features, held_features = features[: len(data.train)], features[len(data.train) :]
-    identity = fingerprint(config, data.train, signature)
+    identity = fingerprint(config, data.train, table.signature)
     resumes = resume and paths.checkpoint.is_file()
-    whitener = Whitener.read(paths.whitening) if resumes else None
+    found = load_checkpoint(paths.checkpoint, identity) if resumes else None
+    whitener = None
+    if found is not None:
+        whitener = Whitener.read(paths.whitening, identity, config.model.inputs)
     if whitener is None:
         public = public_whitener(config, cache, on_features)
         whitener = own_whitener(config, train_features) if public is None else public
     common = needs_common(config)
     store = to_store(data.train, train_features, whitener, common)
     held = to_store(data.validation, held_features, whitener, common)
-    found = None
-    if resumes:
-        found = load_checkpoint(paths.checkpoint, identity)
-    return _Ready(store, held, whitener, identity, backbone, signature, found)
+    return _Ready(
+        store, held, whitener, identity, table.backbone, table.signature, table.notes, found
+    )
 
 
 def _cohorts(config: Config, everyone: int) -> Callable[[int], list[int]]:
@@ -180,7 +186,9 @@ def manifest(algorithm: Algorithm, state: ServerState, whitener: Whitener) -> li
     once: dict[str, tuple[str, dict[str, int]]] = dict.fromkeys(
         ("whitening", "prepare"), (ONCE, {"h": h, "p": p})
     )
-    return [row._asdict() for row in (*payload_rows(once, set(), {}), *algorithm.payload(state))]
+    rows = [row._asdict() for row in (*payload_rows(once, set(), {}), *algorithm.payload(state))]
+    # in an order of their own: a state that was read back has another one
+    return sorted(rows, key=lambda row: (row["when"], row["direction"], row["name"]))
 
 
 @dataclass(frozen=True)
@@ -271,11 +279,14 @@ def _claim(paths: RunPaths, config: Config, resume: bool) -> None:
         )
 
 
-def _describe(data: TrainingData, backbone: str, signature: str) -> dict[str, Any]:
+def _describe(config: Config, data: TrainingData, ready: _Ready) -> dict[str, Any]:
+    """What `data.json` holds."""
     return {
         "fedvpa": __version__,
-        "backbone": backbone,
-        "signature": signature,
+        "identity": ready.identity,
+        "settings": settings_hash(config),
+        "backbone": ready.backbone,
+        "signature": ready.signature,
         "clients": [
             {
                 "name": t.name,
@@ -287,4 +298,6 @@ def _describe(data: TrainingData, backbone: str, signature: str) -> dict[str, An
         ],
         "skipped": dict(data.skipped),
         "first_skipped": data.first_skipped,
+        "notes": list(data.notes),
+        "texts": dict(ready.texts),
     }

@@ -4,6 +4,7 @@ under it. No training."""
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,7 +47,8 @@ class UserPreference:
     `nearest_group` the true group of most training clients there, where groups were known.
     `surprise` is the mean negative log-likelihood of each comparison under the z inferred from the
     *others*, in nats: near 0.69 or above, they are few, noisy, or fit no preference that the model
-    knows (NaN with fewer than two).
+    knows (NaN with fewer than two). `run` is the identity of the run that z belongs to: under
+    another one it means something else.
     """
 
     mean: Float[Tensor, "d"]
@@ -56,10 +58,12 @@ class UserPreference:
     nearest_group: str | None
     probability: list[float]
     surprise: float
+    run: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return {
+            "run": self.run,
             "z": self.mean.tolist(), "sigma": self.sigma.tolist(), "pairs": self.pairs,
             "nearest": self.nearest,
             "nearest_group": self.nearest_group, "probability": self.probability,
@@ -165,7 +169,7 @@ class PreferenceModel:
         return UserPreference(
             mean, (0.5 * posterior.log_var[0]).exp(), len(own), nearest,
             self._components[nearest] if nearest is not None and self._components else None,
-            probability, surprise,
+            probability, surprise, self.run.identity,
         )  # fmt: skip
 
     def _surprise(self, batch: PairBatch) -> float:
@@ -196,7 +200,7 @@ class PreferenceModel:
             BadInputError: something that is no response to a prompt, or z is of another dimension
                 or not finite.
         """
-        items, z = items_from(items, "score(items)"), _latent(z)
+        items, z = items_from(items, "score(items)"), self._own(z)
         if z.shape not in ((self.latent,), (len(items), self.latent)):
             raise BadInputError(
                 f"z has shape {tuple(z.shape)}, but this run's latent has {self.latent} dimensions"
@@ -205,6 +209,12 @@ class PreferenceModel:
             raise BadInputError("z holds NaN or Inf")
         batch = _against_average(self.run, self._cache, items)
         return self._predictor.margin_under(z.expand(len(items), -1), batch)[:, 0]
+
+    def _own(self, z: Any) -> Float[Tensor, "*n d"]:
+        """z as a tensor, if it is of this run."""
+        if isinstance(z, UserPreference) and z.run != self.run.identity:
+            raise BadInputError(f"score(z): {_of_another_run(self.run)}")
+        return _latent(z)
 
     def read_z(self, source: str) -> Float[Tensor, "d"]:
         """z from a JSON file that `personalize` wrote (or a list of numbers), or from
@@ -219,23 +229,35 @@ class PreferenceModel:
             prototypes = self.prototypes
             count = 0 if prototypes is None else len(prototypes)
             number = source.partition(":")[2]
-            if prototypes is None or not number.isdigit() or int(number) >= count:
-                raise BadInputError(f"--z {source}: this run has prototypes 0 to {count - 1}")
+            if prototypes is None or not re.fullmatch("[0-9]{1,9}", number) or int(number) >= count:
+                known = f"has prototypes 0 to {count - 1}" if count else "has no prototypes"
+                raise BadInputError(f"--z {source}: this run {known}")
             return prototypes[int(number)]
         try:
-            content = json.loads(Path(source).read_text(encoding="utf-8"))
+            content = json.loads(Path(source).expanduser().read_bytes())
             values = content["z"] if isinstance(content, dict) else content
             z = torch.tensor(values, dtype=torch.float32)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
             raise BadInputError(
                 f"--z {source}: not a file that `fedvpa personalize --json` writes: {error}"
             ) from error
+        if isinstance(content, dict) and content.get("run") != self.run.identity:
+            raise BadInputError(f"--z {source}: {_of_another_run(self.run)}")
         if z.shape != (self.latent,):
             raise BadInputError(
                 f"--z {source}: shape {tuple(z.shape)}, but this run's latent has {self.latent}"
                 " dimensions"
             )
+        if not z.isfinite().all():
+            raise BadInputError(f"--z {source}: holds NaN or Inf")
         return z
+
+
+def _of_another_run(run: Run) -> str:
+    return (
+        f"was inferred by another run than {run.paths.root}, where it would mean something else;"
+        " infer it anew with `fedvpa personalize`"
+    )
 
 
 class SharedRewardModel:

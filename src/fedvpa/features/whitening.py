@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from fedvpa.errors import CheckpointError
@@ -67,18 +67,41 @@ class Whitener:
         """Whitened mean of both responses."""
         return (features.mean(1) - self.centre) @ self.projection
 
-    def to_bytes(self) -> bytes:
-        """The whitening as the bytes of a safetensors file."""
-        return save({"centre": self.centre, "projection": self.projection})
+    def to_bytes(self, identity: str = "") -> bytes:
+        """The whitening as the bytes of a safetensors file; `identity` names the run that it is
+        of."""
+        tensors = {"centre": self.centre.contiguous(), "projection": self.projection.contiguous()}
+        return save(tensors, metadata={"fedvpa": identity})
 
     @staticmethod
-    def read(path: Path) -> Whitener:
-        """From a file.
+    def read(path: Path, identity: str | None = None, dimensions: int = 0) -> Whitener:
+        """From a file, of a certain run and with so many dimensions, if these are given.
 
         Raises:
-            CheckpointError: missing or damaged.
+            CheckpointError: missing, damaged, or of another run.
         """
         try:
-            return Whitener(**load_file(path))
-        except (OSError, SafetensorError, TypeError) as error:
+            with safe_open(path, framework="pt") as file:
+                owner = (file.metadata() or {}).get("fedvpa", "")
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, ValueError) as error:
             raise CheckpointError(f"{path}: missing or damaged: {error}") from error
+        if set(found) != {"centre", "projection"}:
+            raise CheckpointError(
+                f"{path}: damaged: it holds {', '.join(sorted(found)) or 'nothing'}"
+            )
+        centre, projection = found["centre"], found["projection"]
+        if (
+            centre.dtype != torch.float32 or projection.dtype != torch.float32
+            or centre.dim() != 1 or projection.dim() != 2 or projection.shape[0] != len(centre)
+            or (dimensions and projection.shape[1] != dimensions)
+        ):  # fmt: skip
+            raise CheckpointError(
+                f"{path}: damaged: centre {list(centre.shape)} and projection"
+                f" {list(projection.shape)} do not fit each other or the settings"
+            )
+        if not (centre.isfinite().all() and projection.isfinite().all()):
+            raise CheckpointError(f"{path}: damaged: it holds NaN or Inf")
+        if identity is not None and owner != identity:
+            raise CheckpointError(f"{path}: is of another run")
+        return Whitener(centre, projection)

@@ -21,7 +21,8 @@ from fedvpa.config import Config
 from fedvpa.errors import BadInputError, FedvpaError
 from fedvpa.experiment.build import build_algorithm
 from fedvpa.experiment.dataset import public_whitener
-from fedvpa.experiment.run import ELSEWHERE, RunPaths, load_config, save_config
+from fedvpa.experiment.opening import ELSEWHERE, settings_hash
+from fedvpa.experiment.run import RunPaths, load_config, save_config
 from fedvpa.experiment.tracking import open_tracker
 from fedvpa.experiment.train import Journal, manifest, run_rounds, told
 from fedvpa.features.cache import FeatureCache
@@ -146,9 +147,9 @@ def _serve(
     algorithm = build(config=config, clients=len(settings.clients), noise=secret_noise)
     clients.join(identity["run"], algorithm.contract, algorithm.prior.columns)
     status.say("waiting", round=0)
-    whitener = _whitened(config, paths, clients)
-    # 2. Where to begin.
     fingerprint = _fingerprint(config, settings, identity["run"])
+    whitener = _whitened(config, paths, clients, fingerprint)
+    # 2. Where to begin.
     ledger = Ledger(paths.root / "ledger.json")
     roster = Roster(settings.clients, (None,) * len(settings.clients))
     state, history = algorithm.init(roster), list[dict[str, Any]]()
@@ -161,7 +162,8 @@ def _serve(
             return {"run": str(paths.root), "rounds": state.round}
     algorithm = _with_losses(algorithm, ledger, state)
     # 3. What will travel is said before anything does.
-    paths.write_json("data.json", _described(settings, clients.features.signature))
+    described = _described(settings, config, fingerprint, clients.features.signature)
+    paths.write_json("data.json", described)
     rows = manifest(algorithm, state, whitener)
     paths.write_json("manifest.json", rows)
     _say(describe(rows, settings.secure))
@@ -211,15 +213,17 @@ def _say(lines: Sequence[str]) -> None:
         logger.info("%s", line)
 
 
-def _whitened(config: Config, paths: RunPaths, clients: NetworkedClients) -> Whitener:
+def _whitened(
+    config: Config, paths: RunPaths, clients: NetworkedClients, identity: str
+) -> Whitener:
     """The whitening of the run, made in its first attempt, once enough clients are there."""
     if paths.whitening.is_file():
-        clients.whitener = Whitener.read(paths.whitening)
+        clients.whitener = Whitener.read(paths.whitening, identity, config.model.inputs)
     clients.wait(PATIENCE)
     if clients.whitener is None:
         public = public_whitener(config, FeatureCache(config.features))
         whitener = clients.fit_whitening() if public is None else clients.hand_out(public)
-        write_atomically(paths.whitening, whitener.to_bytes())
+        write_atomically(paths.whitening, whitener.to_bytes(identity))
     assert clients.whitener is not None
     return clients.whitener
 
@@ -322,7 +326,9 @@ def _fingerprint(config: Config, settings: ServerSettings, run: str) -> str:
     return hashlib.sha256(json.dumps(given).encode()).hexdigest()
 
 
-def _described(settings: ServerSettings, signature: str) -> dict[str, Any]:
+def _described(
+    settings: ServerSettings, config: Config, identity: str, signature: str
+) -> dict[str, Any]:
     """What the server knows of the data: who takes part."""
     rows = [
         {"name": name, "group": None, "pairs": None, "validation_pairs": None}
@@ -330,6 +336,8 @@ def _described(settings: ServerSettings, signature: str) -> dict[str, Any]:
     ]
     return {
         "fedvpa": __version__,
+        "identity": identity,
+        "settings": settings_hash(config),
         "backbone": None,
         "signature": signature,
         "clients": rows,

@@ -1,0 +1,207 @@
+"""A run whose files were truncated, swapped, retyped or edited: a sentence that names the file, or
+the very answer of the whole run; never a traceback, never another answer."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from fedvpa.cli.main import main
+from fedvpa.data.reading import read_pairs
+from fedvpa.errors import FedvpaError
+from fedvpa.experiment.use import PreferenceModel
+from tests.conftest import write_groups
+
+FLAGS = ["--layer", "2", "--dtype", "float32", "--rounds", "4", "--local-steps", "2", "--inputs",
+         "8", "--latent", "4", "--clients", "4", "--method", "fedvpl+mix"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Path]:
+    """Two finished runs of the same shapes, `one` and `two`, and their pairs in `data`."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_groups(folder / "data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDVPA_CACHE", str(folder / "cache"))
+        for name, seed in (("one", 0), ("two", 1)):
+            data = ["--data", str(folder / "data"), "--split", "train", "--seed", str(seed)]
+            out = ["--backbone", str(tiny_model), "--out", str(folder / name)]
+            assert main(["train", *data, *out, *FLAGS, "--quiet"]) == 0
+        yield folder
+
+
+def answer(run: Path, data: Path) -> list[float]:
+    """z and a score."""
+    model = PreferenceModel(run)
+    me = model.personalize(read_pairs(data / "kind" / "test.jsonl").pairs[:6])
+    return [*me.mean.tolist(), *model.score([("tea is", "very good")], me).tolist()]
+
+
+def damaged(runs: Path, place: Path, damage: Callable[[Path], None]) -> str:
+    """What opening a damaged copy says; empty where it answers as the whole one does."""
+    copy = place / "copy"
+    shutil.copytree(runs / "one", copy)
+    damage(copy)
+    try:
+        found = answer(copy, runs / "data")
+    except FedvpaError as error:
+        assert str(copy) in str(error)
+        return str(error)
+    finally:
+        shutil.rmtree(copy)
+    assert found == answer(runs / "one", runs / "data")
+    return ""
+
+
+def retold(edit: Callable[[dict[str, Any]], Any], file: str) -> Callable[[Path], None]:
+    """Edits a JSON file."""
+
+    def damage(run: Path) -> None:
+        content = json.loads((run / file).read_text())
+        (run / file).write_text(json.dumps(edit(content)))
+
+    return damage
+
+
+def reformed(
+    file: str, tensors: Callable[[dict[str, Any]], Any] = dict,
+    header: Callable[[dict[str, Any]], Any] | None = None,
+) -> Callable[[Path], None]:  # fmt: skip
+    """Edits a file of tensors."""
+
+    def damage(run: Path) -> None:
+        with safe_open(run / file, framework="pt") as opened:
+            metadata = opened.metadata()
+            found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        if header is not None:
+            metadata = {"fedvpa": json.dumps(header(json.loads(metadata["fedvpa"])))}
+        save_file(tensors(found), run / file, metadata)
+
+    return damage
+
+
+def first_float(found: dict[str, Any]) -> str:
+    return next(name for name in sorted(found) if found[name].is_floating_point())
+
+
+CHECKPOINT, WHITENING = "checkpoint.safetensors", "whitening.safetensors"
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a tensor is missing": (
+        reformed(CHECKPOINT, lambda t: {n: v for n, v in t.items() if n != first_float(t)}),
+        "it has no tensor",
+    ),
+    "a tensor too many": (
+        reformed(CHECKPOINT, lambda t: t | {"params/more": torch.zeros(1)}), "that is not known"),
+    "a section too many": (
+        reformed(CHECKPOINT, lambda t: t | {"x/y": torch.zeros(1)}), "damaged checkpoint"),
+    "another shape": (
+        reformed(CHECKPOINT, lambda t: t | {first_float(t): torch.zeros(3, 3, 3)}), "call for"),
+    "another type": (
+        reformed(CHECKPOINT, lambda t: t | {first_float(t): t[first_float(t)].long()}), "call for"),
+    "NaN in a parameter": (
+        reformed(CHECKPOINT, lambda t: t | {first_float(t): t[first_float(t)] * torch.nan}),
+        "holds NaN or Inf"),
+    "components differ in number": (
+        reformed(CHECKPOINT, lambda t: t | {"population/weight": torch.ones(7)}), "in number"),
+    "a round that is text": (
+        reformed(CHECKPOINT, header=lambda h: h | {"round": "x"}), "damaged checkpoint"),
+    "a history of text": (
+        reformed(CHECKPOINT, header=lambda h: h | {"history": ["x"]}), "damaged checkpoint: history"),
+    "a history without rounds": (
+        reformed(CHECKPOINT, header=lambda h: h | {"history": [{}]}), "a row without its round"),
+    "a header that is a list": (reformed(CHECKPOINT, header=lambda h: [1]), "not a fedvpa checkpoint"),
+    "another fingerprint": (
+        reformed(CHECKPOINT, header=lambda h: h | {"fingerprint": "x"}), "of another run"),
+    "NaN in the whitening": (
+        reformed(WHITENING, lambda t: t | {"projection": t["projection"] * torch.nan}), "NaN"),
+    "a whitening of another width": (
+        reformed(WHITENING, lambda t: t | {"projection": torch.zeros(32, 5)}), "do not fit"),
+    "a whitening of integers": (
+        reformed(WHITENING, lambda t: t | {"centre": t["centre"].long()}), "do not fit"),
+    "a whitening of other names": (
+        reformed(WHITENING, lambda t: {"a": t["centre"]}), "it holds a"),
+    "no clients": (retold(lambda d: d | {"clients": []}, "data.json"), "data.json: damaged"),
+    "clients that are a number": (retold(lambda d: d | {"clients": 3}, "data.json"), "damaged"),
+    "a client without a name": (
+        retold(lambda d: d | {"clients": [{"group": None}]}, "data.json"), "clients.0.name"),
+    "one client less": (
+        retold(lambda d: d | {"clients": d["clients"][1:]}, "data.json"), "call for"),
+    "data of an earlier version": (
+        retold(lambda d: {k: v for k, v in d.items() if k != "identity"}, "data.json"),
+        "train the run again"),
+    "another backbone": (
+        retold(lambda d: d | {"signature": "x"}, "data.json"), "made in another way"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_run_names_the_file(name: str, runs: Path, tmp_path: Path) -> None:
+    damage, says = DAMAGES[name]
+    assert says in damaged(runs, tmp_path, damage)
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "data.json", CHECKPOINT, WHITENING])
+def test_a_file_of_another_run_is_known_for_one(file: str, runs: Path, tmp_path: Path) -> None:
+    assert damaged(
+        runs, tmp_path, lambda run: shutil.copy(runs / "two" / file, run / file) and None
+    )
+
+
+@pytest.mark.parametrize(
+    "edit", ["layer: 2->layer: 1", "inputs: 8->inputs: 7", "latent: 4->latent: [4"]
+)
+def test_edited_settings_are_known_for_edited(edit: str, runs: Path, tmp_path: Path) -> None:
+    before, _, after = edit.partition("->")
+
+    def damage(run: Path) -> None:
+        text = (run / "config.yaml").read_text()
+        assert before in text
+        (run / "config.yaml").write_text(text.replace(before, after, 1))
+
+    assert "config.yaml" in damaged(runs, tmp_path, damage)
+
+
+def test_files_cut_flipped_or_swapped_at_random_never_answer_otherwise(
+    runs: Path, tmp_path: Path
+) -> None:
+    chance, said = random.Random(0), 0
+    names = sorted(p.name for p in (runs / "one").iterdir() if p.is_file())
+    for trial in range(60):
+        name = chance.choice(names)
+
+        def damage(run: Path, name: str = name, kind: int = trial % 4) -> None:
+            raw = bytearray((run / name).read_bytes())
+            if kind == 0:
+                raw = raw[: chance.randrange(len(raw))]
+            elif kind == 1:  # not within the numbers of a tensor, which no reader can tell
+                raw[chance.randrange(min(len(raw), 60))] ^= 1 << chance.randrange(8)
+            elif kind == 2:
+                raw = bytearray((run / chance.choice(names)).read_bytes())
+            else:
+                raw += b"\0" * 7
+            (run / name).write_bytes(raw)
+
+        said += bool(damaged(runs, tmp_path, damage))
+    assert said > 20
+
+
+def test_a_run_that_lost_a_file_is_not_trained_on_in_silence(runs: Path, tmp_path: Path) -> None:
+    for name in ("data.json", WHITENING):
+        copy = tmp_path / name
+        shutil.copytree(runs / "one", copy)
+        (copy / name).unlink()
+        assert main(["train", "--resume", "--out", str(copy), "--quiet"]) == 1
+    copy = tmp_path / "whole"
+    shutil.copytree(runs / "one", copy)
+    before = (copy / "manifest.json").read_bytes()
+    assert main(["train", "--resume", "--out", str(copy), "--quiet"]) == 0
+    assert (copy / "manifest.json").read_bytes() == before
