@@ -28,6 +28,10 @@ from rich.text import Text
 from fedvpa.files import plain_json, write_atomically
 from fedvpa.foreign import OneLine, harmless, harmless_lines
 from fedvpa.records import Progress as TextProgress
+from fedvpa.telling import listening
+
+NOTICED = 2.0
+"""Seconds after which a step is worth a line in a log."""
 
 
 class Reporter:
@@ -45,9 +49,10 @@ class Reporter:
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table; the first column is text, the others numbers."""
-        table = Table(title=title, title_justify="left", title_style="bold")
+        heading = Text(harmless(title), style="bold")
+        table = Table(title=heading, title_justify="left")
         for i, column in enumerate(columns):
-            table.add_column(column, justify="left" if i == 0 else "right")
+            table.add_column(Text(harmless(column)), justify="left" if i == 0 else "right")
         for row in rows:
             table.add_row(*(Text(harmless(cell)) for cell in row))
         self.console.print(table)
@@ -68,6 +73,26 @@ class Reporter:
             yield lambda done, total, speed: bar.update(done, total, f"{speed:,.0f} tokens/s")
 
     @contextmanager
+    def steps(self) -> Iterator[None]:
+        """Shows what long steps tell of themselves (`fedvpa.telling`); in a log, those that took
+        two seconds."""
+        bars: dict[str, _Bar] = {}
+
+        def on_step(step: str, done: int, total: int) -> None:
+            if step not in bars:
+                bars[step] = _Bar(self.console, step, least=NOTICED)
+            bars[step].update(done, total)
+            if done >= total:
+                bars.pop(step).close()
+
+        try:
+            with listening(on_step):
+                yield
+        finally:
+            for bar in bars.values():
+                bar.close()
+
+    @contextmanager
     def stages(self) -> Iterator[Callable[[str, int, int, str], None]]:
         """Bars one after the other: a function of (stage, done, in all, a note)."""
         with ExitStack() as bars:
@@ -83,8 +108,9 @@ class Reporter:
 
 
 class _Bar:
-    def __init__(self, console: Console, description: str) -> None:
-        self._console, self._description = console, description
+    def __init__(self, console: Console, description: str, least: float = 0.0) -> None:
+        self._console, self._description, self._least = console, description, least
+        self._begun = time.monotonic()
         self._progress: Progress | None = None
         self._task: Any = None
         self._last = time.monotonic()
@@ -94,14 +120,21 @@ class _Bar:
         if self._console.is_terminal:
             if self._progress is None:
                 self._progress = Progress(
-                    TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                    # a name is no markup
+                    TextColumn("{task.description}", markup=False), BarColumn(),
+                    MofNCompleteColumn(),
                     TimeElapsedColumn(),
-                    TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=self._console,
+                    TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False),
+                    console=self._console,
                 )  # fmt: skip
                 self._progress.start()
-                self._task = self._progress.add_task(self._description, total=total, note="")
-            self._progress.update(self._task, completed=done, total=total, note=note)
-        elif done == total or time.monotonic() - self._last > 30:
+                self._task = self._progress.add_task(
+                    harmless(self._description), total=total, note=""
+                )
+            self._progress.update(self._task, completed=done, total=total, note=harmless(note))
+        elif (done == total or time.monotonic() - self._last > 30) and (
+            time.monotonic() - self._begun >= self._least
+        ):
             self._last = time.monotonic()
             line = harmless(f"{self._description}: {done}/{total} {note}")
             self._console.print(line, markup=False)

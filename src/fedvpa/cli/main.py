@@ -149,7 +149,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from fedvpa.console import Reporter, configure_logging
 
         configure_logging(arguments.quiet, arguments.debug)
-        code: int = _of(command.run)(arguments, Reporter(arguments.quiet))
+        reporter = Reporter(arguments.quiet)
+        with reporter.steps():
+            code: int = _of(command.run)(arguments, reporter)
         return code
     except BadInputError as error:
         return _fail(arguments, f"error: {error}", 2)

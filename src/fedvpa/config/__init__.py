@@ -1,7 +1,15 @@
 """Settings: what there is (`sections`), which of them a run reads (`reads`), and how layers of them
 become one checked configuration (`building`)."""
 
-from fedvpa.config.building import build_config, explain, flatten, merged, read_yaml, settings_for
+from fedvpa.config.building import (
+    build_config,
+    explain,
+    flatten,
+    merged,
+    read_yaml,
+    settings_for,
+    what_is_read,
+)
 from fedvpa.config.inputs import (
     FEDERATION,
     MADE,
@@ -9,6 +17,7 @@ from fedvpa.config.inputs import (
     FeaturesConfig,
     PersonasConfig,
     Section,
+    Seed,
 )
 from fedvpa.config.reads import (
     BASIC,
@@ -30,6 +39,7 @@ __all__ = [
     "FederationConfig",
     "PersonasConfig",
     "Section",
+    "Seed",
     "build_config",
     "explain",
     "flatten",
@@ -40,4 +50,5 @@ __all__ = [
     "settings_read",
     "settings_readable", "short_names",
     "value_of",
+    "what_is_read",
 ]  # fmt: skip

@@ -10,9 +10,10 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from fedvpa.config.reads import settings_readable, unread, why_unread
+from fedvpa.config.reads import leaf_settings, settings_read, settings_readable, unread, why_unread
 from fedvpa.config.sections import Config
 from fedvpa.errors import BadInputError
+from fedvpa.foreign import harmless
 from fedvpa.methods import METHODS, PAPER, method
 
 
@@ -33,7 +34,8 @@ def build_config(*layers: Mapping[str, Any]) -> Config:
     explicit: dict[str, Any] = {}
     for layer in layers:
         explicit = merged(explicit, layer)
-    base = defaults_of(explicit.get("method", "fedvpa-gp"), explicit.get("preset", "default"))
+    named = explicit.get("method", "fedvpa-gp"), explicit.get("preset", "default")
+    base = defaults_of(*named) if all(isinstance(name, str) for name in named) else {}
     try:
         config = Config.model_validate(merged(base, explicit))
     except ValidationError as error:
@@ -63,11 +65,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
         BadInputError: no such file, not YAML, or not a mapping.
     """
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise BadInputError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInputError(f"{path}: not YAML: {' '.join(str(error).split())[:200]}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise BadInputError(
+            f"{path}: not YAML: {harmless(' '.join(str(error).split()))}"
+        ) from error
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
@@ -78,10 +82,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"data": {"clients": 3}}`` to ``{"data.clients": 3}``."""
+    """``{"data": {"clients": 3}}`` to ``{"data.clients": 3}``; columns are one setting."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
-        nested = isinstance(value, Mapping)
+        nested = isinstance(value, Mapping) and f"{prefix}{key}" != "data.columns"
         flat.update(flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
     return flat
 
@@ -114,7 +118,23 @@ def explain(error: Any, model: type[BaseModel] = Config) -> str:
         return f"{place}: unknown setting{known}"
     if error["type"] == "value_error":
         return f"{place}: {error['msg'].removeprefix('Value error, ')}"
-    return f"{place}: {error['msg']} (got {error['input']!r})"
+    return f"{place}: {error['msg']} (got {harmless(repr(error['input']), 80)})"
+
+
+def what_is_read(config: Config) -> dict[str, Any]:
+    """The settings that a run with this configuration reads, nested: `build_config` makes the same
+    configuration of them."""
+    nested: dict[str, Any] = {}
+    whole = config.model_dump(mode="json")
+    for name in leaf_settings():
+        if name not in settings_read(config):
+            continue
+        *path, last = name.split(".")
+        place, value = nested, whole
+        for part in path:
+            place, value = place.setdefault(part, {}), value[part]
+        place[last] = value[last]
+    return nested
 
 
 def settings_for(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,9 +172,14 @@ def _check(config: Config) -> None:
     prototypes, rounds = config.prototypes, config.federation.rounds
     if config.prototypes.kind == "anchored":
         if config.prototypes_start >= rounds:
+            auto = prototypes.start_round == "auto"
             raise BadInputError(
-                f"prototypes.start_round: {config.prototypes_start} of {rounds} rounds leaves none"
-                " in which the anchors act"
+                f"federation.rounds: {rounds} leaves no round in which the anchors act, which are"
+                f" fitted after round {config.prototypes_start}; give 2 rounds or more, or"
+                " --method fedvpl, which has none"
+                if auto
+                else f"prototypes.start_round: {config.prototypes_start} of {rounds} rounds leaves"
+                " none in which the anchors act"
             )
         if config.federation.protocol == "single-pair":
             raise BadInputError(

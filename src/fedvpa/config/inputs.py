@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 MADE = 40
 """Clients that are made where the data have no ids, and nobody says how many."""

@@ -6,7 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from fedvpa.config.inputs import DataConfig, FeaturesConfig, NonNegative, Positive, Section, Share
+from fedvpa.config.inputs import (
+    DataConfig,
+    FeaturesConfig,
+    NonNegative,
+    Positive,
+    Section,
+    Seed,
+    Share,
+)
 from fedvpa.errors import BadInputError
 from fedvpa.methods import Method, method
 from fedvpa.parts import AGGREGATORS, HEADS, PRIORS, Known
@@ -27,8 +35,12 @@ def _method_name(name: str) -> str:
 class ModelConfig(Section):
     """The variational selector (M1, M2)."""
 
-    inputs: Positive = Field(32, description="dimensions p of the whitened features")
-    latent: Positive = Field(16, description="dimensions d of the latent preference z")
+    inputs: Annotated[int, Field(gt=0, le=65_536)] = Field(
+        32, description="dimensions p of the whitened features"
+    )
+    latent: Annotated[int, Field(gt=0, le=4096)] = Field(
+        16, description="dimensions d of the latent preference z"
+    )
     encoder_hidden: tuple[Positive, ...] = Field(
         (), description="widths of the encoder's hidden tanh layers (none: linear)"
     )
@@ -131,15 +143,21 @@ class ObjectiveConfig(Section):
     reward_decay: NonNegative = Field(
         0.0, description="L2 penalty on the direction of the reward under z"
     )
-    samples: Positive = Field(1, description="samples of z per local step")
+    samples: Annotated[int, Field(gt=0, le=1024)] = Field(
+        1, description="samples of z per local step"
+    )
 
 
 class FederationConfig(Section):
     """Rounds, cohorts, local training and aggregation (M8)."""
 
-    rounds: Positive = Field(50, description="communication rounds")
+    rounds: Annotated[int, Field(gt=0, le=1_000_000)] = Field(
+        50, description="communication rounds"
+    )
     cohort: Annotated[int, Field(ge=0)] = Field(40, description="clients per round (0: all)")
-    local_steps: Positive = Field(30, description="local optimiser steps per client per round")
+    local_steps: Annotated[int, Field(gt=0, le=10_000)] = Field(
+        30, description="local optimiser steps per client per round"
+    )
     batch_size: Annotated[int, Field(ge=0)] = Field(
         0, description="pairs per local step (0: all pairs of the client)"
     )
@@ -259,7 +277,7 @@ class Config(Section):
     preset: Literal["default", "paper"] = Field(
         "default", description="paper: the published configuration"
     )
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of all randomness")
+    seed: Seed = Field(0, description="seed of all randomness")
     out: str = Field("runs/default", description="folder of the run")
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = Field(
         "none", description="where curves are logged as well"

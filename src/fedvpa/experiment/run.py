@@ -21,10 +21,9 @@ from typing import Any
 
 import torch
 import yaml
-from pydantic import ValidationError
 
 from fedvpa.checkpoint import Checkpoint, load_checkpoint
-from fedvpa.config import Config, build_config, explain, flatten, read_yaml
+from fedvpa.config import Config, build_config, flatten, read_yaml, what_is_read
 from fedvpa.data.partition import ClientPairs
 from fedvpa.errors import BadInputError, CheckpointError
 from fedvpa.experiment.build import build_algorithm, needs_common
@@ -66,8 +65,8 @@ class RunPaths:
 
 
 def save_config(paths: RunPaths, config: Config) -> None:
-    """Write the effective configuration."""
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    """Write the settings that the run reads; `--config` takes them again."""
+    text = yaml.safe_dump(what_is_read(config), sort_keys=False)
     write_atomically(paths.config, text.encode())
 
 
@@ -84,12 +83,10 @@ def load_config(paths: RunPaths) -> Config:
         )
     settings = read_yaml(paths.config)
     try:
-        # already checked when it was built: nothing is layered again
-        return Config.model_validate(settings)
-    except ValidationError as error:
+        return build_config(settings)
+    except BadInputError as error:
         raise BadInputError(
-            f"{paths.config}: not a configuration of this version:"
-            f" {'; '.join(explain(e) for e in error.errors()[:3])}"
+            f"{paths.config}: not a configuration of this version: {error}"
         ) from error
 
 

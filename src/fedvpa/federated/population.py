@@ -21,6 +21,7 @@ from fedvpa.federated.algorithm import Clients
 from fedvpa.federated.components import Ask, Moments, best_separated, fit, population
 from fedvpa.federated.messages import Scores
 from fedvpa.federated.release import Release
+from fedvpa.telling import tell
 from fedvpa.types import Params, Population, ServerState
 
 Fits = dict[int, Moments]
@@ -159,7 +160,11 @@ class SeenFit:
         count = self.modes
         if count is None:
             mean = self._means(state, clients, withhold=True)
-            candidates = {n: fit_population(mean, n, self.seed) for n in candidate_modes(mean)}
+            numbers, candidates = candidate_modes(mean), dict[int, Population]()
+            for done, n in enumerate(numbers):
+                tell("fitting components", done, len(numbers))
+                candidates[n] = fit_population(mean, n, self.seed)
+            tell("fitting components", len(numbers), len(numbers))
             count = predicted_modes(state.params, clients, candidates)
             if count is None:
                 count = choose_modes(mean.double().numpy(), self.seed)

@@ -136,7 +136,8 @@ class FlowerTransport:
         node_of = dict(zip(self.post.push(messages), contents))
         node_of.pop("", None)
         patience = min(self.settings.timeout, seconds or self.settings.timeout)
-        end = time.monotonic() + patience
+        begun = time.monotonic()
+        end = begun + patience
         out: dict[int, RecordDict | str | Broken] = {}
         waiting, good = set(node_of), 0
         while waiting and time.monotonic() < end:
@@ -152,7 +153,7 @@ class FlowerTransport:
             if waiting:
                 time.sleep(POLL_SECONDS)
         self.post.forget(waiting)
-        lost = f"no reply within {patience:.0f} s"
+        lost = f"no reply within {time.monotonic() - begun:.1f} s"
         return dict.fromkeys(contents, lost) | out
 
 

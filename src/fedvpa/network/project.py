@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from fedvpa.config import FeaturesConfig
 from fedvpa.errors import BadInputError
 from fedvpa.files import claim, make_folder, write_atomically
 
+MOST_NAME = 120
+"""Characters of a client's name: it is the name of a folder and of a key."""
 _APP = """# The Flower app of this federation. Install fedvpa on every machine: its parts are there.
 [build-system]
 requires = ["hatchling"]
@@ -65,18 +68,10 @@ def init_project(
     every client makes its own key and hands over the public half alone.
 
     Raises:
-        BadInputError: the folder is in use, or names that cannot be file names.
+        BadInputError: the folder is in use, or names, an address or a path that cannot be used;
+            nothing is written then.
     """
-    claim(folder, "choose another folder")
-    for name in clients:
-        if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
-            raise BadInputError(
-                f"'{name}': a client's name has letters, digits, '-', '_' and '.' only"
-            )
-    if len(set(clients)) < len(clients):
-        raise BadInputError("clients: a name is given twice")
-    if data and len(data) != len(clients):
-        raise BadInputError(f"{len(data)} data files for {len(clients)} clients")
+    host = _check(folder, clients, host, port, data)
     given = (training or {}).get("features", {}).get("backbone", FeaturesConfig().backbone)
     backbone = (
         str(Path(given).expanduser().resolve()) if Path(given).expanduser().is_dir() else given
@@ -104,6 +99,56 @@ def init_project(
         own["backbone"] = backbone
         folders.append(_client_folder(folder, authority, own))
     return folders
+
+
+def _check(folder: Path, clients: Sequence[str], host: str, port: int, data: Sequence[str]) -> str:
+    """Refuse what cannot be used, before anything is written; returns the host's ASCII name."""
+    claim(folder, "choose another folder")
+    for name in clients:
+        if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
+            raise BadInputError(
+                f"'{name}': a client's name has letters, digits, '-', '_' and '.' only"
+            )
+        if len(name) > MOST_NAME:
+            raise BadInputError(
+                f"'{name[:20]}...': a client's name has {MOST_NAME} characters at most, not"
+                f" {len(name)}"
+            )
+    host = _checked_host(host)
+    if not 0 < port < 65536:
+        raise BadInputError(f"--port {port}: between 1 and 65535")
+    if "\\" in str(folder.resolve()):
+        raise BadInputError(
+            f"{folder}: the path holds a backslash, which certificates are not found under;"
+            " choose another folder"
+        )
+    if len(set(clients)) < len(clients):
+        raise BadInputError("clients: a name is given twice")
+    if data and len(data) != len(clients):
+        raise BadInputError(f"{len(data)} data files for {len(clients)} clients")
+    return host
+
+
+def _checked_host(host: str) -> str:
+    """An address that a certificate can name: as it is, or in its ASCII form.
+
+    Raises:
+        BadInputError: it is none.
+    """
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        pass
+    else:
+        return host
+    try:
+        name = host.encode("idna").decode()
+    except UnicodeError:
+        name = ""
+    part = "[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+    if len(name) > 253 or not re.fullmatch(rf"{part}(\.{part})*\.?", name):
+        raise BadInputError(f"--host {host!r}: not the name or the address of a machine")
+    return name
 
 
 def _client_folder(folder: Path, authority: _Authority, own: dict[str, Any]) -> Path:

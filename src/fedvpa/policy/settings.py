@@ -6,14 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from fedvpa.config import Section
+from fedvpa.config import Section, Seed
 
 
 class TrainingConfig(Section):
     """The policy and its DPO."""
 
     base: str = Field(
-        "smollm2", description="language model: smollm2, a Hugging Face name, or a folder"
+        "smollm2", description="language model: smollm2, a folder, or hf:// and a Hub name"
     )
     thinking: bool = Field(
         False,
@@ -50,7 +50,7 @@ class TrainingConfig(Section):
         "auto", description="auto: bfloat16 where it is native"
     )
     save_every: Annotated[int, Field(ge=1)] = Field(25, description="steps between checkpoints")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="all randomness follows from it")
+    seed: Seed = Field(0, description="all randomness follows from it")
 
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> TrainingConfig:
