@@ -115,10 +115,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a round that is text": (
         reformed(CHECKPOINT, header=lambda h: h | {"round": "x"}), "damaged checkpoint"),
     "a history of text": (
-        reformed(CHECKPOINT, header=lambda h: h | {"history": ["x"]}), "damaged checkpoint: history"),
+        reformed(CHECKPOINT, header=lambda h: h | {"history": ["x"]}), "checkpoint: history"),
     "a history without rounds": (
         reformed(CHECKPOINT, header=lambda h: h | {"history": [{}]}), "a row without its round"),
-    "a header that is a list": (reformed(CHECKPOINT, header=lambda h: [1]), "not a fedvpa checkpoint"),
+    "a header that is a list": (
+        reformed(CHECKPOINT, header=lambda h: [1]), "not a fedvpa checkpoint"),
     "another fingerprint": (
         reformed(CHECKPOINT, header=lambda h: h | {"fingerprint": "x"}), "of another run"),
     "NaN in the whitening": (

@@ -429,8 +429,8 @@ def test_a_judge_that_fails_is_missing_and_the_command_says_so(
     prompts, target = tmp_path / "p.txt", tmp_path / "wins"
     prompts.write_text("is tea good\nstop\nask a friend\n")
     command = [
-        "winrate", str(out), "--prompts", str(prompts), "--out", str(target), "--max-new-tokens",
-        "6", "--temperature", "1",
+        "winrate", str(out), "--prompts", str(prompts), "--out", str(target),
+        "--trained-prompts", "keep", "--max-new-tokens", "6", "--temperature", "1",
         "--judge-model", "wise", "--judge-price", "1,2", "--judge-url",
     ]  # fmt: skip
     with endpoint(lambda _: (403, {"error": "no"})) as (url, asked):
@@ -472,3 +472,19 @@ def _says_longer(request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         "choices": [choice],
         "usage": usage,
     }
+
+
+def test_prompts_that_were_trained_on_are_left_out_of_win_rates(
+    aligned: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, _, out = aligned
+    trained = json.loads((out / "work/asked.json").read_text())["prompts"]
+    more = tmp_path / "more.txt"
+    more.write_text(Path(trained).read_text() + "\nplease is bad\n")
+    with endpoint(_says_longer) as (url, _):
+        command = ["winrate", str(out), "--judge-url", url, "--judge-model", "wise",
+                   "--max-new-tokens", "4"]  # fmt: skip
+        assert main([*command, "--prompts", trained, "--out", str(tmp_path / "none")]) == 2
+        assert "all 4 of them were trained on" in capsys.readouterr().err
+        assert main([*command, "--prompts", str(more), "--out", str(tmp_path / "some")]) == 0
+    assert "prompts left out: 4 x trained on" in capsys.readouterr().err

@@ -6,8 +6,10 @@ from __future__ import annotations
 import io
 import json
 import math
+import stat
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,10 @@ def card_of(form: str = "gate") -> PolicyCard:
     return PolicyCard(
         "", "", form, {"a": [1.0, 0.0], "b": [-1.0, 1.0]}, [0.0, 0.5], [0.0, 0.5], 2.0, "run"
     )  # type: ignore[arg-type]
+
+
+def based_on(folder: Path, form: str) -> PolicyCard:
+    return replace(card_of(form), base=str(folder))
 
 
 def policy_of(folder: Path, form: str = "gate", loud: float = 0.0) -> Policy:
@@ -412,7 +418,7 @@ def test_an_exported_policy_gives_the_same_tokens_in_plain_transformers(
     policy = policy_of(tiny_model, form, loud=0.5)
     expected = [policy.respond(prompt, z, greedy) for prompt in PROMPTS]
     out = tmp_path / "plain"
-    export_merged(policy_of(tiny_model, form, loud=0.5), z, out)
+    export_merged(policy_of(tiny_model, form, loud=0.5), z, out, based_on(tiny_model, form))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     found = []
     for prompt in PROMPTS:
@@ -427,7 +433,7 @@ def test_an_exported_policy_gives_the_same_tokens_in_plain_transformers(
     assert found == expected
     assert any(found)
     with pytest.raises(BadInputError, match="not empty"):
-        export_merged(policy, z, out)
+        export_merged(policy, z, out, based_on(tiny_model, form))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -438,7 +444,9 @@ def test_an_exported_adapter_gives_the_same_tokens_in_plain_peft(
     policy = policy_of(tiny_model, form, loud=0.5)
     expected = [policy.respond(prompt, z, greedy) for prompt in PROMPTS]
     out = tmp_path / "adapter"
-    export_adapter(policy, z, out)
+    export_adapter(policy, z, out, based_on(tiny_model, form), "kind")
+    assert {stat.S_IMODE(f.stat().st_mode) for f in out.iterdir()} == {0o644}
+    assert "`kind` built in" in (out / "README.md").read_text().replace("\n", " ")
     code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
     found = []
     for prompt in PROMPTS:
@@ -454,7 +462,7 @@ def test_an_exported_adapter_gives_the_same_tokens_in_plain_peft(
     assert any(found)
     assert sum(f.stat().st_size for f in out.glob("*.safetensors")) < 60_000
     with pytest.raises(BadInputError, match="not empty"):
-        export_adapter(policy_of(tiny_model, form), z, out)
+        export_adapter(policy_of(tiny_model, form), z, out, based_on(tiny_model, form))
 
 
 def test_a_response_that_was_cut_off_ends_with_a_whole_sentence() -> None:

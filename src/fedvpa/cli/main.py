@@ -60,6 +60,8 @@ COMMANDS: dict[str, Command | Group] = {
                        "runs:compare", "compare_command:run_compare", "check_compare"),
     "personalize": Command("infer a new user's preference, without training",
                            "use:personalize", "use_commands:run_personalize"),
+    "preferences": Command("the preferences that a run has found, and what they like",
+                           "use:preferences", "use_commands:run_preferences"),
     "score": Command("score responses under a preference", "use:score", "use_commands:run_score"),
     "align": Command("train a policy that a selector's preferences steer",
                      "policies:align", "align_commands:run_align", "check_align"),

@@ -8,6 +8,7 @@ read still has a flag, so that it can be refused with a reason.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,6 +168,13 @@ def flat_settings_given(arguments: argparse.Namespace, model: type[T]) -> T:
         return model.model_validate(given)
     except ValidationError as error:
         raise BadInputError("; ".join(explain(e, model) for e in error.errors())) from error
+
+
+def seed(text: str) -> int:
+    """A seed, as an argument's type."""
+    if not re.fullmatch("[0-9]{1,10}", text) or int(text) >= 1 << 32:
+        raise argparse.ArgumentTypeError(f"'{text[:40]}' is not a whole number from 0 to 2^32 - 1")
+    return int(text)
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:

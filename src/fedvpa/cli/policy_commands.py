@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -65,7 +66,8 @@ def run_export(arguments: argparse.Namespace, reporter: Reporter) -> int:
         jobs = [(arguments.format, arguments.prefer, _chosen_z(arguments, card), out)]
     for kind, name, z, folder in jobs:
         policy, _ = load_policy(arguments.directory)
-        (export_merged if kind == "merged" else export_adapter)(policy, z, folder)
+        write = export_merged if kind == "merged" else export_adapter
+        write(policy, z, folder, card, name or "")
         # the folder's name need not be the preference's
         built_in = {"preference": name, "z": z.tolist()}
         write_atomically(folder / "preference.json", plain_json(built_in))
@@ -173,6 +175,8 @@ def parse_weights(text: str) -> dict[str, float]:
     for part in text.split(","):
         name, _, value = part.strip().partition("=")
         try:
+            if not math.isfinite(float(value)):
+                raise ValueError(value)
             weights[name.strip()] = float(value)
         except ValueError as error:
             raise BadInputError(
@@ -183,7 +187,7 @@ def parse_weights(text: str) -> dict[str, float]:
 
 def _sampling(arguments: argparse.Namespace) -> Sampling:
     for name, least in (("max_new_tokens", 1), ("temperature", 0)):
-        if getattr(arguments, name) < least:
+        if not least <= getattr(arguments, name) < math.inf:
             raise BadInputError(f"--{name.replace('_', '-')}: at least {least}")
     if not 0 < arguments.top_p <= 1:
         raise BadInputError("--top-p: above 0, at most 1")

@@ -9,7 +9,7 @@ from typing import Any
 from fedvpa.config import Config
 from fedvpa.console import Reporter, emit_json
 from fedvpa.errors import BadInputError
-from fedvpa.experiment.dataset import TrainingData
+from fedvpa.experiment.dataset import TrainingData, described
 from fedvpa.experiment.run import RunPaths, changed_settings, load_config
 from fedvpa.experiment.train import told, train
 
@@ -20,11 +20,8 @@ def run_train(arguments: argparse.Namespace, reporter: Reporter) -> int:
     reporter.say(_headline(config))
 
     def on_data(data: TrainingData) -> None:
-        pairs = sum(len(c.pairs) for c in data.train)
-        reporter.say(
-            f"{len(data.train)} clients, {pairs} training pairs,"
-            f" {sum(len(c.pairs) for c in data.validation)} for validation"
-        )
+        for line in described(config, data):
+            reporter.say(line)
         for reason, count in data.skipped.items():
             reporter.say(f"skipped: {count} x {reason}")
         if data.first_skipped:
@@ -44,8 +41,12 @@ def run_train(arguments: argparse.Namespace, reporter: Reporter) -> int:
         )
     last = next((row for row in reversed(result.history) if "validation_accuracy" in row), None)
     if last:
+        low, high = last.get("validation_low"), last.get("validation_high")
+        within = "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
+        over = f", {last['validation_clients']:.0f} clients" if "validation_clients" in last else ""
         reporter.say(
-            f"validation accuracy {last['validation_accuracy']:.3f} after round {last['round']}"
+            f"validation accuracy {last['validation_accuracy']:.3f}{within} after round"
+            f" {last['round']} (95 %{over})"
         )
     reporter.say(
         f"{result.root}: done in {result.seconds:.0f} s; next: fedvpa evaluate {result.root} --data"

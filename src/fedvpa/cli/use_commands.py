@@ -5,18 +5,25 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from fedvpa.cli.options import columns_given, say_notes
 from fedvpa.console import Reporter, emit_json
 from fedvpa.data.messages import prompt_of, tidy
 from fedvpa.data.reading import read_pairs
 from fedvpa.data.tables import member_of, rows_of
 from fedvpa.errors import BadInputError, RecordError
+from fedvpa.experiment.preferences import described
 from fedvpa.experiment.use import PreferenceModel
+from fedvpa.foreign import harmless
 from fedvpa.records import Item
 
 
 def run_personalize(arguments: argparse.Namespace, reporter: Reporter) -> int:
     """Print who the user resembles and how sure that is."""
-    source = read_pairs(arguments.pairs, None, arguments.on_bad_record)
+    source = read_pairs(
+        arguments.pairs, None, arguments.on_bad_record, columns=columns_given(arguments),
+        score_margin=arguments.score_margin,
+    )  # fmt: skip
+    say_notes(reporter, source)
     model = PreferenceModel(arguments.directory)
     user = model.personalize(source.pairs)
     reporter.say(
@@ -39,6 +46,27 @@ def run_personalize(arguments: argparse.Namespace, reporter: Reporter) -> int:
         f"surprise, each by the others: {user.surprise:.2f} nats per pair (a coin: 0.69){hint}"
     )
     emit_json(arguments.json or "-", user.to_json())
+    return 0
+
+
+def run_preferences(arguments: argparse.Namespace, reporter: Reporter) -> int:
+    """List the preferences with what tells them apart."""
+    if arguments.top < 0:
+        raise BadInputError("--top: at least 0")
+    model = PreferenceModel(arguments.directory)
+    rows = described(model, arguments.data, arguments.split, arguments.top)
+    for row in rows:
+        share = "" if row["share"] is None else f", {row['share']:.0%} of the users"
+        near = "" if row["nearest_group"] is None else f", mostly {row['nearest_group']}"
+        reporter.say(f"{row['name']}{share}{near}")
+        for pair in row["pairs"]:
+            reporter.say(f"  to    {harmless(pair['prompt'], 100)}")
+            reporter.say(
+                f"  likes {harmless(pair['liked'], 100)}  ({pair['margin']:+.2f} nats; the others"
+                f" {pair['margin_of_others']:+.2f})"
+            )
+            reporter.say(f"  over  {harmless(pair['other'], 100)}")
+    emit_json(arguments.json, {"run": model.run.identity, "preferences": rows})
     return 0
 
 

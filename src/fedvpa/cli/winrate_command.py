@@ -33,6 +33,7 @@ def run_winrate(arguments: argparse.Namespace, reporter: Reporter) -> int:
         arguments.seed,
         [parse_weights(text) for text in arguments.mix], users, _steering(arguments.steering, card),
         _named(arguments.versus, "--versus"), arguments.device, arguments.max_prompt_tokens,
+        arguments.trained_prompts == "keep",
     )  # fmt: skip
 
     def judges_of(prompts: Sequence[Prompt]) -> list[Judge]:
@@ -54,6 +55,8 @@ def run_winrate(arguments: argparse.Namespace, reporter: Reporter) -> int:
         )
     root = Path(arguments.out)
     write_atomically(root / "winrate.html", render_winrate(results).encode())
+    for reason, count in results["prompts_left_out"].items():
+        reporter.say(f"prompts left out: {count} x {reason}")
     _show(results, reporter)
     reporter.say(f"{root}/winrate.html, {root}/winrate.json")
     emit_json(arguments.json, results)

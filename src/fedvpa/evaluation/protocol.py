@@ -7,6 +7,7 @@ scoring the same targets with other states.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from fedvpa.evaluation.statistics import share
 from fedvpa.federated.algorithm import Predictor
 from fedvpa.federated.batch import ClientStore, first_pairs, select
 from fedvpa.federated.random import stream
@@ -122,6 +124,7 @@ class Validation(NamedTuple):
         return {
             "validation_accuracy": float(self.accuracy) / count,
             "validation_nll": float(self.nll) / count,
+            "validation_clients": count,
         }
 
 
@@ -130,17 +133,36 @@ def validation(
 ) -> Validation:
     """A predictor on the clients' held-out pairs, each preference inferred from the training pairs;
     float64, so that secure sums carry it."""
-    zero = torch.zeros((), dtype=torch.float64)
+    accuracy, nll = _validated(predictor, context, target, group)
+    count = torch.tensor(float(len(accuracy)), dtype=torch.float64)
+    return Validation(count, accuracy.double().sum(), nll.double().sum())
+
+
+def validation_row(
+    predictor: Predictor, context: ClientStore, target: ClientStore, group: Int[Tensor, "k"]
+) -> dict[str, float]:
+    """The same with a 95 % interval over the clients, where these are in one place."""
+    accuracy, _ = _validated(predictor, context, target, group)
+    row = validation(predictor, context, target, group).row()
+    spread = share(accuracy.tolist())
+    if row and not math.isnan(spread["low"]):
+        row |= {"validation_low": spread["low"], "validation_high": spread["high"]}
+    return row
+
+
+def _validated(
+    predictor: Predictor, context: ClientStore, target: ClientStore, group: Int[Tensor, "k"]
+) -> tuple[Float[Tensor, "c"], Float[Tensor, "c"]]:
+    """Accuracy and NLL of every client that holds any pairs out."""
     if int(target.sizes.sum()) == 0:
-        return Validation(zero, zero, zero)
+        return torch.zeros(0), torch.zeros(0)
     trial = given_trial(context, target)
     scores = Scores.empty(len(context))
     scores.add(
         predictor.margin(predictor.adapt(trial.context, group), trial.target), trial.target.mask
     )
     own = target.sizes > 0
-    each = (scores.correct / scores.count, scores.nll / scores.count)
-    return Validation(own.sum().double(), *(value[own].double().sum() for value in each))
+    return (scores.correct / scores.count)[own], (scores.nll / scores.count)[own]
 
 
 def reversed_labels(context: PairBatch) -> PairBatch:

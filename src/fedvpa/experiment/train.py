@@ -15,7 +15,7 @@ from fedvpa import __version__
 from fedvpa.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedvpa.config import Config, FederationConfig
 from fedvpa.errors import BadInputError
-from fedvpa.evaluation.protocol import validation
+from fedvpa.evaluation.protocol import validation_row
 from fedvpa.experiment.build import build_method, needs_common
 from fedvpa.experiment.dataset import (
     TrainingData,
@@ -107,7 +107,7 @@ def train(
         group = store.roster.group_index()[1]
 
         def validate(reached: ServerState) -> dict[str, float]:
-            return validation(algorithm.predictor(reached), store, ready.held, group).row()
+            return validation_row(algorithm.predictor(reached), store, ready.held, group)
 
         with open_tracker(config.tracker, paths.root, config) as tracker:
             journal = Journal(paths, ready.identity, tracker, on_round)

@@ -34,7 +34,7 @@ from fedvpa.features.loading import location_stamp
 from fedvpa.federated.messages import PROTOTYPES
 from fedvpa.records import Item, PreferencePair
 from fedvpa.selector.predictor import VariationalPredictor
-from fedvpa.types import PairBatch
+from fedvpa.types import PairBatch, Population
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,24 @@ class PreferenceModel:
         if self._predictor.population is not None:
             return self._predictor.population.mean
         return self._predictor.params.get(PROTOTYPES)
+
+    @property
+    def population(self) -> Population | None:
+        """Fitted components of the population: centres, variances, shares of users."""
+        return self._predictor.population
+
+    def margins(
+        self, pairs: Sequence[PreferencePair], z: Float[Tensor, "m d"]
+    ) -> Float[Tensor, "m n"]:
+        """Margin of each pair's chosen response under each z, in nats."""
+        table = self._cache.pairs(pairs)
+        same_backbone(self.run, table.signature)
+        orders = presentation_order(ClientPairs("", None, tuple(pairs)))
+        batch = pairs_to_batch(self.run, table.values, orders)
+        many = PairBatch(
+            *(None if v is None else v.expand(len(z), *v.shape[1:]) for v in batch)  # type: ignore[arg-type]
+        )
+        return self._predictor.margin_under(z, many)
 
     @property
     def posterior_means(self) -> Float[Tensor, "k d"] | None:

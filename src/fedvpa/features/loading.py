@@ -228,6 +228,13 @@ def _locate(name: str) -> tuple[str, str]:
     )
 
 
+def public_name(name: str) -> str:
+    """The name by which others can load a model: a repository of the Hub, or the folder as it was
+    named."""
+    plain, _ = named_revision(name)
+    return SMOLLM2_HUB if plain.startswith("smollm2") else plain.removeprefix(HUB)
+
+
 def _folder_of(name: str) -> Path | None:
     try:
         folder = Path(name).expanduser()

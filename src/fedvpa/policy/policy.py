@@ -77,7 +77,7 @@ class PolicyCard:
             BadInputError: an unknown name, or weights that are negative or sum to zero.
         """
         total = sum(weights.values())
-        if not weights or min(weights.values()) < 0 or total <= 0:
+        if not weights or not min(weights.values()) >= 0 or not 0 < total < math.inf:
             raise BadInputError(
                 "a mix needs weights that are not negative and do not sum to zero, as"
                 " helpful=0.3,harmless=0.7"

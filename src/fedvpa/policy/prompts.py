@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,9 +16,12 @@ from fedvpa.data.reading import HUB, local_path, read_pairs
 from fedvpa.data.tables import SUFFIXES, first_row, is_table, member_of, rows_of
 from fedvpa.errors import BadInputError, RecordError
 from fedvpa.features.chat import ChatFormat
+from fedvpa.files import plain_json, write_atomically
 from fedvpa.records import Message
 
 Prompt = tuple[Message, ...]
+TRAINED = "trained_prompts.json"
+"""Hashes of the prompts that a policy was trained on, in its folder."""
 
 
 @dataclass
@@ -126,6 +132,45 @@ def _unusable(prompt: Prompt, most_tokens: int, chat: ChatFormat, to_train: bool
     except BadInputError:
         return "refused by the chat template"
     return f"longer than {most_tokens} tokens" if length > most_tokens else ""
+
+
+def save_trained_prompts(folder: Path, prompts: Sequence[Prompt]) -> None:
+    """Note which prompts a policy is trained on, as hashes."""
+    keys = sorted({_key(prompt) for prompt in prompts})
+    write_atomically(folder / TRAINED, plain_json(keys))
+
+
+def trained_prompts(folder: Path) -> set[str]:
+    """Hashes of the prompts that a policy was trained on; empty where that was not noted."""
+    file = folder / TRAINED
+    if not file.is_file():
+        return set()
+    try:
+        return set(json.loads(file.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise BadInputError(f"{file}: damaged: {error}") from error
+
+
+def without_trained(found: PromptSet, trained: set[str]) -> PromptSet:
+    """The prompts that no policy was trained on; the others are counted.
+
+    Raises:
+        BadInputError: there are none.
+    """
+    kept = [i for i, prompt in enumerate(found.prompts) if _key(prompt) not in trained]
+    gone = len(found.prompts) - len(kept)
+    if not kept:
+        raise BadInputError(
+            f"--prompts: all {gone} of them were trained on; name others, or --trained-prompts keep"
+        )
+    skipped = found.skipped + Counter({"trained on": gone} if gone else {})
+    return PromptSet(
+        [found.prompts[i] for i in kept], [found.groups[i] for i in kept], Counter(skipped)
+    )
+
+
+def _key(prompt: Prompt) -> str:
+    return hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:32]
 
 
 def read_styles(file: str) -> list[str]:

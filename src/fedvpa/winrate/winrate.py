@@ -27,7 +27,7 @@ from fedvpa.errors import BadInputError, RunError
 from fedvpa.evaluation.statistics import interval
 from fedvpa.files import claim, plain_json, write_atomically
 from fedvpa.policy.policy import WEIGHTS, Policy, PolicyCard, Sampling, load_card, load_policy
-from fedvpa.policy.prompts import Prompt, in_style, read_prompts
+from fedvpa.policy.prompts import Prompt, in_style, read_prompts, trained_prompts, without_trained
 from fedvpa.winrate.judges import Judge, JudgeError
 from fedvpa.winrate.statistics import (
     difference,
@@ -90,6 +90,8 @@ class Setting:
     device: str = "cpu"
     max_prompt_tokens: int = 0
     """Longer prompts are left out (0: none)."""
+    keep_trained: bool = False
+    """Keep prompts that one of the policies was trained on."""
 
 
 def winrate(
@@ -113,6 +115,9 @@ def winrate(
     chosen = read_prompts(
         setting.prompts, setting.split, setting.max_prompt_tokens or 1 << 20, policy.format
     )
+    if not setting.keep_trained:
+        folders = (directory, *setting.versus.values())
+        chosen = without_trained(chosen, set().union(*(trained_prompts(Path(f)) for f in folders)))
     prompts, group = chosen.balanced(setting.limit, setting.seed)
     groups = Counter(group)
     judges = judges_of(prompts)
@@ -231,7 +236,7 @@ def _asked(
             digest.update((Path(folder) / file).read_bytes())
     return {
         "policy": directory, "fingerprint": digest.hexdigest()[:16], "prompts": setting.prompts,
-        "split": setting.split, "limit": setting.limit,
+        "split": setting.split, "limit": setting.limit, "keep_trained": setting.keep_trained,
         "max_prompt_tokens": setting.max_prompt_tokens, "seed": setting.seed,
         "sampling": {k: v for k, v in vars(setting.sampling).items() if k != "whole"},
         "arms": [{"name": a.name, "asked": a.asked, "system": a.system, "policy": a.policy,

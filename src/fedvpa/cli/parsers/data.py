@@ -11,6 +11,7 @@ from fedvpa.cli.options import (
     add_json,
     add_reading,
     add_settings,
+    seed,
     settings_given,
 )
 from fedvpa.config import PersonasConfig, build_config, leaf_settings
@@ -67,7 +68,7 @@ def personas(parser: argparse.ArgumentParser, asked: Asked) -> None:
     for name, info in PersonasConfig.model_fields.items():
         text = f"{info.description} (default: {info.default})"
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text)
-    parser.add_argument("--seed", type=int, default=0, help="seed of users and pairs (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of users and pairs (default: 0)")
     add_common(parser)
 
 

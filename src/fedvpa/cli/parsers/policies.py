@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fedvpa.cli.options import Asked, add_common, add_flat_settings, add_json, flat_settings_given
+from fedvpa.cli.options import (
+    Asked,
+    add_common,
+    add_flat_settings,
+    add_json,
+    flat_settings_given,
+    seed,
+)
 from fedvpa.policy.settings import AlignConfig, FedDPOConfig, TrainingConfig
 
 
@@ -92,7 +99,7 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--temperature", type=float, default=0.7, help="0: greedy (default: 0.7)")
     parser.add_argument("--top-p", type=float, default=0.95, help="nucleus (default: 0.95)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the draws (default: 0)")
     parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fedvpa.cli.options import Asked, add_common, add_json, add_settings, settings_given
+from fedvpa.cli.options import Asked, add_common, add_json, add_settings, seed, settings_given
 from fedvpa.config import build_config, leaf_settings, settings_readable
 from fedvpa.errors import BadInputError
 from fedvpa.methods import METHODS
@@ -51,7 +51,7 @@ def evaluate(parser: argparse.ArgumentParser, asked: Asked) -> None:
         "--repeats", type=int, default=4,
         help="random divisions into context and targets (default: 4)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="seed of these divisions (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of these divisions (default: 0)")
     parser.add_argument("--on-bad-record", choices=["few", "error", "skip"], default="few")
     parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="write JSON (default: RUN/eval.json)"
@@ -125,10 +125,11 @@ def check_compare(arguments: argparse.Namespace) -> None:
         raise BadInputError(
             f"--methods: {', '.join(unknown) or 'none given'} (known: {', '.join(METHODS)})"
         )
-    if not all(s.isdigit() for s in arguments.seeds.split(",")):
-        raise BadInputError(
-            f"--seeds: '{arguments.seeds}' must be whole numbers, separated by commas"
-        )
+    try:
+        for one in arguments.seeds.split(","):
+            seed(one)
+    except argparse.ArgumentTypeError as error:
+        raise BadInputError(f"--seeds: {error}; separate them by commas") from error
     _at_least(arguments, unseen_clients=0, context=0, repeats=1)
 
 

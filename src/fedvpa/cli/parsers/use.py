@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import argparse
 
-from fedvpa.cli.options import Asked, add_common, add_json
+from fedvpa.cli.options import Asked, add_common, add_json, add_reading
 
 
 def personalize(parser: argparse.ArgumentParser, asked: Asked) -> None:
     """``fedvpa personalize``."""
     parser.add_argument("directory", metavar="RUN")
     parser.add_argument("--pairs", required=True, metavar="FILE", help="the user's comparisons")
-    parser.add_argument("--on-bad-record", choices=["few", "error", "skip"], default="few")
+    add_reading(parser)
     add_json(parser, "z and the rest")
+    add_common(parser)
+
+
+def preferences(parser: argparse.ArgumentParser, asked: Asked) -> None:
+    """``fedvpa preferences``."""
+    parser.add_argument("directory", metavar="RUN")
+    parser.add_argument(
+        "--data", metavar="SOURCE", help="pairs to look at (default: those of training)"
+    )
+    parser.add_argument("--split", help="only files called SPLIT.*")
+    parser.add_argument("--top", type=int, default=3, help="pairs per preference (default: 3)")
+    add_json(parser, "them")
     add_common(parser)
 
 

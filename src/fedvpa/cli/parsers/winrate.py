@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 
-from fedvpa.cli.options import Asked, add_common, add_json
+from fedvpa.cli.options import Asked, add_common, add_json, seed
 from fedvpa.errors import BadInputError
 from fedvpa.parts import JUDGES, part
 
@@ -18,11 +19,12 @@ def winrate(parser: argparse.ArgumentParser, asked: Asked) -> None:
     """``fedvpa winrate``."""
     parser.add_argument("directory", metavar="DIR", help="what `fedvpa align` made")
     parser.add_argument(
-        "--prompts",
-        required=True,
-        metavar="SOURCE",
-        help="personas, .txt, .jsonl, or pairs; none trained on",
+        "--prompts", required=True, metavar="SOURCE", help="personas, .txt, .jsonl, or pairs"
     )
+    parser.add_argument(
+        "--trained-prompts", choices=["leave-out", "keep"], default="leave-out",
+        help="prompts that a policy was trained on (default: leave-out)",
+    )  # fmt: skip
     parser.add_argument("--split", help="only files called SPLIT.*")
     parser.add_argument(
         "--limit", type=int, default=48, help="prompts, as many of each group (0: all; default: 48)"
@@ -134,7 +136,7 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument(
         "--batch", type=int, default=32, help="prompts side by side (default: 32)"
     )
-    sampling.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
+    sampling.add_argument("--seed", type=seed, default=0, help="seed of the draws (default: 0)")
     sampling.add_argument("--device", default="cpu", help="torch device (default: cpu)")
 
 
@@ -161,7 +163,7 @@ def check_winrate(arguments: argparse.Namespace) -> None:
     arguments.judge_options = options
     if (
         not 0 < arguments.top_p <= 1
-        or arguments.temperature < 0
+        or not 0 <= arguments.temperature < math.inf
         or arguments.max_new_tokens < 1
         or arguments.batch < 1
     ):
