@@ -1,6 +1,7 @@
 """`make soak`: what takes as long as it takes, again and again; the result in results/soak.json.
 
-python tools/soak.py [--repeats 3]: tests marked `soak` (kills at random moments), the slow tests
+python tools/soak.py [--repeats 1]: tests marked `soak` (a thousand kills at random moments; FEDVPA_KILLS says
+how many of each command), the slow tests
 that kill or stop, and the property tests with many more examples.
 """
 
@@ -18,16 +19,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SUITES = {
-    "many kills": ["-m", "soak", "tests"],
+    "a thousand kills": ["-m", "soak", "tests"],
     "kills in the middle": ["-m", "slow", "-k", "kill or stopped or survives", "tests"],
-    "fuzzing": ["tests/property"],
+    "fuzzing": ["tests/property", "tests/corpus"],
 }
 
 
 def main() -> int:
     """Run all suites; 1 if a test failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--repeats", type=int, default=3, help="how often (default: 3)")
+    parser.add_argument("--repeats", type=int, default=1, help="how often (default: 1)")
     repeats = parser.parse_args().repeats
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True

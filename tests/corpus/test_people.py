@@ -22,10 +22,10 @@ FLAGS = ["--layer", "2", "--dtype", "float32", "--rounds", "3", "--local-steps",
          "4", "--latent", "4", "--method", "fedvpl"]  # fmt: skip
 
 
-def write(file: Path, users: list[Any], first: int = 0, pairs: int = 8, **more: Any) -> Path:
+def write(file: Path, users: list[Any], first: int = 0, pairs: int = 8) -> Path:
     rows = [
         {"prompt": f"{WORDS[i % 5]} {WORDS[(first + i) % 13]} {u % 7}", "client_id": name,
-         "chosen": f"yes {WORDS[(i + u) % 9]} {first}", "rejected": f"no {WORDS[i % 7]} {i}", **more}
+         "chosen": f"yes {WORDS[(i + u) % 9]} {first}", "rejected": f"no {WORDS[i % 7]} {i}"}
         for u, name in enumerate(users) for i in range(pairs)
     ]  # fmt: skip
     file.write_bytes(lines(*rows))
