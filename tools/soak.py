@@ -1,6 +1,6 @@
 """`make soak`: what takes as long as it takes, again and again; the result in results/soak.json.
 
-python tools/soak.py [--repeats 1]: tests marked `soak` (a thousand kills at random moments; FEDVPA_KILLS says
+python tools/soak.py [--repeats 1]: tests marked `soak` (a thousand kills; FEDVPA_KILLS says
 how many of each command), the slow tests
 that kill or stop, and the property tests with many more examples.
 """

@@ -206,3 +206,31 @@ def test_a_run_that_lost_a_file_is_not_trained_on_in_silence(runs: Path, tmp_pat
     before = (copy / "manifest.json").read_bytes()
     assert main(["train", "--resume", "--out", str(copy), "--quiet"]) == 0
     assert (copy / "manifest.json").read_bytes() == before
+
+
+def test_a_cache_that_is_deleted_between_two_halves_changes_the_last_bits_at_most(
+    runs: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedvpa.checkpoint import load_checkpoint
+    from fedvpa.config import build_config
+    from fedvpa.experiment.train import train
+
+    def stop(done: int, *_: object) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    given = {
+        "method": "fedvpl", "data": {"source": str(runs / "data"), "split": "train", "clients": 4},
+        "features": {"backbone": str(tiny_model), "layer": 2, "dtype": "float32"},
+        "model": {"inputs": 8, "latent": 4}, "federation": {"rounds": 4, "local_steps": 3},
+    }  # fmt: skip
+    monkeypatch.setenv("FEDVPA_CACHE", str(tmp_path / "cache"))
+    whole = train(build_config(given, {"out": str(tmp_path / "whole")}))
+    config = build_config(given, {"out": str(tmp_path / "broken")})
+    with pytest.raises(KeyboardInterrupt):
+        train(config, on_round=stop)
+    shutil.rmtree(tmp_path / "cache")
+    broken = train(config, resume=True)
+    one, two = (load_checkpoint(r.root / CHECKPOINT).state.params for r in (whole, broken))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=1e-4, rtol=1e-3)

@@ -121,17 +121,17 @@ def fill(folder: str, path: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_share_a_cache_and_a_killed_one_harms_nothing(
+def test_four_processes_share_a_cache_and_a_killed_one_harms_nothing(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "f.sqlite"
     context = multiprocessing.get_context("spawn")
-    both = [context.Process(target=fill, args=(str(tiny_model), str(path))) for _ in range(3)]
+    both = [context.Process(target=fill, args=(str(tiny_model), str(path))) for _ in range(4)]
     for process in both:
         process.start()
-    both[2].join(4)
-    both[2].kill()
-    for process in both[:2]:
+    both[3].join(4)
+    both[3].kill()
+    for process in both[:3]:
         process.join()
         assert process.exitcode == 0
     values, _, _, computed, _ = FeatureCache(

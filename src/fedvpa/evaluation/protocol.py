@@ -22,6 +22,7 @@ from fedvpa.federated.algorithm import Predictor
 from fedvpa.federated.batch import ClientStore, first_pairs, select
 from fedvpa.federated.random import stream
 from fedvpa.functional.preference import expected_calibration_error
+from fedvpa.telling import tell
 from fedvpa.types import PairBatch
 
 CONTROLS = ("own", "other_group", "shuffled", "prior_mean", "flipped")
@@ -177,6 +178,7 @@ def evaluate_controls(
     users = group.numel()
     out = {name: Scores.empty(users) for name in CONTROLS}
     for repeat, trial in enumerate(trials):
+        tell("scoring under the controls", repeat, len(trials))
         own = predictor.adapt(trial.context, group)
         mask = trial.target.mask
         out["own"].add(predictor.margin(own, trial.target), mask)
@@ -193,6 +195,7 @@ def evaluate_controls(
             out["other_group"].add(
                 predictor.margin(own[other.clamp_min(0)], trial.target), mask & has.unsqueeze(-1)
             )
+    tell("scoring under the controls", len(trials), len(trials))
     return {name: scores for name, scores in out.items() if scores.probability}
 
 
@@ -201,10 +204,12 @@ def evaluate_few_shot(
 ) -> dict[int, Scores]:
     """Scores by number of context pairs; the targets are the same for every size."""
     out = {size: Scores.empty(group.numel()) for size in sizes}
-    for trial in trials:
+    for done, trial in enumerate(trials):
+        tell("scoring by number of context pairs", done, len(trials))
         for size, scores in out.items():
             state = predictor.adapt(first_pairs(trial.context, size), group)
             scores.add(predictor.margin(state, trial.target), trial.target.mask)
+    tell("scoring by number of context pairs", len(trials), len(trials))
     return out
 
 
