@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from fedvpa.cli.options import columns_given
 from fedvpa.console import Reporter, emit_json
 from fedvpa.evaluation.report import render_report
-from fedvpa.evaluation.statistics import show
+from fedvpa.evaluation.statistics import show, told_apart
 from fedvpa.experiment.evaluate import evaluate
 from fedvpa.experiment.subjects import EvaluationSettings
 from fedvpa.files import write_atomically
@@ -26,10 +27,9 @@ def run_evaluate(arguments: argparse.Namespace, reporter: Reporter) -> int:
         by = " (pairs dealt by group)" * (results["data"]["held_out_pairs_by"] == "group")
         parts[f"seen clients{by}"] = results["seen"]
     rows = []
-    for key in ("own", "worst_group", "prior_mean", "shuffled", "other_group", "flipped"):
+    for key in told_apart(*(part["accuracy"] for part in parts.values())):
         cells = [show(part["accuracy"].get(key)) for part in parts.values()]
-        if not all(cell == "-" for cell in cells):
-            rows.append((key.replace("_", " "), *cells))
+        rows.append((key.replace("_", " "), *cells))
     columns = ["accuracy", *parts]
     reporter.table(
         f"{results['run']['method']}: target pairs, disjoint from every context", columns, rows
@@ -60,4 +60,5 @@ def evaluation_settings(arguments: argparse.Namespace) -> EvaluationSettings:
         arguments.data, arguments.split, arguments.clients, arguments.context, arguments.repeats,
         arguments.seed,
         arguments.on_bad_record, arguments.unseen,
+        tuple(sorted(columns_given(arguments).items())),
     )  # fmt: skip

@@ -177,7 +177,7 @@ def seed(text: str) -> int:
     return int(text)
 
 
-def add_reading(parser: argparse.ArgumentParser) -> None:
+def add_reading(parser: argparse.ArgumentParser, scores: bool = True) -> None:
     """How the records of a command's own source are read."""
     parser.add_argument(
         "--on-bad-record", choices=["few", "error", "skip"], default="few",
@@ -187,6 +187,8 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         "--column", action="append", default=[], metavar="FIELD=COLUMN",
         help="a field under another name, as client_id=user_id (repeatable)",
     )  # fmt: skip
+    if not scores:
+        return
     parser.add_argument(
         "--score-margin", type=float, default=0.0, metavar="X",
         help="rated responses make a pair where ratings differ by more than this (default: 0)",

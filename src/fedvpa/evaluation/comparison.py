@@ -278,7 +278,21 @@ def as_markdown(tables: Sequence[Mapping[str, Any]]) -> str:
                 + " | ".join(show(r[key]) for key, _ in columns)
                 + f" | {count} |"
             )
+        if repeated := same_rows(table):
+            lines += ["", repeated]
     return "\n".join(lines) + "\n"
+
+
+def same_rows(table: Mapping[str, Any]) -> str:
+    """Which rows repeat the one that they are equal to, in all figures."""
+    first: dict[tuple[str, ...], str] = {}
+    said = []
+    for row in table["rows"]:
+        figures = tuple(show(row[key], 9) for key, _ in COLUMNS if not key.startswith("difference"))
+        before = first.setdefault(figures, row["row"])
+        if before != row["row"]:
+            said.append(f"{row['row']} is {before}, figure by figure")
+    return f"The same: {'; '.join(said)}." if said else ""
 
 
 def shown_columns(table: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -302,6 +316,7 @@ def render_comparison(
             {
                 **table,
                 "columns": [name for _, name in columns],
+                "same": same_rows(table),
                 "cells": [[show(row[key]) for key, _ in columns] for row in table["rows"]],
                 "few_shot": plots.svg(_few_shot(here, [row["row"] for row in table["rows"]])),
                 "map": maps.get(latent, "") if latent else "",

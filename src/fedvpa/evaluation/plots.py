@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 from torch import Tensor
 
+from fedvpa.evaluation.statistics import told_apart
 from fedvpa.foreign import harmless
 from fedvpa.types import Posterior
 
@@ -183,13 +184,7 @@ def few_shot_curve(few_shot: dict[str, Any], names: Sequence[str]) -> Figure:
 def controls(accuracy: dict[str, Any]) -> Figure:
     """Accuracy under the user's own z and under the controls."""
     fig, axes = figure(5.4, 2.8)
-    wanted = [
-        n
-        for n in ("own", "worst_group", "prior_mean", "shuffled", "other_group", "flipped")
-        if n in accuracy
-        # with one group or none, the worst group is everybody
-        and not (n == "worst_group" and len(accuracy["by_group"]) < 2)
-    ]
+    wanted = told_apart(accuracy)
     for i, name in enumerate(reversed(wanted)):
         value = accuracy[name]
         axes.barh(

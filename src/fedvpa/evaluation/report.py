@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedvpa.evaluation import plots
 from fedvpa.evaluation.pages import render
-from fedvpa.evaluation.statistics import show
+from fedvpa.evaluation.statistics import show, told_apart
 from fedvpa.types import Posterior
 
 _ROWS = (
@@ -100,6 +100,12 @@ def _warnings(results: dict[str, Any]) -> list[str]:
             "Trained with the single-pair protocol, which LEAKS: z was inferred from the very pair "
             "that was scored. The evaluation here does not."
         )
+    part = results if results["accuracy"] else results["seen"]
+    if "prior_mean" not in told_apart(part["accuracy"]):
+        found.append(
+            "Every user is predicted alike, whatever is known of them: other states than one's own"
+            " give the same figures, and are not shown."
+        )
     dropped = results["data"]["dropped_because_trained_on"]
     if dropped:
         found.append(f"{dropped} evaluation pairs were dropped: the run was trained on them.")
@@ -116,12 +122,11 @@ def _warnings(results: dict[str, Any]) -> list[str]:
 
 def _rows(columns: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
     parts = [part for _, part in columns]
+    apart = told_apart(*(part["accuracy"] for part in parts))
     rows = [
         {"name": label, "cells": [_cell(part["accuracy"].get(key)) for part in parts]}
         for key, label in _ROWS
-        if any(key in part["accuracy"] for part in parts)
-        # with one group or none, the worst group is everybody
-        and not (key == "worst_group" and all(len(p["accuracy"]["by_group"]) < 2 for p in parts))
+        if key in apart
     ]
     rows.append({"name": "ECE, own z", "cells": [f"{part['ece']['own']:.3f}" for part in parts]})
     nll = [_cell(part["nll"]["own"]) for part in parts]

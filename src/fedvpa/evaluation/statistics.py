@@ -56,6 +56,25 @@ def share(values: Sequence[float]) -> Interval:
     return Interval(mean=p, low=max(0.0, centre - half), high=min(1.0, centre + half), n=n)
 
 
+CONTROLS = ("own", "worst_group", "prior_mean", "shuffled", "other_group", "flipped")
+"""Rows of an evaluation, in their order."""
+
+
+def told_apart(*accuracies: Mapping[str, Any]) -> list[str]:
+    """Of `CONTROLS`, those that say something of their own in some of these evaluations: not the
+    worst of fewer than two groups, and not another state that no prediction depends on."""
+    out = []
+    for name in CONTROLS:
+        parts = [a for a in accuracies if name in a]
+        if name == "worst_group":
+            parts = [a for a in parts if len(a["by_group"]) > 1]
+        elif name != "own":
+            parts = [a for a in parts if a[name]["mean"] != a["own"]["mean"]]
+        if parts:
+            out.append(name)
+    return out
+
+
 def ratio_interval(numerator: Sequence[float], denominator: Sequence[float]) -> Interval:
     """Ratio of two means over the same seeds, with the 95 % interval of the delta method
     (linearised; Student t)."""

@@ -42,6 +42,7 @@ class EvaluationSettings:
     seed: int = 0
     on_bad_record: str = "few"
     unseen: str | None = None
+    columns: tuple[tuple[str, str], ...] = ()
 
 
 class Subjects(NamedTuple):
@@ -130,6 +131,8 @@ def evaluation_data(trained: DataConfig, settings: EvaluationSettings) -> DataCo
         "max_pairs": 0,
         "clients": settings.clients,
     }  # fmt: skip
+    if settings.columns:
+        update["columns"] = dict(settings.columns)
     if settings.data is not None:
         update["source"] = settings.data
     elif trained.source == FEDERATION:

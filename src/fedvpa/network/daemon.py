@@ -308,7 +308,9 @@ class Client:
         once, then from the cache."""
         config = self._known()
         if self._features is None:
-            pairs = without_duplicates(read_pairs(self._data, self.settings.split).pairs)
+            pairs = without_duplicates(
+                read_pairs(self._data, self.settings.split, columns=self.settings.columns).pairs
+            )
             if len(pairs) < 2:
                 raise BadInputError(
                     f"{self._data}: holds {len(pairs)} pair, but a client needs at least 2"

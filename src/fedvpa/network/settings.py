@@ -85,6 +85,9 @@ class ClientSettings(Section):
         description="file or folder of its preference pairs; they do not leave this machine"
     )
     split: str | None = Field(None, description="only files called SPLIT.*")
+    columns: dict[str, str] = Field(
+        {}, description="fields under other names, as {prompt: question}"
+    )
     server: str = Field("127.0.0.1:9092", description="host:port of the server")
     root_certificate: str | None = Field(
         None, description="certificate authority that the server's certificate is signed by"

@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fedvpa.cli.options import Asked, add_common, add_json, add_settings, seed, settings_given
+from fedvpa.cli.options import (
+    Asked,
+    add_common,
+    add_json,
+    add_reading,
+    add_settings,
+    seed,
+    settings_given,
+)
 from fedvpa.config import build_config, leaf_settings, settings_readable
 from fedvpa.errors import BadInputError
 from fedvpa.methods import METHODS
@@ -52,7 +60,7 @@ def evaluate(parser: argparse.ArgumentParser, asked: Asked) -> None:
         help="random divisions into context and targets (default: 4)",
     )  # fmt: skip
     parser.add_argument("--seed", type=seed, default=0, help="seed of these divisions (default: 0)")
-    parser.add_argument("--on-bad-record", choices=["few", "error", "skip"], default="few")
+    add_reading(parser, scores=False)
     parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="write JSON (default: RUN/eval.json)"
     )
