@@ -31,8 +31,9 @@ def test_the_table_of_messages_is_that_of_the_code() -> None:
 def test_examples_of_records_are_read() -> None:
     page = (ROOT / "docs" / "data-formats.md").read_text()
     examples = [json.loads(text) for text in re.findall(r"```json\n(.+?)\n```", page)]
-    pairs = [p for e in examples if "chosen" in e for p in pairs_of(e, "docs")]
-    assert len(pairs) == 3
+    records = [e for e in examples if e.keys() & {"chosen", "response_a", "completions"}]
+    pairs = [p for e in records for p in pairs_of(e, "docs")]
+    assert (len(records), len(pairs)) == (6, 9)
     assert {p.prompt[0].content for p in pairs} == {"Is tea healthy?"}
 
 
