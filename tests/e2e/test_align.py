@@ -488,3 +488,48 @@ def test_prompts_that_were_trained_on_are_left_out_of_win_rates(
         assert "all 4 of them were trained on" in capsys.readouterr().err
         assert main([*command, "--prompts", str(more), "--out", str(tmp_path / "some")]) == 0
     assert "prompts left out: 4 x trained on" in capsys.readouterr().err
+
+
+def _retold(name: str, **more: Any) -> Any:
+    def damage(policy: Path) -> None:
+        file = policy / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | more))
+
+    return damage
+
+
+def _cut(name: str) -> Any:
+    return lambda policy: (policy / name).write_bytes((policy / name).read_bytes()[:-9])
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (_retold("policy.json", form="loud"), "policy.json: damaged, or not of this version: form"),
+        (_retold("policy.json", scale="x"), "policy.json: damaged"),
+        (_retold("policy.json", preferences={}), "differ in their dimensions"),
+        (_retold("policy.json", preferences={"a": [1.0]}), "differ in their dimensions"),
+        (_retold("policy.json", neutral=3), "policy.json: damaged"),
+        (_cut("policy.json"), "policy.json: damaged"),
+        (_cut("conditioner.safetensors"), "conditioner.safetensors: missing or damaged"),
+        (_cut("adapter/adapter_model.safetensors"), "adapter: missing or damaged"),
+        (_cut("adapter/adapter_config.json"), "adapter: missing or damaged"),
+        (lambda p: (p / "conditioner.safetensors").unlink(), "missing or damaged"),
+        (lambda p: (p / "adapter/adapter_model.safetensors").unlink(), "missing or damaged"),
+        (lambda p: shutil.copy(p / "conditioner.safetensors",
+                               p / "adapter/adapter_model.safetensors"), "missing or damaged"),
+    ],
+)  # fmt: skip
+def test_a_damaged_policy_names_the_file(
+    damage: Any, says: str, aligned: tuple[Path, Path, Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    _, _, out = aligned
+    policy = tmp_path / "policy"
+    shutil.copytree(out, policy, ignore=shutil.ignore_patterns("work"))
+    damage(policy)
+    command = ["generate", str(policy), "--prompts", "personas", "--limit", "1", "--prefer", "kind"]
+    assert main([*command, "--responses", str(tmp_path / "r.jsonl")]) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert str(policy) in said

@@ -10,9 +10,9 @@ that have names.
 
 from __future__ import annotations
 
-import json
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from fedvpa.errors import BadInputError
@@ -307,14 +308,25 @@ def load_card(folder: Path) -> PolicyCard:
     Raises:
         BadInputError: no policy there, or not one of this version.
     """
+    file = folder / "policy.json"
     try:
-        return PolicyCard(**json.loads((folder / "policy.json").read_text(encoding="utf-8")))
+        card = TypeAdapter(PolicyCard).validate_json(file.read_bytes())
     except OSError as error:
         raise BadInputError(
             f"{folder}: no policy there (no policy.json); make one with `fedvpa align`"
         ) from error
-    except (ValueError, TypeError) as error:
-        raise BadInputError(f"{folder}/policy.json: not one of this version: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise BadInputError(
+            f"{file}: damaged, or not of this version: {place}: {first['msg']}"
+        ) from error
+    rows = [card.neutral, card.centre, *card.preferences.values()]
+    if not card.preferences or len({len(z) for z in rows}) > 1:
+        raise BadInputError(f"{file}: damaged: its preferences differ in their dimensions")
+    if not all(math.isfinite(x) for x in [card.scale, *(x for z in rows for x in z)]):
+        raise BadInputError(f"{file}: damaged: it holds NaN or Inf")
+    return card
 
 
 def load_policy(
@@ -350,6 +362,17 @@ def load_policy(
             f"{folder}: was trained on other weights of '{card.base}' ({card.revision}) than are"
             f" found now ({loaded.revision})"
         )
-    model: Any = PeftModel.from_pretrained(loaded.module, str(folder / "adapter"))
-    attach(model, read_conditioner(folder, card.form).to(device))
+    conditioner = read_conditioner(folder, card.form, card.latent)
+    try:
+        with warnings.catch_warnings():
+            # told as a warning alone
+            warnings.filterwarnings("error", message=".*missing adapter keys.*")
+            model: Any = PeftModel.from_pretrained(loaded.module, str(folder / "adapter"))
+    # PEFT raises anything from OSError to KeyError
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise BadInputError(f"{folder}/adapter: missing or damaged: {first}") from error
+    if not all(p.isfinite().all() for n, p in model.named_parameters() if "lora_" in n):
+        raise BadInputError(f"{folder}/adapter: damaged: it holds NaN or Inf")
+    attach(model, conditioner.to(device))
     return Policy(model.eval(), loaded.tokenizer, card.thinking), card
