@@ -142,6 +142,9 @@ def settings_given(arguments: argparse.Namespace) -> dict[str, Any]:
     file: Mapping[str, Any] = (
         read_yaml(arguments.config) if getattr(arguments, "config", None) else {}
     )
+    for section, own in nested.items():
+        if isinstance(own, dict) and not isinstance(file.get(section, {}), Mapping):
+            raise BadInputError(f"{arguments.config}: {section}: expected a section of settings")
     return merged(file, nested)
 
 

@@ -251,7 +251,10 @@ def _is_cached(name: str) -> bool:
     """Whether the Hub's model of that name lies in the Hub's own cache here; nothing is asked."""
     from huggingface_hub import try_to_load_from_cache
 
-    return _hub_name(name) and isinstance(try_to_load_from_cache(name, "config.json"), str)
+    try:
+        return _hub_name(name) and isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except ValueError:  # not a name that the Hub could know
+        return False
 
 
 def _hub_has(repository: str) -> bool:
