@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from fedvpa.errors import BadInputError
+from fedvpa.foreign import harmless
 from fedvpa.telling import tell
 
 logger = logging.getLogger("fedvpa")
@@ -223,7 +224,7 @@ def _locate(name: str) -> tuple[str, str]:
         return name, name
     hub = f"; for the Hub's model of that name, write {HUB}{name}" if _hub_name(name) else ""
     raise BadInputError(
-        f"model '{name}' cannot be loaded: it is none of smollm2, smollm2-gguf and minilm, and"
+        f"model '{harmless(name, 80)}' cannot be loaded: it is none of smollm2, smollm2-gguf and minilm, and"
         f" there is no such folder{hub}"
     )
 
