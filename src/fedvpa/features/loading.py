@@ -224,8 +224,8 @@ def _locate(name: str) -> tuple[str, str]:
         return name, name
     hub = f"; for the Hub's model of that name, write {HUB}{name}" if _hub_name(name) else ""
     raise BadInputError(
-        f"model '{harmless(name, 80)}' cannot be loaded: it is none of smollm2, smollm2-gguf and minilm, and"
-        f" there is no such folder{hub}"
+        f"model '{harmless(name, 80)}' cannot be loaded: it is none of smollm2, smollm2-gguf and"
+        f" minilm, and there is no such folder{hub}"
     )
 
 
