@@ -117,6 +117,7 @@ def _warnings(results: dict[str, Any]) -> list[str]:
     skipped = results["data"]["skipped"]
     found += [f"{count} records were skipped: {reason}." for reason, count in skipped.items()]
     found += results["data"]["notes"]
+    found += [f"{count} texts: {what}." for what, count in results["data"]["texts"].items()]
     return found
 
 

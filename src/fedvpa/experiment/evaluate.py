@@ -144,7 +144,7 @@ def _described(
             "held_out_pairs_of_seen_clients": subjects.held_out_pairs,
             "held_out_pairs_by": subjects.dealt,
             "dropped_because_trained_on": subjects.dropped, "skipped": dict(subjects.skipped),
-            "notes": subjects.notes, "groups": names,
+            "notes": subjects.notes, "texts": dict(subjects.texts), "groups": names,
         },
         "protocol": {
             "context": settings.context, "repeats": settings.repeats, "disjoint": True,

@@ -56,6 +56,7 @@ class Subjects(NamedTuple):
     dropped: int | None
     skipped: Counter[str]
     notes: list[str]
+    texts: Counter[str]
 
     @property
     def held_out_pairs(self) -> int:
@@ -93,6 +94,7 @@ def subjects_of(run: Run, settings: EvaluationSettings, progress: Progress | Non
         None if elsewhere else dropped + dropped_seen,
         found.skipped,
         list(found.notes),
+        table.notes,
     )
 
 
