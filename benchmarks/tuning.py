@@ -18,8 +18,9 @@ from typing import Any
 import torch
 import yaml
 
-from fedvpa.config import VARIATIONAL, build_config, merged
+from fedvpa.config import build_config, merged
 from fedvpa.experiment.train import train
+from fedvpa.methods import METHODS
 
 METHODS = (
     "fedvpa-gp", "fedvpl", "fedvpl+mix", "fedvpl+ortho", "centralised-vpl", "fedavg-btl",
@@ -53,7 +54,7 @@ SEEDS = (100, 101, 102)
 
 def trials(method: str) -> list[dict[str, Any]]:
     """The eight trials of a method."""
-    return [*SHARED, *(REWARD_DECAY if method in VARIATIONAL else DECAY)]
+    return [*SHARED, *(REWARD_DECAY if METHODS[method].latent else DECAY)]
 
 
 def trial(job: tuple[str, dict[str, Any], int, int, str]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -82,3 +83,8 @@ def test_every_method_and_part_is_described() -> None:
     told = method.read_text() + (ROOT / "docs" / "architecture.md").read_text()
     for name in (*PRIORS, *HEADS, *AGGREGATORS, *JUDGES):
         assert re.search(name.replace("-", "[- ]"), told, re.IGNORECASE), name
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "benchmarks").glob("[a-z]*.py")))
+def test_a_benchmark_can_be_imported(name: str) -> None:
+    importlib.import_module(f"benchmarks.{name}")

@@ -139,10 +139,9 @@ def _remembered(
     else:
         found = _read_local(local_path(source), source, split, on_bad_record, form)
     if not found.pairs:
-        why = "; ".join(f"{n} x {reason}" for reason, n in found.skipped.most_common(5))
-        raise BadInputError(
-            f"{source}: no usable pair in it" + (f" (skipped: {why})" if why else "")
-        )
+        why = [f"skipped: {n} x {reason}" for reason, n in found.skipped.most_common(5)]
+        said = "; ".join([*why, *found.notes[:3]])
+        raise BadInputError(f"{source}: no usable pair in it" + (f" ({said})" if said else ""))
     if form.agreed.said():
         found.notes.append(f"{source}: {form.agreed.said()}")
     return found
@@ -153,12 +152,17 @@ def _read_local(
 ) -> PairSet:
     found = PairSet([])
     members, found.notes = members_of(path, source, split)
+    if len(members) > 1 or not path.is_file():
+        unread = [m for m in members if not _holds_records(m)]
+        members = [m for m in members if m not in unread]
+        found.notes += [f"{m.label}: not read: it holds no records of comparisons" for m in unread]
+        splits = sorted({m.stem for m in members})
+        if split is None and len(splits) > 1:
+            found.notes.append(
+                f"{path}: {', '.join(splits)} are read together; --split NAME reads one of them"
+            )
     groups = _group_names([m.path.parent for m in members])
-    alone = len(members) == 1 and path.is_file()
     for member in members:
-        if not alone and not _holds_records(member):
-            found.notes.append(f"{member.label}: not read: it holds no records of comparisons")
-            continue
         wanted = {*SEEN, *form.columns.values(), *PEOPLE, *map(str.upper, PEOPLE), "WorkerId"}
         rows = rows_of(member, wanted)
         if _take_all(rows, groups[member.path.parent], on_bad_record, form, found) == 0:
@@ -193,21 +197,10 @@ def members_of(path: Path, source: str, split: str | None) -> tuple[list[Member]
         raise BadInputError(
             f"{path}: no file called {split}.*; found: {', '.join(sorted({m.stem for m in every}))}"
         )
-    return chosen, _said(path, chosen, others, split)
-
-
-def _said(path: Path, chosen: list[Member], others: list[str], split: str | None) -> list[str]:
-    """What was taken for data and what not, where nobody has said it."""
-    notes = []
-    splits = sorted({m.stem for m in chosen})
-    if split is None and len(splits) > 1:
-        notes.append(
-            f"{path}: {', '.join(splits)} are read together; --split NAME reads one of them"
-        )
-    if split is None and others:
-        shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if others[5:] else "")
-        notes.append(f"{path}: not read, as they are no data files: {shown}")
-    return notes
+    if split is not None or not others:
+        return chosen, []
+    shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if others[5:] else "")
+    return chosen, [f"{path}: not read, as they are no data files: {shown}"]
 
 
 def _all_files(folder: Path) -> list[Path]:

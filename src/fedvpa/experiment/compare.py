@@ -27,6 +27,7 @@ from fedvpa.experiment.subjects import EvaluationSettings, people_of
 from fedvpa.experiment.train import train
 from fedvpa.files import file_name, write_atomically
 from fedvpa.records import Progress
+from fedvpa.telling import tell
 
 OnCell = Callable[[int, int, str], None]
 """Called with (cells done, cells in all, the last one's name)."""
@@ -103,7 +104,8 @@ def _check(cells: Sequence[Cell]) -> None:
         BadInputError: some of it is unusable, with the run that it is for.
     """
     known = set[str]()
-    for cell in cells:
+    for done, cell in enumerate(cells):
+        tell("reading the data of all runs", done, len(cells))
         asked = f"{cell.config.data.model_dump_json()}|{cell.evaluation}|{cell.config.seed}"
         if asked in known:
             continue
@@ -113,6 +115,7 @@ def _check(cells: Sequence[Cell]) -> None:
             people_of(cell.config, cell.evaluation, data.train, {c.name for c in data.train})
         except BadInputError as error:
             raise BadInputError(f"{cell.name}: {error}") from error
+    tell("reading the data of all runs", len(cells), len(cells))
 
 
 def _written(
