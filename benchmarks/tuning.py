@@ -20,7 +20,7 @@ import yaml
 
 from fedvpa.config import build_config, merged
 from fedvpa.experiment.train import train
-from fedvpa.methods import METHODS
+from fedvpa.methods import method as entry_of
 
 METHODS = (
     "fedvpa-gp", "fedvpl", "fedvpl+mix", "fedvpl+ortho", "centralised-vpl", "fedavg-btl",
@@ -54,7 +54,7 @@ SEEDS = (100, 101, 102)
 
 def trials(method: str) -> list[dict[str, Any]]:
     """The eight trials of a method."""
-    return [*SHARED, *(REWARD_DECAY if METHODS[method].latent else DECAY)]
+    return [*SHARED, *(REWARD_DECAY if entry_of(method).latent else DECAY)]
 
 
 def trial(job: tuple[str, dict[str, Any], int, int, str]) -> float:
