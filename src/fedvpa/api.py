@@ -90,7 +90,7 @@ def evaluate(
     context: int = 32,
     repeats: int = 4,
     seed: int = 0,
-    on_bad_record: Literal["few", "error", "skip"] = "few",
+    on_bad_record: Literal["few", "error", "skip"] | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """Evaluate a run on unseen clients, and on its own where it holds their pairs.
@@ -107,7 +107,7 @@ def evaluate(
         context: context pairs of a client, at most (and at most half of its pairs).
         repeats: random divisions into context and targets.
         seed: seed of these divisions.
-        on_bad_record: as for `read_pairs`.
+        on_bad_record: as for `read_pairs` (None: as in training).
         progress: show progress on standard error.
 
     Raises:

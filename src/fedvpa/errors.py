@@ -29,6 +29,11 @@ class UnusableRecordError(RecordError):
     tool), as every annotated data set has a few."""
 
 
+class TieError(UnusableRecordError):
+    """A comparison that was made, and ended without a preference: however many there are, they are
+    no fault of the data."""
+
+
 class RunError(FedvpaError):
     """A run failed although its input was well-formed."""
 

@@ -308,8 +308,9 @@ CASES = [
         lines(
             {"prompt": "tea?", "response_a": "no", "response_b": "yes", "preference": "B"},
             {"prompt": "tea?", "response_a": "yes", "response_b": "no", "preference": 0},
+            {"prompt": "tea?", "response_a": "yes", "response_b": "no", "preference": "tie"},
         ),
-        [TEA, TEA],
+        [TEA, TEA], skipped={"no preference between the two responses": 1},
     ),
     Case(
         "one-or-two.jsonl",

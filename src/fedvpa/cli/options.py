@@ -182,9 +182,11 @@ def seed(text: str) -> int:
 
 def add_reading(parser: argparse.ArgumentParser, scores: bool = True) -> None:
     """How the records of a command's own source are read."""
+    usual = "few" if scores else "as in training"
     parser.add_argument(
-        "--on-bad-record", choices=["few", "error", "skip"], default="few",
-        help="few: skip records that compare nothing while under 1 %% of a file (default: few)",
+        "--on-bad-record", choices=["few", "error", "skip"], default="few" if scores else None,
+        help="few: skip records that compare nothing while under 1 %% of a file (default:"
+        f" {usual})",
     )  # fmt: skip
     parser.add_argument(
         "--column", action="append", default=[], metavar="FIELD=COLUMN",

@@ -21,7 +21,7 @@ from typing import Any
 
 from fedvpa.data.messages import Agreement, is_messages, kind_of, tidy, unencodable
 from fedvpa.data.replies import prompt_and_replies
-from fedvpa.errors import RecordError, UnusableRecordError
+from fedvpa.errors import RecordError, TieError, UnusableRecordError
 from fedvpa.foreign import harmless
 from fedvpa.records import Message, PreferencePair
 
@@ -174,7 +174,7 @@ def _preferred(row: Mapping[str, Any], where: str) -> tuple[Any, Any]:
     if number == 1 or word in _SECOND:
         return pair[1], pair[0]
     if word in _TIES or said is None:
-        raise UnusableRecordError(where, "no preference between the two responses")
+        raise TieError(where, "no preference between the two responses")
     raise RecordError(
         where, f"preference {harmless(said, 40)!r} is not understood",
         "a or b (also A, model_a, first, ...), a tie, or the number 0 (first) or 1 (second)",
@@ -202,7 +202,7 @@ def _rated(row: Mapping[str, Any], where: str, margin: float) -> Iterator[tuple[
     ]
     found = [(a, b) for a, x in rated for b, y in rated if x - y > margin]
     if not found:
-        raise UnusableRecordError(where, f"no two ratings differ by more than {margin:g}")
+        raise TieError(where, f"no two ratings differ by more than {margin:g}")
     yield from found
 
 

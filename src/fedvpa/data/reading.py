@@ -23,7 +23,7 @@ from fedvpa.data.tables import (
     rows_of,
     stem,
 )
-from fedvpa.errors import BadInputError, RecordError, UnusableRecordError
+from fedvpa.errors import BadInputError, RecordError, TieError, UnusableRecordError
 from fedvpa.records import PreferencePair
 
 OnBadRecord = Literal["few", "error", "skip"]
@@ -81,7 +81,8 @@ def read_pairs(
             name of a Hub dataset.
         split: only files called ``SPLIT.*``; a Hub dataset's split.
         on_bad_record: `few`: skip and count records that compare nothing while they are under 1 %
-            of the source, and refuse the rest; `error`: refuse all; `skip`: skip and count all.
+            of a file, and refuse the rest; `error`: refuse all; `skip`: skip and count all. Ties
+            are skipped and counted however many there are, but for `error`.
         columns: field to the name of its column, as ``{"client_id": "user_id"}``.
         score_margin: rated completions make a pair where their ratings differ by more than this.
 
@@ -253,7 +254,7 @@ def _take_all(
     rows: Rows, group: str | None, on_bad_record: OnBadRecord, form: Form, into: PairSet
 ) -> int:
     """Check every row of one file and keep the good ones; returns how many rows there were."""
-    count, bad = 0, list[RecordError]()
+    count, bad, ties = 0, list[RecordError](), list[RecordError]()
     for where, row in rows:
         count += 1
         if count == 1 and isinstance(row, dict):
@@ -266,7 +267,7 @@ def _take_all(
             harmless = isinstance(error, UnusableRecordError)
             if on_bad_record == "error" or (on_bad_record == "few" and not harmless):
                 raise
-            bad.append(error)
+            (ties if isinstance(error, TieError) else bad).append(error)
         else:
             into.pairs += [p if p.group is not None else replace(p, group=group) for p in pairs]
     if bad and on_bad_record == "few" and len(bad) >= FEW * count:
@@ -278,8 +279,8 @@ def _take_all(
         raise RecordError(
             first.where, first.reason, f"{first.advice}; {more}" if first.advice else more
         )
-    into.skipped.update(error.reason for error in bad)
-    into.first_skipped += [str(error) for error in bad[: 10 - len(into.first_skipped)]]
+    into.skipped.update(error.reason for error in (*bad, *ties))
+    into.first_skipped += [str(e) for e in (*bad, *ties)[: 10 - len(into.first_skipped)]]
     return count
 
 

@@ -32,7 +32,7 @@ from fedvpa.records import Progress
 class EvaluationSettings:
     """What to evaluate on. `data` None stands for the run's own source; `unseen` names another one
     of unseen users; `clients` 0 stands for all of its ids, or for ten clients where there are
-    none."""
+    none; `on_bad_record` None for the run's own."""
 
     data: str | None = None
     split: str | None = None
@@ -40,7 +40,7 @@ class EvaluationSettings:
     context: int = 32
     repeats: int = 4
     seed: int = 0
-    on_bad_record: str = "few"
+    on_bad_record: str | None = None
     unseen: str | None = None
     columns: tuple[tuple[str, str], ...] = ()
 
@@ -129,10 +129,10 @@ def evaluation_data(trained: DataConfig, settings: EvaluationSettings) -> DataCo
         BadInputError: nobody has said which data, and the run's own cannot be scored.
     """
     update: dict[str, Any] = {
-        "split": settings.split, "on_bad_record": settings.on_bad_record, "group_ratio": None,
-        "max_pairs": 0,
-        "clients": settings.clients,
+        "split": settings.split, "group_ratio": None, "max_pairs": 0, "clients": settings.clients,
     }  # fmt: skip
+    if settings.on_bad_record is not None:
+        update["on_bad_record"] = settings.on_bad_record
     if settings.columns:
         update["columns"] = dict(settings.columns)
     if settings.data is not None:
