@@ -61,9 +61,9 @@ def run_preferences(arguments: argparse.Namespace, reporter: Reporter) -> int:
         reporter.say(f"{row['name']}{share}{near}")
         for pair in row["pairs"]:
             reporter.say(f"  to    {harmless(pair['prompt'], 100)}")
+            others = f"; the others {pair['margin_of_others']:+.2f}" if len(rows) > 1 else ""
             reporter.say(
-                f"  likes {harmless(pair['liked'], 100)}  ({pair['margin']:+.2f} nats; the others"
-                f" {pair['margin_of_others']:+.2f})"
+                f"  likes {harmless(pair['liked'], 100)}  ({pair['margin']:+.2f} nats{others})"
             )
             reporter.say(f"  over  {harmless(pair['other'], 100)}")
     emit_json(arguments.json, {"run": model.run.identity, "preferences": rows})
