@@ -533,3 +533,20 @@ def test_a_damaged_policy_names_the_file(
     said = capsys.readouterr().err
     assert says in said
     assert str(policy) in said
+
+
+def test_a_policy_refuses_the_z_of_another_selector(
+    aligned: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, run, out = aligned
+    policy = tmp_path / "policy"
+    shutil.copytree(out, policy, ignore=shutil.ignore_patterns("work"))
+    card = json.loads((policy / "policy.json").read_text())
+    assert card["run"] == json.loads((run / "data.json").read_text())["identity"]
+    (policy / "policy.json").write_text(json.dumps(card | {"run": "another"}))
+    command = ["generate", str(policy), "--prompts", "personas", "--limit", "1", "--responses",
+               str(tmp_path / "r.jsonl"), "--user", str(data / "kind/test.jsonl")]  # fmt: skip
+    assert main(command) == 2
+    assert (
+        "is another run than the one that this policy was trained with" in capsys.readouterr().err
+    )

@@ -139,7 +139,7 @@ def _chosen_z(arguments: argparse.Namespace, card: PolicyCard) -> torch.Tensor:
     if arguments.user:
         return posterior_mean(arguments.user, card)
     if arguments.z:
-        return _checked(PreferenceModel(card.selector).read_z(arguments.z), card)
+        return _checked(selector_of(card).read_z(arguments.z), card)
     return card.z(arguments.prefer or "neutral")
 
 
@@ -149,7 +149,22 @@ def posterior_mean(file: str, card: PolicyCard) -> torch.Tensor:
     Raises:
         BadInputError: unreadable, or the selector is gone or of another latent.
     """
-    return _checked(PreferenceModel(card.selector).personalize(read_pairs(file).pairs).mean, card)
+    return _checked(selector_of(card).personalize(read_pairs(file).pairs).mean, card)
+
+
+def selector_of(card: PolicyCard) -> PreferenceModel:
+    """The selector that a policy was trained with.
+
+    Raises:
+        BadInputError: it is gone, or another run stands in its place.
+    """
+    model = PreferenceModel(card.selector)
+    if card.run and model.run.identity != card.run:
+        raise BadInputError(
+            f"{card.selector}: is another run than the one that this policy was trained with; its z"
+            " would mean something else to the policy"
+        )
+    return model
 
 
 def _checked(z: torch.Tensor, card: PolicyCard) -> torch.Tensor:

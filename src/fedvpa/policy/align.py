@@ -87,6 +87,7 @@ def align(
         config.base, loaded.revision, config.form,
         {name: z.tolist() for name, z in preferences.items()}, selector.neutral.tolist(),
         centre.tolist(), scale, str(run), config.thinking,
+        selector.run.identity,
     )  # fmt: skip
     work.mkdir(parents=True, exist_ok=True)
     write_atomically(work / "asked.json", plain_json(wanted))

@@ -45,7 +45,8 @@ WEIGHTS = ("adapter/adapter_model.safetensors", CONDITIONER)
 
 @dataclass(frozen=True)
 class PolicyCard:
-    """Contents of `policy.json`: the base model, the named preferences, and the selector."""
+    """Contents of `policy.json`: the base model, the named preferences, the selector's folder, and
+    the identity of the run that it was (``run``)."""
 
     base: str
     revision: str
@@ -56,6 +57,7 @@ class PolicyCard:
     scale: float
     selector: str
     thinking: bool = False
+    run: str = ""
 
     def z(self, name: str) -> Float[Tensor, "d"]:
         """z of a named preference, or of ``neutral``.
