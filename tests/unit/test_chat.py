@@ -126,7 +126,8 @@ def test_long_prompts_lose_whole_turns_and_keep_what_frames_them(tokenizer: Any)
     [
         ("<think>\nhm\n</think>\n\nyes", False, "yes"),
         ("hm</think>yes", True, "yes"),
-        ("hm</think>yes", False, "yes"),
+        ("hm</think>\nyes", False, "yes"),
+        ("say </think> then", False, "say </think> then"),
         ("<think> hm", False, ""),
         ("hm", True, ""),
         ("[THINK]hm[/THINK]yes", False, "yes"),

@@ -24,6 +24,8 @@ from fedvpa.records import Message
 
 def run_generate(arguments: argparse.Namespace, reporter: Reporter) -> int:
     """Write a response to every prompt."""
+    if arguments.limit < 0:
+        raise BadInputError("--limit: at least 0")
     policy, card = load_policy(arguments.directory, arguments.device)
     z = _wanted_z(arguments, card)
     sampling = _sampling(arguments)

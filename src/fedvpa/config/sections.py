@@ -41,7 +41,7 @@ class ModelConfig(Section):
     latent: Annotated[int, Field(gt=0, le=4096)] = Field(
         16, description="dimensions d of the latent preference z"
     )
-    encoder_hidden: tuple[Positive, ...] = Field(
+    encoder_hidden: tuple[Annotated[int, Field(gt=0, le=65_536)], ...] = Field(
         (), description="widths of the encoder's hidden tanh layers (none: linear)"
     )
     odd_mean: bool = Field(

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedvpa.data.transcripts import HH, Dialect, dialect_of, turns_of
+from fedvpa.data.transcripts import HH, RENDERED, Dialect, dialect_of, turns_of
 from fedvpa.errors import RecordError, UnusableRecordError
 from fedvpa.foreign import harmless
 from fedvpa.records import Message, Role
@@ -26,11 +26,13 @@ _NO_TEXT = ("tool", "function", "observation", "function_call", "ipython", "envi
 @dataclass
 class Agreement:
     """What the records of one source have agreed on: the tags of their transcripts. `plain` is
-    where the first text without tags was."""
+    where the first text without tags was, `story` where the first with tags that was read as one
+    turn."""
 
     dialect: Dialect | None = None
     since: str = ""
     plain: str = ""
+    story: str = ""
 
     def on(self, dialect: Dialect | None, where: str) -> None:
         """Note what one record has (None: no tags).
@@ -55,7 +57,10 @@ class Agreement:
     def said(self) -> str:
         """What was agreed on, where that is no matter of course."""
         if self.dialect in (HH, None):
-            return ""
+            return self.story and (
+                f"{self.story}: the prompt has tags as of speakers, and is read as one turn, as"
+                " the source's other prompts have none"
+            )
         return f"lines that begin with {self.dialect} are read as the turns of user and assistant"
 
 
@@ -105,10 +110,17 @@ def _of_text(prompt: str, where: str, agreed: Agreement) -> tuple[Message, ...]:
     if dialect is not None:
         turns = turns_of(prompt, dialect)
         waits = turns[-1] == Message("assistant", "")
-        # a story in which User: and Bot: speak is a text like any other
-        if dialect == HH or (waits and (agreed.dialect is not None or not agreed.plain)):
+        talks = waits or (turns[-1].role == "user" and len(turns) > 2)
+        if dialect == HH or (talks and (agreed.dialect is not None or not agreed.plain)):
             agreed.on(dialect, where)
             return tuple(turns[:-1] if waits else turns)
+        # a story in which User: and Bot: speak is a text like any other
+        agreed.story = agreed.story or where
+    if prompt.lstrip().startswith(RENDERED):
+        raise RecordError(
+            where, "the prompt is a conversation that a chat template has written already",
+            "give it as a list of messages",
+        )  # fmt: skip
     if agreed.dialect not in (None, HH):
         agreed.on(None, where)
     agreed.plain = agreed.plain or where
@@ -131,7 +143,7 @@ def messages_of(raw: list[Any], key: str, where: str) -> list[Message]:
             raise UnusableRecordError(where, f"a turn of a tool in '{key}'")
         if not isinstance(role, str) or role.lower() not in _ROLES:
             shown = harmless(role, 40)
-            raise RecordError(
+            raise UnusableRecordError(
                 where, f"{place} needs a role, not {shown!r}", f"known: {', '.join(_ROLES)}"
             )
         if isinstance(content, list):
@@ -144,8 +156,9 @@ def messages_of(raw: list[Any], key: str, where: str) -> list[Message]:
             raise RecordError(where, f"undecodable characters in '{key}'",
                               "a lone surrogate; write the file as UTF-8")  # fmt: skip
         last = position == len(raw) - 1 and key != "prompt"
-        # the last reply is tidied when it is known what it follows
-        turns.append(Message(_ROLES[role.lower()], content if last else tidy(content)))
+        # the last reply is tidied when it is known what it follows, and a prefill ends as it does
+        kept = last or (position == len(raw) - 1 and _ROLES[role.lower()] == "assistant")
+        turns.append(Message(_ROLES[role.lower()], content if kept else tidy(content)))
     return turns
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,7 +38,16 @@ _OTHERWISE = {
     "rejected_response": "rejected",
 }  # fmt: skip
 """Names that other tools write (distilabel, Argilla)."""
-SEEN = (*FIELDS, *PROMPTS, *_OTHERWISE, "label", "completion", "utterance_id", "model_response")
+SEEN = (
+    *FIELDS,
+    *PROMPTS,
+    *_OTHERWISE,
+    "history",
+    "label",
+    "completion",
+    "utterance_id",
+    "model_response",
+)
 """Columns whose contents are looked at."""
 _FIRST = ("a", "response_a", "model_a", "first", "left")
 _SECOND = ("b", "response_b", "model_b", "second", "right")
@@ -150,7 +160,10 @@ def _alternatives(value: Any, key: str, where: str) -> list[Any]:
         raise UnusableRecordError(where, f"empty response in '{key}'", "there is nothing in it")
     if isinstance(value, Mapping):
         return [[value]]
-    if isinstance(value, list) and value and not is_messages(value):
+    if isinstance(value, list) and not is_messages(value):
+        value = [one for one in value if one is not None]
+        if not value:
+            raise UnusableRecordError(where, f"empty response in '{key}'", "there is nothing in it")
         if all(isinstance(v, str) for v in value) or all(is_messages(v) for v in value):
             return value
         raise RecordError(
@@ -169,9 +182,9 @@ def _preferred(row: Mapping[str, Any], where: str) -> tuple[Any, Any]:
     said, pair = row["preference"], (row["response_a"], row["response_b"])
     number = None if isinstance(said, bool) or not isinstance(said, numbers.Real) else float(said)
     word = said.strip().lower() if isinstance(said, str) else ""
-    if number == 0 or word in _FIRST:
+    if number == 0 or word in (*_FIRST, "0"):
         return pair
-    if number == 1 or word in _SECOND:
+    if number == 1 or word in (*_SECOND, "1"):
         return pair[1], pair[0]
     if word in _TIES or said is None:
         raise TieError(where, "no preference between the two responses")
@@ -249,6 +262,13 @@ def _pair(
         raise RecordError(where, "'prompt' is NaN", "the cell is empty; drop the row")
     if isinstance(prompt, str) and isinstance(row.get("input"), str) and row["input"].strip():
         prompt = f"{prompt}\n{row['input']}"
+    prompt = _with_history(prompt, row.get("history"), where)
+    if "prompt" not in row and is_messages(prompt) and isinstance(chosen, str):
+        # `messages` may hold the chosen answer as well
+        last = prompt[-1]
+        said = str(last.get("content", last.get("value"))).strip()
+        if len(prompt) > 1 and said in (chosen.strip(), str(rejected).strip()):
+            prompt = prompt[:-1]
     turns, first, second = prompt_and_replies(prompt, chosen, rejected, where, form.agreed)
     system = row.get("system")
     if isinstance(system, str) and system.strip() and turns[:1] and turns[0].role != "system":
@@ -261,7 +281,7 @@ def _pair(
         if unencodable(text):
             raise RecordError(where, f"undecodable characters in '{key}'",
                               "a lone surrogate; write the file as UTF-8")  # fmt: skip
-    if first.strip() == second.strip():
+    if first == second:
         raise UnusableRecordError(
             where, "identical responses", "a pair must hold two different replies"
         )
@@ -269,9 +289,21 @@ def _pair(
     return turns, first, second
 
 
+def _with_history(prompt: Any, history: Any, where: str) -> Any:
+    """The prompt behind the turns of LLaMA-Factory's ``history``: pairs of question and answer."""
+    if not isinstance(history, list) or not history or not isinstance(prompt, str):
+        return prompt
+    turns: list[dict[str, Any]] = []
+    for turn in history:
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise RecordError(where, "'history' is no list of pairs of question and answer")
+        turns += [{"role": r, "content": c} for r, c in zip(("user", "assistant"), turn)]
+    return [*turns, {"role": "user", "content": prompt}]
+
+
 def _check_prompt(turns: tuple[Message, ...], where: str) -> None:
     if not any(m.role == "user" and m.content.strip() for m in turns):
-        raise RecordError(where, "no user turn in the prompt")
+        raise UnusableRecordError(where, "no user turn in the prompt")
 
 
 # columns
@@ -309,6 +341,9 @@ def _label(row: Mapping[str, Any], key: str, where: str) -> str | None:
         )
     if not str(value).strip():
         return None
+    if isinstance(value, str):
+        # as a data frame with an empty cell writes whole numbers
+        value = re.sub(r"\A\s*(-?[0-9]+)\.0+\s*\Z", r"\1", value)
     if unencodable(str(value)):
         raise RecordError(where, f"undecodable characters in '{key}'")
     name = str(value).strip()

@@ -19,6 +19,7 @@ from fedvpa.errors import BadInputError, RecordError, UnusableRecordError
 
 Record = dict[str, Any]
 Records = Iterator[tuple[str, Record]]
+_TRUE = ("true", "1", "1.0")
 EMPTY = "EMPTY STRING"
 """How PRISM and Community Alignment write a reply without text."""
 
@@ -46,7 +47,7 @@ def prism(rows: Rows) -> Records:
                     "client_id": first["user_id"],
                 },
             )
-            chosen = next((a for a in usable if a.get("if_chosen")), None)
+            chosen = next((a for a in usable if str(a.get("if_chosen")).lower() in _TRUE), None)
             if chosen is None:  # what follows cannot be told
                 break
             history = [*said, *_reply(chosen["model_response"])]
@@ -131,6 +132,22 @@ def _need(row: Any, where: str, *keys: str) -> None:
         raise RecordError(where, f"missing key '{missing[0]}'", f"found: {found}")
 
 
+def _watched(rows: Rows, place: list[str]) -> Rows:
+    """The rows; `place` holds where the last one was."""
+    for where, row in rows:
+        place[0] = where
+        yield where, row
+
+
+def _take(records: Records, form: Form, found: PairSet) -> None:
+    for where, record in records:
+        try:
+            found.pairs += pairs_of(record, where, form)
+        except UnusableRecordError as error:
+            found.skipped[error.reason] += 1
+            found.first_skipped += [str(error)] * (len(found.first_skipped) < 10)
+
+
 @dataclass(frozen=True)
 class Published:
     """A data set: what it is, and how its rows become records."""
@@ -177,12 +194,14 @@ def read_published(
         parts = [rows_of(member) for member in members]
     form = Form(score_margin=score_margin)
     for rows in parts:
-        for where, record in DATASETS[name].read(rows):
-            try:
-                found.pairs += pairs_of(record, where, form)
-            except UnusableRecordError as error:
-                found.skipped[error.reason] += 1
-                found.first_skipped += [str(error)] * (len(found.first_skipped) < 10)
+        place = [source]
+        try:
+            _take(DATASETS[name].read(_watched(rows, place)), form, found)
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+            raise RecordError(
+                place[0], f"a row that is not of the documented shape of {name}",
+                f"{type(error).__name__}: {error}"[:120],
+            ) from error  # fmt: skip
     if not found.pairs:
         raise BadInputError(f"{source}: no usable pair of {name} in it")
     return found

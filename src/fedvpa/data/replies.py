@@ -42,7 +42,19 @@ def _textual(
 ) -> tuple[tuple[Message, ...], str, str]:
     tagged = [dialect_of(text) for text in (chosen, rejected)]
     if prompt is not None and not (all(tagged) and _repeats(prompt, chosen, tagged[0])):
-        return prompt_of(prompt, where, agreed), chosen, rejected
+        if all(one == HH for one in tagged):
+            raise RecordError(
+                where, "'prompt' is not what 'chosen' and 'rejected' begin with",
+                "drop one of the two beginnings",
+            )  # fmt: skip
+        turns = prompt_of(prompt, where, agreed)
+        begin = turns[-1].content
+        if isinstance(prompt, str) and all(
+            text.startswith(begin) and text[len(begin) :][:1].isspace()
+            for text in (chosen, rejected)
+        ):
+            return turns, chosen[len(begin) :], rejected[len(begin) :]
+        return turns, chosen, rejected
     if any(tagged) or any(map(begins_like_one, (chosen, rejected))):
         return _transcripts(chosen, rejected, where, agreed)
     agreed.on(None, where)
@@ -155,10 +167,14 @@ def _joined(
         return turns
     if common[0].role == "assistant":
         return turns + common
-    said = {m.content.strip() for m in common}
-    if all(m.content.strip() in said for m in turns if m.role == "user"):
-        own_system = turns[0].role == "system" and common[0].role != "system"
-        return (turns[0], *common) if own_system else common
+    heads = [t[0] for t in (turns, common) if t[0].role == "system"]
+    one, two = (tuple(m for m in t if m.role != "system") for t in (turns, common))
+    if len({m.content.strip() for m in heads}) < 2:
+        # one of them is the beginning, or the end, of the other
+        longer = one if len(one) > len(two) else two
+        short = min(len(one), len(two))
+        if one[-short:] == two[-short:] or one[:short] == two[:short] == longer[:short]:
+            return (*heads[:1], *longer)
     raise RecordError(
         where, "'prompt' is not what 'chosen' and 'rejected' begin with",
         "drop one of the two beginnings",

@@ -30,6 +30,8 @@ _LINES = (".jsonl", ".ndjson", ".json")
 _CELLS = (".csv", ".tsv")
 _TEXT = (*_LINES, *_CELLS)
 _COLUMNS = (".parquet", ".arrow", ".feather")
+_LISTS = ("completions", "scores", "generations", "ratings")
+"""Columns of CSV files that hold lists of whatever."""
 SUFFIXES = (*_TEXT, *(f"{suffix}.gz" for suffix in _TEXT), *_COLUMNS)
 """Endings of the files that are read; and ``.zip`` archives of them."""
 MOST_UNPACKED = 8 << 30
@@ -56,13 +58,13 @@ class Member:
 
 def is_table(name: str) -> bool:
     """Whether a file of this name is read."""
-    return name.endswith(SUFFIXES)
+    return name.lower().endswith(SUFFIXES)
 
 
 def stem(name: str) -> str:
     """A file's name without the ending that says its kind."""
     endings = sorted((*SUFFIXES, ".zip"), key=len, reverse=True)
-    return next((name.removesuffix(s) for s in endings if name.endswith(s)), name)
+    return next((name[: -len(s)] for s in endings if name.lower().endswith(s)), name)
 
 
 def member_of(path: Path, root: Path | None = None) -> Member:
@@ -92,7 +94,11 @@ def members_of_zip(path: Path) -> list[Member]:
         entry.filename: _opener(archive, entry)
         for entry in sorted(names, key=lambda entry: entry.filename)
         if not entry.filename.startswith("__MACOSX/")
+        and not PurePosixPath(entry.filename).name.startswith(".")
     }
+    stray = [n for n in named if n.startswith("/") or ".." in PurePosixPath(n).parts]
+    if stray:
+        raise BadInputError(f"{path}: the archive holds {stray[0]!r}, a path that leads out of it")
     tops = {PurePosixPath(name).parts[0] for name in named}
     # an archive of a folder begins with the folder's name
     inside = len(tops) == 1 and all(len(PurePosixPath(name).parts) > 1 for name in named)
@@ -122,7 +128,7 @@ def rows_of(member: Member, wanted: Collection[str] | None = None) -> Rows:
         RecordError: the file as a whole is damaged.
         BadInputError: it cannot be read, or is of an unknown kind.
     """
-    name = member.path.name
+    name = member.path.name.lower()
     if not is_table(name):
         raise BadInputError(f"{member.label}: unknown kind of file (known: {', '.join(SUFFIXES)})")
     try:
@@ -275,7 +281,8 @@ def _cells(stream: Any, member: Member, delimiter: str) -> Rows:
                     "quote cells that hold the delimiter or line breaks",
                 )  # fmt: skip
             else:
-                yield where, {name: _cell(cell) for name, cell in zip(names, cells)}
+                if any(cells):
+                    yield where, {name: _cell(name, cell) for name, cell in zip(names, cells)}
     except csv.Error as error:
         raise RecordError(
             f"{member.label}:{reader.line_num}",
@@ -301,8 +308,9 @@ def _decoded(stream: Any, member: Member) -> Iterator[str]:
             ) from error
 
 
-def _cell(text: str) -> Any:
-    """A cell: text, or the list that it spells; None for an empty one."""
+def _cell(name: str, text: str) -> Any:
+    """A cell: text, or the list of messages (or of ratings) that it spells; None for an empty
+    one."""
     if text == "":
         return None
     if not (text.startswith("[") and text.rstrip().endswith("]")):
@@ -312,8 +320,10 @@ def _cell(text: str) -> Any:
             found = read(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-        if isinstance(found, list) and all(isinstance(v, dict | str | int | float) for v in found):
-            return found
+        if isinstance(found, list) and found:
+            kinds = dict | str | int | float if name in _LISTS else dict
+            if all(isinstance(v, kinds) for v in found):
+                return found
     return text
 
 

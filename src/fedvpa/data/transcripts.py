@@ -59,10 +59,19 @@ def dialect_of(text: str) -> Dialect | None:
 
 
 def begins_like_one(text: str) -> bool:
-    """Whether a text begins as a transcript does, or holds the tags of a chat template."""
+    """Whether a text looks like a transcript: by how it begins, by lines that begin with tags of
+    both speakers, in whatever dress, or by the tags of a chat template."""
     begun = text.lstrip().lstrip("#").lstrip().lower()
-    tagged = any(begun.startswith((f"{word}:", f"{word} :")) for word in _USER)
-    return tagged or any(tag in text for tag in RENDERED)
+    tagged = any(begun.startswith((f"{word}:", f"{word} :")) for word in (*_USER, "system"))
+    decorated = all(
+        re.search(
+            rf"^[ \t]*(?:#{{1,6}}[ \t]*|\*\*|\[)?(?:{'|'.join(words)})[\]*]*[ \t]*(?::|$)",
+            newlines(text),
+            re.IGNORECASE | re.MULTILINE,
+        )
+        for words in ((*_USER, "q"), (*_ASSISTANT, "a"))
+    )
+    return tagged or decorated or any(tag in text for tag in RENDERED)
 
 
 def turns_of(text: str, dialect: Dialect) -> list[Message]:
@@ -73,11 +82,13 @@ def turns_of(text: str, dialect: Dialect) -> list[Message]:
     """
     before = r"(?:\A\s*|\n[ \t]*\n)" if dialect.blank else r"(?:\A\s*|\n[ \t]*)"
     names = f"({re.escape(dialect.user)}|{re.escape(dialect.assistant)})"
-    found = list(re.finditer(rf"{before}{names}[ \t]*:", newlines(text)))
+    # HH-RLHF's own are written in one way
+    case = re.NOFLAG if dialect == HH else re.IGNORECASE
+    found = list(re.finditer(rf"{before}{names}[ \t]*:", newlines(text), case))
     ends = [match.start() for match in found[1:]] + [len(newlines(text))]
     return [
         Message(
-            "user" if match[1] == dialect.user else "assistant",
+            "user" if match[1].lower() == dialect.user.lower() else "assistant",
             _own_text(newlines(text)[match.end() : end]),
         )
         for match, end in zip(found, ends)

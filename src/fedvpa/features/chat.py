@@ -68,7 +68,9 @@ def without_thought(text: str, opened: bool = False) -> str:
     begun = text.lstrip()
     for begin, end in THOUGHTS:
         before, closed, after = text.partition(end)
-        if closed and (begun.startswith(begin) or begin not in before):
+        # a thought that began in the prompt ends on a line of its own; else the tag is spoken of
+        ends = opened or after.startswith("\n")
+        if closed and (begun.startswith(begin) or (ends and begin not in before)):
             return after.lstrip("\n")
         if begun.startswith(begin):
             return ""
@@ -187,6 +189,9 @@ class ChatFormat:
         kept = head + rest
         if len(self._rendered(kept)[0]) > most:
             kept = self._shortened(head, rest, most, of_head=False)
+        if len(self._rendered(kept)[0]) > most and kept[-1].role == "assistant":
+            # a prefill that is too long by itself keeps its end
+            kept = self._end_of_last(kept, most)
         ids, done = self._rendered(kept)
         return kept, ids[-most:], notes | done | Note.PROMPT_CUT
 
@@ -211,6 +216,16 @@ class ChatFormat:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if fits(middle) else (low, middle - 1)
         return with_text(low)
+
+    def _end_of_last(self, turns: Turns, most: int) -> Turns:
+        text = turns[-1].content
+        low, high = 1, len(text)
+        while low < high:
+            middle = (low + high + 1) // 2
+            tried = (*turns[:-1], turns[-1]._replace(content=text[-middle:]))
+            fits = len(self._rendered(tried)[0]) <= most
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return (*turns[:-1], turns[-1]._replace(content=text[-low:]))
 
     # from turns to ids
 

@@ -126,7 +126,7 @@ def checked_device(device: str) -> torch.device:
         "cpu": 1,
         "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
         "mps": int(torch.backends.mps.is_available()),
-    }.get(found.type, 1)
+    }.get(found.type, 0)
     if (found.index or 0) >= there:
         raise BadInputError(
             f"device '{device}': this machine (or this build of torch) has {there} of that kind;"

@@ -326,7 +326,7 @@ def load_card(folder: Path) -> PolicyCard:
     rows = [card.neutral, card.centre, *card.preferences.values()]
     if not card.preferences or len({len(z) for z in rows}) > 1:
         raise BadInputError(f"{file}: damaged: its preferences differ in their dimensions")
-    if not all(math.isfinite(x) for x in [card.scale, *(x for z in rows for x in z)]):
+    if not torch.tensor([card.scale, *(x for z in rows for x in z)]).isfinite().all():
         raise BadInputError(f"{file}: damaged: it holds NaN or Inf")
     return card
 
@@ -365,6 +365,10 @@ def load_policy(
             f" found now ({loaded.revision})"
         )
     conditioner = read_conditioner(folder, card.form, card.latent)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        # PEFT would ask the Hub for what is not there
+        if not (folder / "adapter" / name).is_file():
+            raise BadInputError(f"{folder}/adapter/{name}: missing or damaged: no such file")
     try:
         with warnings.catch_warnings():
             # told as a warning alone
@@ -376,5 +380,14 @@ def load_policy(
         raise BadInputError(f"{folder}/adapter: missing or damaged: {first}") from error
     if not all(p.isfinite().all() for n, p in model.named_parameters() if "lora_" in n):
         raise BadInputError(f"{folder}/adapter: damaged: it holds NaN or Inf")
+    with torch.no_grad():
+        effect = conditioner(torch.zeros(1, card.latent))[0]
+    width = model.get_input_embeddings().weight.shape[-1]
+    wanted = (1, model.peft_config["default"].r) if card.form == "gate" else (len(effect), width)
+    if tuple(effect.shape) != wanted:
+        raise BadInputError(
+            f"{folder}/{CONDITIONER}: is not of the form '{card.form}' of policy.json, or of"
+            " another adapter or model"
+        )
     attach(model, conditioner.to(device))
     return Policy(model.eval(), loaded.tokenizer, card.thinking), card
