@@ -255,8 +255,9 @@ def _claim(root: Path, asked: dict[str, Any], resume: bool) -> None:
             )
     else:
         claim(root, "take its responses up again with --resume, or choose another --out")
-    (root / "responses").mkdir(parents=True, exist_ok=True)
+    # first: a folder that holds anything holds what was asked
     write_atomically(file, plain_json(asked))
+    (root / "responses").mkdir(parents=True, exist_ok=True)
 
 
 def _answer(
