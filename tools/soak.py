@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SUITES = {
-    "a thousand kills": ["-m", "soak", "tests"],
+    "a thousand kills": ["-n", "2", "-m", "soak", "tests"],
     "kills in the middle": ["-m", "slow", "-k", "kill or stopped or survives", "tests"],
     "fuzzing": ["tests/property", "tests/corpus"],
 }

@@ -3,7 +3,9 @@ pickle."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from fedvpa.errors import CheckpointError
 from fedvpa.files import write_atomically
-from fedvpa.types import ServerState
+from fedvpa.types import ServerState, digest_of
 
 FORMAT = "fedvpa-checkpoint-1"
 
@@ -36,6 +38,7 @@ class _Header(BaseModel):
     round: Annotated[int, Field(ge=0)]
     fingerprint: str
     finished: bool
+    digest: str
     history: list[dict[str, float | None]]
 
     @field_validator("history")
@@ -57,8 +60,15 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "history": checkpoint.history,
     }
     tensors = {name: value.contiguous() for name, value in checkpoint.state.tensors().items()}
+    header["digest"] = _digest(header, tensors)
     # one key: equal states, equal bytes
     write_atomically(path, save(tensors, metadata={"fedvpa": json.dumps(header)}))
+
+
+def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Hash of all that a checkpoint holds."""
+    rest = json.dumps({name: v for name, v in header.items() if name != "digest"}, sort_keys=True)
+    return hashlib.sha256(f"{rest}|{digest_of(tensors)}".encode()).hexdigest()
 
 
 def load_checkpoint(path: Path, fingerprint: str | None = None) -> Checkpoint:
@@ -88,6 +98,8 @@ def load_checkpoint(path: Path, fingerprint: str | None = None) -> Checkpoint:
         raise CheckpointError(f"{path}: damaged checkpoint: {place}: {first['msg']}") from error
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise CheckpointError(f"{path}: damaged checkpoint: {error}") from error
+    if _digest(header, tensors) != header["digest"]:
+        raise CheckpointError(f"{path}: damaged: it does not hold what was written")
     if fingerprint is not None and found.fingerprint != fingerprint:
         raise CheckpointError(
             f"{path}: belongs to other settings or other data; it cannot be resumed with these"

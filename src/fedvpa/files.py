@@ -123,7 +123,7 @@ def claim(folder: Path, otherwise: str = "choose another --out", ignored: str = 
     """
     if folder.exists() and not folder.is_dir():
         raise BadInputError(f"{folder}: is a file; name a directory")
-    # what an interrupted `write_atomically` has left is nothing
-    entries = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    if any(name != ignored and not name.startswith(".") for name in entries):
+    # what an interruption has left is nothing: folders without files, files that were not finished
+    files = [p.relative_to(folder) for p in folder.rglob("*") if not p.is_dir()]
+    if any(f.parts[0] != ignored and not f.name.startswith(".") for f in files):
         raise BadInputError(f"{folder}: not empty; {otherwise}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -56,6 +58,16 @@ class Population(NamedTuple):
 
 Params = dict[str, Tensor]
 """Named tensors. During local training each has one more, leading axis: the client."""
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """Hash of tensors' names, types, shapes and values: by which a file of them is known to be as
+    it was written."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from fedvpa.checkpoint import _digest
 from fedvpa.cli.main import main
 from fedvpa.data.reading import read_pairs
 from fedvpa.errors import FedvpaError
+from fedvpa.experiment.opening import with_checksum
 from fedvpa.experiment.use import PreferenceModel
+from fedvpa.types import digest_of
+
+CHECKPOINT, WHITENING = "checkpoint.safetensors", "whitening.safetensors"
 
 
 def answer(run: Path, data: Path) -> list[float]:
@@ -45,11 +50,11 @@ def damaged(runs: Path, place: Path, damage: Callable[[Path], None]) -> str:
 
 
 def retold(edit: Callable[[dict[str, Any]], Any], file: str) -> Callable[[Path], None]:
-    """Edits a JSON file."""
+    """Edits a JSON file, with a checksum that fits."""
 
     def damage(run: Path) -> None:
-        content = json.loads((run / file).read_text())
-        (run / file).write_text(json.dumps(edit(content)))
+        content = edit(json.loads((run / file).read_text()))
+        (run / file).write_text(json.dumps(with_checksum(content)))
 
     return damage
 
@@ -58,15 +63,21 @@ def reformed(
     file: str, tensors: Callable[[dict[str, Any]], Any] = dict,
     header: Callable[[dict[str, Any]], Any] | None = None,
 ) -> Callable[[Path], None]:  # fmt: skip
-    """Edits a file of tensors."""
+    """Edits a file of tensors, with a digest that fits."""
 
     def damage(run: Path) -> None:
         with safe_open(run / file, framework="pt") as opened:
             metadata = opened.metadata()
             found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        if header is not None:
-            metadata = {"fedvpa": json.dumps(header(json.loads(metadata["fedvpa"])))}
-        save_file(tensors(found), run / file, metadata)
+        found = tensors(found)
+        if file == WHITENING:
+            metadata["digest"] = digest_of(found)
+        else:
+            told = (header or dict)(json.loads(metadata["fedvpa"]))
+            if isinstance(told, dict):
+                told["digest"] = _digest(told, found)
+            metadata = {"fedvpa": json.dumps(told)}
+        save_file(found, run / file, metadata)
 
     return damage
 
@@ -75,8 +86,21 @@ def first_float(found: dict[str, Any]) -> str:
     return next(name for name in sorted(found) if found[name].is_floating_point())
 
 
-CHECKPOINT, WHITENING = "checkpoint.safetensors", "whitening.safetensors"
+def unsigned(file: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    """Edits the bytes of a file, and nothing else."""
+    return lambda run: (run / file).write_bytes(change((run / file).read_bytes())) and None
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a number of a checkpoint is another": (
+        unsigned(CHECKPOINT, lambda raw: raw[:-3] + bytes([raw[-3] ^ 1]) + raw[-2:]),
+        "does not hold what was written"),
+    "a number of the whitening is another": (
+        unsigned(WHITENING, lambda raw: raw[:-3] + bytes([raw[-3] ^ 1]) + raw[-2:]),
+        "does not hold what was written"),
+    "a client is called otherwise": (
+        unsigned("data.json", lambda raw: raw.replace(b"client-0001", b"client-0009")),
+        "is not what was written"),
     "a tensor is missing": (
         reformed(CHECKPOINT, lambda t: {n: v for n, v in t.items() if n != first_float(t)}),
         "it has no tensor",
@@ -165,8 +189,8 @@ def test_files_cut_flipped_or_swapped_at_random_never_answer_otherwise(
             raw = bytearray((run / name).read_bytes())
             if kind == 0:
                 raw = raw[: chance.randrange(len(raw))]
-            elif kind == 1:  # not within the numbers of a tensor, which no reader can tell
-                raw[chance.randrange(min(len(raw), 60))] ^= 1 << chance.randrange(8)
+            elif kind == 1:
+                raw[chance.randrange(len(raw))] ^= 1 << chance.randrange(8)
             elif kind == 2:
                 raw = bytearray((run / chance.choice(names)).read_bytes())
             else:

@@ -26,6 +26,8 @@ from fedvpa.parts import SOURCES
         ("seed: 4294967296", "seed: Input should be less than 4294967296"),
         ("a: " + "[" * 3000, "not YAML"),
         ("data: 3", "data"),
+        ("data: {clients: yes}", "data.clients: 'true' is no value of it"),
+        ("seed: 1\nseed: 2", "'seed' stands twice"),
         ("- 1", "expected a mapping of settings"),
         ("a: \x01", "not YAML"),
         ("data: {columns: {client_id: 3}}", "data.columns.client_id"),

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from fedvpa.data.thoughts import without_thought
 from fedvpa.errors import BadInputError
 from fedvpa.features.backbone import Backbone, Tap
-from fedvpa.features.chat import IN_WORDS, ChatFormat, Note, counted, without_thought
+from fedvpa.features.chat import IN_WORDS, ChatFormat, Note, counted
 from fedvpa.records import Item, Message
 from tests.conftest import WORDS
 

@@ -16,8 +16,9 @@ from fedvpa.errors import BadInputError
 from fedvpa.experiment.use import PreferenceModel
 from fedvpa.files import claim, file_name, plain_json, write_atomically
 from fedvpa.foreign import harmless_lines
+from fedvpa.policy.card import PolicyCard, load_card
 from fedvpa.policy.export import export_adapter, export_merged
-from fedvpa.policy.policy import PolicyCard, Sampling, load_card, load_policy
+from fedvpa.policy.policy import Sampling, load_policy
 from fedvpa.policy.prompts import read_prompts
 from fedvpa.records import Message
 

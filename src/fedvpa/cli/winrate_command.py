@@ -13,7 +13,8 @@ from fedvpa.console import Reporter, emit_json
 from fedvpa.errors import BadInputError
 from fedvpa.evaluation.statistics import show
 from fedvpa.files import write_atomically
-from fedvpa.policy.policy import PolicyCard, Sampling, load_card
+from fedvpa.policy.card import PolicyCard, load_card
+from fedvpa.policy.policy import Sampling
 from fedvpa.policy.prompts import Prompt
 from fedvpa.winrate.endpoint import preference_texts
 from fedvpa.winrate.judges import Judge, Judging, build_judges

@@ -36,6 +36,10 @@ def build_config(*layers: Mapping[str, Any]) -> Config:
         explicit = merged(explicit, layer)
     named = explicit.get("method", "fedvpa-gp"), explicit.get("preset", "default")
     base = defaults_of(*named) if all(isinstance(name, str) for name in named) else {}
+    for name, value in flatten(explicit).items():
+        kind = leaf_settings()[name].annotation if name in leaf_settings() else bool
+        if isinstance(value, bool) and "bool" not in str(kind):
+            raise BadInputError(f"{name}: '{str(value).lower()}' is no value of it")
     try:
         config = Config.model_validate(merged(base, explicit))
     except ValidationError as error:
@@ -65,7 +69,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         BadInputError: no such file, not YAML, or not a mapping.
     """
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        loaded = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
     except OSError as error:
         raise BadInputError(f"{path}: cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -79,6 +83,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
             f"{path}: expected a mapping of settings, found {type(loaded).__name__}"
         )
     return loaded
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which takes the last of two equal keys without a word, but for that."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [str(key.value) for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1 and key != "<<"]
+        if twice:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"'{twice[0]}' stands twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

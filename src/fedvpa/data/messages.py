@@ -19,6 +19,7 @@ _ROLES: dict[str, Role] = {
     "prompter": "user", "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant",
     "bot": "assistant", "model": "assistant", "ai": "assistant",
 }  # fmt: skip
+SURROGATE = "a lone surrogate; write the file as UTF-8"
 _NO_TEXT = ("tool", "function", "observation", "function_call", "ipython", "environment")
 """Roles of turns that no preference over texts can be read from."""
 
@@ -93,14 +94,20 @@ def prompt_of(prompt: Any, where: str, agreed: Agreement | None = None) -> tuple
         raise RecordError(
             where, f"wrong type: 'prompt' is {kind_of(prompt)}", "text or a list of messages"
         )
+    return checked(turns, where)
+
+
+def checked(turns: tuple[Message, ...], where: str) -> tuple[Message, ...]:
+    """The turns of a prompt.
+
+    Raises:
+        UnusableRecordError: there is no user turn among them.
+        RecordError: a text that no encoding has.
+    """
     if not any(m.role == "user" and m.content.strip() for m in turns):
-        raise RecordError(where, "no user turn in the prompt")
+        raise UnusableRecordError(where, "no user turn in the prompt")
     if any(unencodable(m.content) for m in turns):
-        raise RecordError(
-            where,
-            "undecodable characters in the prompt",
-            "a lone surrogate; write the file as UTF-8",
-        )
+        raise RecordError(where, "undecodable characters in the prompt", SURROGATE)
     return turns
 
 
@@ -152,9 +159,6 @@ def messages_of(raw: list[Any], key: str, where: str) -> list[Message]:
             raise UnusableRecordError(where, f"a turn without text in '{key}'", place)
         if not isinstance(content, str):
             raise RecordError(where, f"{place} needs text as content, not {kind_of(content)}")
-        if unencodable(content):
-            raise RecordError(where, f"undecodable characters in '{key}'",
-                              "a lone surrogate; write the file as UTF-8")  # fmt: skip
         last = position == len(raw) - 1 and key != "prompt"
         # the last reply is tidied when it is known what it follows, and a prefill ends as it does
         kept = last or (position == len(raw) - 1 and _ROLES[role.lower()] == "assistant")

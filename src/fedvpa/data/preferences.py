@@ -20,8 +20,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedvpa.data.messages import Agreement, is_messages, kind_of, tidy, unencodable
+from fedvpa.data.messages import (
+    SURROGATE,
+    Agreement,
+    checked,
+    is_messages,
+    kind_of,
+    tidy,
+    unencodable,
+)
 from fedvpa.data.replies import prompt_and_replies
+from fedvpa.data.thoughts import without_thought
 from fedvpa.errors import RecordError, TieError, UnusableRecordError
 from fedvpa.foreign import harmless
 from fedvpa.records import Message, PreferencePair
@@ -276,17 +285,15 @@ def _pair(
     continues = bool(turns) and turns[-1].role == "assistant"
     first, second = (tidy(text, keep_space=continues) for text in (first, second))
     for key, text in (("chosen", first), ("rejected", second)):
-        if not text.strip():
+        if not without_thought(text).strip():
             raise UnusableRecordError(where, f"empty response in '{key}'")
         if unencodable(text):
-            raise RecordError(where, f"undecodable characters in '{key}'",
-                              "a lone surrogate; write the file as UTF-8")  # fmt: skip
-    if first == second:
+            raise RecordError(where, f"undecodable characters in '{key}'", SURROGATE)
+    if without_thought(first) == without_thought(second):
         raise UnusableRecordError(
             where, "identical responses", "a pair must hold two different replies"
         )
-    _check_prompt(turns, where)
-    return turns, first, second
+    return checked(turns, where), first, second
 
 
 def _with_history(prompt: Any, history: Any, where: str) -> Any:
@@ -299,11 +306,6 @@ def _with_history(prompt: Any, history: Any, where: str) -> Any:
             raise RecordError(where, "'history' is no list of pairs of question and answer")
         turns += [{"role": r, "content": c} for r, c in zip(("user", "assistant"), turn)]
     return [*turns, {"role": "user", "content": prompt}]
-
-
-def _check_prompt(turns: tuple[Message, ...], where: str) -> None:
-    if not any(m.role == "user" and m.content.strip() for m in turns):
-        raise UnusableRecordError(where, "no user turn in the prompt")
 
 
 # columns

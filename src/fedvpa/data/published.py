@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedvpa.data.json_rows import Rows
 from fedvpa.data.preferences import Form, pairs_of
 from fedvpa.data.reading import HUB, PairSet, hub_rows, local_path, members_of
-from fedvpa.data.tables import Rows, rows_of
+from fedvpa.data.tables import rows_of
 from fedvpa.errors import BadInputError, RecordError, UnusableRecordError
 
 Record = dict[str, Any]

@@ -11,11 +11,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from fedvpa.config import DataConfig
+from fedvpa.data.json_rows import Rows
 from fedvpa.data.preferences import FIELDS, SEEN, Form, pairs_of
 from fedvpa.data.tables import (
     SUFFIXES,
     Member,
-    Rows,
     first_row,
     is_table,
     member_of,
@@ -33,9 +33,9 @@ nothing are skipped."""
 HUB = "hf://"
 """Before the name of a dataset or a model of the Hugging Face Hub."""
 PEOPLE = (
-    "user_id", "userid", "user", "username", "annotator", "annotator_id", "worker", "worker_id",
-    "workerid", "rater", "rater_id", "judge", "judge_id", "labeler", "labeler_id", "participant",
-    "participant_id", "evaluator", "person", "author",
+    "user_id", "userid", "user", "username", "client", "clientid", "annotator", "annotator_id",
+    "worker", "worker_id", "workerid", "rater", "rater_id", "raterid", "judge", "judge_id",
+    "labeler", "labeler_id", "participant", "participant_id", "evaluator", "person", "author",
 )  # fmt: skip
 """Names of columns that may well say who made a comparison."""
 
@@ -164,7 +164,7 @@ def _read_local(
             )
     groups = _group_names([m.path.parent for m in members])
     for member in members:
-        wanted = {*SEEN, *form.columns.values(), *PEOPLE, *map(str.upper, PEOPLE), "WorkerId"}
+        wanted = {name.lower() for name in (*SEEN, *form.columns.values(), *PEOPLE)}
         rows = rows_of(member, wanted)
         if _take_all(rows, groups[member.path.parent], on_bad_record, form, found) == 0:
             raise RecordError(f"{member.label}:1", "the file is empty")
@@ -177,7 +177,7 @@ def members_of(path: Path, source: str, split: str | None) -> tuple[list[Member]
     Raises:
         BadInputError: there is none, or none of the split.
     """
-    if path.is_file() and not path.name.endswith(".zip"):
+    if path.is_file() and path.suffix.lower() != ".zip":
         if split is not None and stem(path.name) != split:
             raise BadInputError(
                 f"{path}: --split {split} was asked for, but --data names one file of another name"

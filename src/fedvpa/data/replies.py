@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from fedvpa.data.messages import Agreement, is_messages, kind_of, messages_of, prompt_of
-from fedvpa.data.transcripts import HH, Dialect, begins_like_one, dialect_of, turns_of
+from fedvpa.data.transcripts import HH, Dialect, dialect_of, looks_like_one, turns_of
 from fedvpa.errors import RecordError, UnusableRecordError
 from fedvpa.records import Message
 
@@ -55,7 +55,7 @@ def _textual(
         ):
             return turns, chosen[len(begin) :], rejected[len(begin) :]
         return turns, chosen, rejected
-    if any(tagged) or any(map(begins_like_one, (chosen, rejected))):
+    if any(tagged) or any(map(looks_like_one, (chosen, rejected))):
         return _transcripts(chosen, rejected, where, agreed)
     agreed.on(None, where)
     return _without_prompt(chosen, rejected, where)
@@ -76,7 +76,7 @@ def _transcripts(
     sides = []
     for key, text in (("chosen", chosen), ("rejected", rejected)):
         dialect = dialect_of(text)
-        if dialect is None and begins_like_one(text) and not text.lstrip().startswith("Human:"):
+        if dialect is None and looks_like_one(text) and not text.lstrip().startswith("Human:"):
             raise RecordError(
                 where, f"'{key}' looks like a conversation in one text that is not understood",
                 "a tag ('Human:', 'User:', '### Assistant:') belongs at the beginning of a line;"
@@ -171,9 +171,8 @@ def _joined(
     one, two = (tuple(m for m in t if m.role != "system") for t in (turns, common))
     if len({m.content.strip() for m in heads}) < 2:
         # one of them is the beginning, or the end, of the other
-        longer = one if len(one) > len(two) else two
-        short = min(len(one), len(two))
-        if one[-short:] == two[-short:] or one[:short] == two[:short] == longer[:short]:
+        short, longer = sorted((one, two), key=len)
+        if longer[: len(short)] == short or longer[len(longer) - len(short) :] == short:
             return (*heads[:1], *longer)
     raise RecordError(
         where, "'prompt' is not what 'chosen' and 'rejected' begin with",

@@ -13,9 +13,10 @@ import ast
 import csv
 import gzip
 import json
+import re
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -24,6 +25,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fedvpa.data.json_rows import Rows, json_rows
 from fedvpa.errors import BadInputError, RecordError
 
 _LINES = (".jsonl", ".ndjson", ".json")
@@ -37,7 +39,6 @@ SUFFIXES = (*_TEXT, *(f"{suffix}.gz" for suffix in _TEXT), *_COLUMNS)
 MOST_UNPACKED = 8 << 30
 """Bytes of an archive's members that are unpacked, at most."""
 
-Rows = Generator[tuple[str, Any], None, None]
 csv.field_size_limit(1 << 30)
 
 
@@ -54,6 +55,16 @@ class Member:
     def stem(self) -> str:
         """Name without its ending: the split."""
         return stem(self.path.name)
+
+    @property
+    def kind(self) -> str:
+        """Its ending in small letters, without ``.gz``, as ``.csv``."""
+        return PurePosixPath(self.path.name.lower().removesuffix(".gz")).suffix
+
+    @property
+    def packed(self) -> bool:
+        """Whether it is gzip'd."""
+        return self.path.name.lower().endswith(".gz")
 
 
 def is_table(name: str) -> bool:
@@ -77,7 +88,8 @@ def members_of_zip(path: Path) -> list[Member]:
     """The files of an archive that can be read, sorted.
 
     Raises:
-        BadInputError: no archive, encrypted, or far larger than it looks.
+        BadInputError: no archive, encrypted, far larger than it looks, or with paths that lead out
+            of it.
     """
     try:
         archive = zipfile.ZipFile(path)
@@ -121,25 +133,24 @@ def rows_of(member: Member, wanted: Collection[str] | None = None) -> Rows:
 
     Args:
         member: the file.
-        wanted: columns of a column-wise file that are needed (None: all); the others are not
-            decoded.
+        wanted: columns of a column-wise file that are needed, in small letters (None: all); the
+            others are not decoded.
 
     Raises:
         RecordError: the file as a whole is damaged.
         BadInputError: it cannot be read, or is of an unknown kind.
     """
-    name = member.path.name.lower()
-    if not is_table(name):
+    if not is_table(member.path.name):
         raise BadInputError(f"{member.label}: unknown kind of file (known: {', '.join(SUFFIXES)})")
     try:
-        if name.endswith(_COLUMNS):
+        if member.kind in _COLUMNS:
             yield from _columnwise(member, wanted)
             return
         with _bytes(member) as stream:
-            if name.removesuffix(".gz").endswith(_CELLS):
-                yield from _cells(stream, member, "\t" if ".tsv" in name else ",")
+            if member.kind in _CELLS:
+                yield from _cells(stream, member)
             else:
-                yield from _json(stream, member)
+                yield from json_rows(stream, member.label, member.kind == ".json")
     except zipfile.BadZipFile as error:
         raise BadInputError(f"{member.label}: damaged in its archive: {error}") from error
     except OSError as error:
@@ -155,114 +166,19 @@ def first_row(member: Member) -> tuple[str, Any] | None:
 @contextmanager
 def _bytes(member: Member) -> Iterator[Any]:
     with member.open() as raw:
-        if member.path.name.endswith(".gz"):
+        if member.packed:
             with gzip.open(raw, "rb") as stream:
                 yield stream
         else:
             yield raw
 
 
-# JSON
-
-
-def _json(stream: Any, member: Member) -> Rows:
-    """A record per line; or, of a ``.json`` file, one list or object over all of it."""
-    number = 0
-    try:
-        first = _first_line(stream)
-        begun = first.lstrip(b"\xef\xbb\xbf \t\r\n")
-        plain = member.path.name.removesuffix(".gz").endswith(".json")
-        if begun.startswith(b"[") or (plain and begun.startswith(b"{") and not _whole(first)):
-            yield from _one_document(first + stream.read(), member)
-            return
-        for number, raw in enumerate(_with_first(first, stream), start=1):
-            if raw.strip():
-                yield f"{member.label}:{number}", json_of(raw, f"{member.label}:{number}")
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise RecordError(
-            f"{member.label}:{number + 1}",
-            f"truncated or damaged gzip after line {number}",
-            f"{error}",
-        ) from error
-
-
-def _first_line(stream: Any) -> bytes:
-    """Up to the first line that is not empty, and all before it."""
-    read = b""
-    for line in stream:
-        read += line
-        if line.strip():
-            break
-    return read
-
-
-def _with_first(first: bytes, stream: Any) -> Iterator[bytes]:
-    yield from first.splitlines(keepends=True) if first.count(b"\n") > 1 else [first]
-    yield from stream
-
-
-def _whole(line: bytes) -> bool:
-    return not isinstance(json_of(line.strip(), ""), RecordError)
-
-
-def _one_document(raw: bytes, member: Member) -> Rows:
-    found = json_of(raw, member.label)
-    if isinstance(found, RecordError):
-        line = f":{raw[: _position(raw)].count(b'%c' % 10) + 1}"
-        yield (
-            f"{member.label}{line}",
-            RecordError(f"{member.label}{line}", found.reason, found.advice),
-        )
-    elif isinstance(found, list):
-        for n, record in enumerate(found, start=1):
-            yield f"{member.label}[{n}]", record
-    else:
-        yield f"{member.label}[1]", found
-
-
-def _position(raw: bytes) -> int:
-    try:
-        json.loads(raw.decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        return error.pos
-    except (UnicodeDecodeError, RecursionError, ValueError):
-        return 0
-    return 0
-
-
-def json_of(raw: bytes, where: str) -> Any:
-    """A JSON value; what cannot be read is returned as the error."""
-    try:
-        return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_without_repetition)
-    except UnicodeDecodeError as error:
-        return RecordError(
-            where, "undecodable bytes", f"not UTF-8 at byte {error.start} of the line"
-        )
-    except json.JSONDecodeError as error:
-        return RecordError(where, "not JSON", f"{error.msg}, column {error.colno}")
-    except _RepeatedKeyError as error:
-        return RecordError(where, f"key '{error}' stands twice in one object", "keep one of them")
-    except (RecursionError, ValueError) as error:
-        return RecordError(where, "not JSON", f"{type(error).__name__}: {error}"[:120])
-
-
-class _RepeatedKeyError(Exception):
-    pass
-
-
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _RepeatedKeyError(next(key for key in keys if keys.count(key) > 1)[:60])
-    return out
-
-
 # CSV and TSV
 
 
-def _cells(stream: Any, member: Member, delimiter: str) -> Rows:
+def _cells(stream: Any, member: Member) -> Rows:
     """A row per record, by the names in the first one."""
+    delimiter = "\t" if member.kind == ".tsv" else ","
     reader = csv.reader(_decoded(stream, member), delimiter=delimiter, strict=True)
     names: list[str] = []
     try:
@@ -273,7 +189,12 @@ def _cells(stream: Any, member: Member, delimiter: str) -> Rows:
                 twice = [name for name in names if name and names.count(name) > 1]
                 if twice:
                     raise RecordError(where, f"two columns are called '{twice[0]}'", "rename one")
-            elif not cells:
+                if len(names) == 1 and re.search(r"[;\t|,]", names[0]):
+                    raise RecordError(
+                        where, f"one column alone, called '{names[0][:60]}'",
+                        "cells of a .csv are separated by commas, those of a .tsv by tabs",
+                    )  # fmt: skip
+            elif not any(cells):
                 continue
             elif len(cells) != len(names):
                 yield where, RecordError(
@@ -281,8 +202,7 @@ def _cells(stream: Any, member: Member, delimiter: str) -> Rows:
                     "quote cells that hold the delimiter or line breaks",
                 )  # fmt: skip
             else:
-                if any(cells):
-                    yield where, {name: _cell(name, cell) for name, cell in zip(names, cells)}
+                yield where, {name: _cell(name, cell) for name, cell in zip(names, cells)}
     except csv.Error as error:
         raise RecordError(
             f"{member.label}:{reader.line_num}",
@@ -338,7 +258,7 @@ def _columnwise(member: Member, wanted: Collection[str] | None) -> Rows:
                 number += 1
                 yield f"{member.label}:{number}", row
     except (pa.ArrowException, OSError, ValueError) as error:
-        kind = "parquet" if member.path.name.endswith(".parquet") else "Arrow"
+        kind = "parquet" if member.kind == ".parquet" else "Arrow"
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise RecordError(
             f"{member.label}:{number + 1}", f"damaged {kind} file", first[:160]
@@ -347,12 +267,12 @@ def _columnwise(member: Member, wanted: Collection[str] | None) -> Rows:
 
 def _batches(member: Member, wanted: Collection[str] | None) -> Iterator[Any]:
     with member.open() as stream:
-        if member.path.name.endswith(".parquet"):
+        if member.kind == ".parquet":
             file = pq.ParquetFile(stream)
             yield from file.iter_batches(1024, columns=_needed(file.schema_arrow, wanted))
             return
         whole = stream.read()
-        if member.path.name.endswith(".feather") and whole[:4] == b"FEA1":
+        if whole[:4] == b"FEA1":
             raise ValueError("Feather version 1; write version 2 (Arrow IPC)")
         opened = pa.ipc.open_file if whole[:6] == b"ARROW1" else pa.ipc.open_stream
         table = opened(pa.BufferReader(whole)).read_all()
@@ -365,7 +285,7 @@ def _needed(schema: Any, wanted: Collection[str] | None) -> list[str]:
     return [
         field.name
         for field in schema
-        if (wanted is None or field.name in wanted) and not pa.types.is_temporal(field.type)
+        if (wanted is None or field.name.lower() in wanted) and not pa.types.is_temporal(field.type)
     ]
 
 

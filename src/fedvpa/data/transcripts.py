@@ -58,7 +58,7 @@ def dialect_of(text: str) -> Dialect | None:
     return HH if tag == HH.user and re.match(r"[ \t]*\n[ \t]*\n", text) else None
 
 
-def begins_like_one(text: str) -> bool:
+def looks_like_one(text: str) -> bool:
     """Whether a text looks like a transcript: by how it begins, by lines that begin with tags of
     both speakers, in whatever dress, or by the tags of a chat template."""
     begun = text.lstrip().lstrip("#").lstrip().lower()
@@ -84,12 +84,13 @@ def turns_of(text: str, dialect: Dialect) -> list[Message]:
     names = f"({re.escape(dialect.user)}|{re.escape(dialect.assistant)})"
     # HH-RLHF's own are written in one way
     case = re.NOFLAG if dialect == HH else re.IGNORECASE
-    found = list(re.finditer(rf"{before}{names}[ \t]*:", newlines(text), case))
-    ends = [match.start() for match in found[1:]] + [len(newlines(text))]
+    text = newlines(text)
+    found = list(re.finditer(rf"{before}{names}[ \t]*:", text, case))
+    ends = [match.start() for match in found[1:]] + [len(text)]
     return [
         Message(
             "user" if match[1].lower() == dialect.user.lower() else "assistant",
-            _own_text(newlines(text)[match.end() : end]),
+            _own_text(text[match.end() : end]),
         )
         for match, end in zip(found, ends)
     ]

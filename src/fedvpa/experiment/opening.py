@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -34,13 +34,14 @@ class ClientRow(BaseModel):
 
 class RunData(BaseModel):
     """``data.json``: what a run was trained on. `identity` names the run's settings, data and
-    backbone; `settings` is a hash of its settings."""
+    backbone; `settings` is a hash of its settings, `checksum` of all the rest of the file."""
 
     model_config = ConfigDict(extra="ignore")
 
     fedvpa: str
     identity: str
     settings: str
+    checksum: str
     backbone: str | None
     signature: str
     clients: Annotated[list[ClientRow], Field(min_length=1)]
@@ -56,6 +57,13 @@ def settings_hash(config: Config) -> str:
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
 
 
+def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
+    """The contents of ``data.json`` with their checksum."""
+    rest = {name: value for name, value in content.items() if name != "checksum"}
+    text = json.dumps(rest, sort_keys=True)
+    return rest | {"checksum": hashlib.sha256(text.encode()).hexdigest()}
+
+
 def read_data(root: Path, config: Config) -> RunData:
     """What the run in `root` was trained on.
 
@@ -65,6 +73,9 @@ def read_data(root: Path, config: Config) -> RunData:
     """
     path = root / "data.json"
     found = read_json(path, RunData)
+    content = json.loads(path.read_bytes())
+    if content != with_checksum(content):
+        raise CheckpointError(f"{path}: damaged: it is not what was written")
     if found.settings != settings_hash(config):
         raise CheckpointError(
             f"{root / 'config.yaml'}: has other settings than the run was trained with; put it back"
@@ -86,7 +97,7 @@ def read_json(path: Path, model: type[T]) -> T:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        if first["type"] == "missing" and place in ("identity", "settings"):
+        if first["type"] == "missing" and place in ("identity", "settings", "checksum"):
             raise CheckpointError(
                 f"{path}: is of an earlier version of fedvpa, which prepared texts in another way;"
                 " train the run again"

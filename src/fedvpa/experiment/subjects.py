@@ -119,7 +119,31 @@ def people_of(
             f"{data.source}: nobody in it can be evaluated: no client id of it is new, none is of a"
             " client that was trained on, and the training clients were not made by group"
         )
-    return found, held_out
+    return found._replace(
+        notes=(*found.notes, *_doubts(found.clients, held_out, trained))
+    ), held_out
+
+
+def _doubts(
+    unseen: Sequence[ClientPairs], held_out: Sequence[ClientPairs], trained: Sequence[ClientPairs]
+) -> list[str]:
+    """What a reader should know of how far the unseen are unseen."""
+    notes = []
+    nameless = any(p.client_id is None for c in unseen for p in c.pairs)
+    if nameless and trained and dealt_by(trained) == "id":
+        notes.append(
+            "the evaluation data have no client ids: the unseen clients are made of their pairs,"
+            " and may be people who were trained on"
+        )
+    shared = {p.content_key() for c in unseen for p in c.pairs} & {
+        p.content_key() for c in held_out for p in c.pairs
+    }
+    if shared:
+        notes.append(
+            f"{len(shared)} pairs are targets of unseen and of seen clients alike: the two columns"
+            " are not independent"
+        )
+    return notes
 
 
 def evaluation_data(trained: DataConfig, settings: EvaluationSettings) -> DataConfig:

@@ -25,7 +25,7 @@ from fedvpa.experiment.dataset import (
     to_store,
     training_data,
 )
-from fedvpa.experiment.opening import ELSEWHERE, read_data, settings_hash
+from fedvpa.experiment.opening import ELSEWHERE, read_data, settings_hash, with_checksum
 from fedvpa.experiment.run import RunPaths, check_run, fingerprint, load_config, save_config
 from fedvpa.experiment.tracking import Tracker, open_tracker
 from fedvpa.features.cache import FeatureCache
@@ -273,15 +273,18 @@ def _claim(paths: RunPaths, config: Config, resume: bool) -> None:
             paths.root, "continue an interrupted run with --resume, or choose another --out",
             ignored=KEPT,
         )  # fmt: skip
-    elif load_config(paths).model_dump(exclude=ELSEWHERE) != config.model_dump(exclude=ELSEWHERE):
+        return
+    if load_config(paths).model_dump(exclude=ELSEWHERE) != config.model_dump(exclude=ELSEWHERE):
         raise BadInputError(
             f"{paths.root}: was trained with other settings; resume it with --resume --out alone"
         )
+    if paths.checkpoint.is_file():
+        read_data(paths.root, config)  # or it is refused, before anything is loaded
 
 
 def _describe(config: Config, data: TrainingData, ready: _Ready) -> dict[str, Any]:
     """What `data.json` holds."""
-    return {
+    content = {
         "fedvpa": __version__,
         "identity": ready.identity,
         "settings": settings_hash(config),
@@ -301,3 +304,4 @@ def _describe(config: Config, data: TrainingData, ready: _Ready) -> dict[str, An
         "notes": list(data.notes),
         "texts": dict(ready.texts),
     }
+    return with_checksum(content)

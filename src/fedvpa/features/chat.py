@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from enum import IntFlag
 from typing import Any, NamedTuple
 
+from fedvpa.data.thoughts import THOUGHTS, without_thought
 from fedvpa.errors import BadInputError
 from fedvpa.records import Message
 
@@ -43,9 +44,6 @@ IN_WORDS = {
 }
 """Each note, as it is counted in a run's record."""
 
-THOUGHTS = (("<think>", "</think>"), ("<thinking>", "</thinking>"), ("[THINK]", "[/THINK]"))
-"""How reasoning models set their thoughts apart."""
-
 
 def counted(notes: Iterable[Note]) -> Counter[str]:
     """How often each thing was done, in words."""
@@ -53,28 +51,6 @@ def counted(notes: Iterable[Note]) -> Counter[str]:
     for note, times in Counter(notes).items():
         found.update({IN_WORDS[part]: times for part in note})
     return found
-
-
-def without_thought(text: str, opened: bool = False) -> str:
-    r"""A reply without the thought at its beginning; empty where the thought never ends.
-
-    Args:
-        text: the reply.
-        opened: whether the thought began before it, in the prompt.
-
-    >>> without_thought("<think>\nHm.\n</think>\n\nYes."), without_thought("Yes.")
-    ('Yes.', 'Yes.')
-    """
-    begun = text.lstrip()
-    for begin, end in THOUGHTS:
-        before, closed, after = text.partition(end)
-        # a thought that began in the prompt ends on a line of its own; else the tag is spoken of
-        ends = opened or after.startswith("\n")
-        if closed and (begun.startswith(begin) or (ends and begin not in before)):
-            return after.lstrip("\n")
-        if begun.startswith(begin):
-            return ""
-    return "" if opened else text
 
 
 class Prepared(NamedTuple):

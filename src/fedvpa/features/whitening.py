@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedvpa.errors import CheckpointError
 from fedvpa.functional.whitening import second_moment, whitening_matrix
+from fedvpa.types import digest_of
 
 
 class WhiteningSums(NamedTuple):
@@ -71,7 +72,7 @@ class Whitener:
         """The whitening as the bytes of a safetensors file; `identity` names the run that it is
         of."""
         tensors = {"centre": self.centre.contiguous(), "projection": self.projection.contiguous()}
-        return save(tensors, metadata={"fedvpa": identity})
+        return save(tensors, metadata={"fedvpa": identity, "digest": digest_of(tensors)})
 
     @staticmethod
     def read(path: Path, identity: str | None = None, dimensions: int = 0) -> Whitener:
@@ -82,7 +83,7 @@ class Whitener:
         """
         try:
             with safe_open(path, framework="pt") as file:
-                owner = (file.metadata() or {}).get("fedvpa", "")
+                told = file.metadata() or {}
                 found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, ValueError) as error:
             raise CheckpointError(f"{path}: missing or damaged: {error}") from error
@@ -102,6 +103,8 @@ class Whitener:
             )
         if not (centre.isfinite().all() and projection.isfinite().all()):
             raise CheckpointError(f"{path}: damaged: it holds NaN or Inf")
-        if identity is not None and owner != identity:
+        if told.get("digest") != digest_of(found):
+            raise CheckpointError(f"{path}: damaged: it does not hold what was written")
+        if identity is not None and told.get("fedvpa") != identity:
             raise CheckpointError(f"{path}: is of another run")
         return Whitener(centre, projection)

@@ -21,7 +21,7 @@ from fedvpa.config import Config
 from fedvpa.errors import BadInputError, FedvpaError
 from fedvpa.experiment.build import build_algorithm
 from fedvpa.experiment.dataset import public_whitener
-from fedvpa.experiment.opening import ELSEWHERE, settings_hash
+from fedvpa.experiment.opening import ELSEWHERE, settings_hash, with_checksum
 from fedvpa.experiment.run import RunPaths, load_config, save_config
 from fedvpa.experiment.tracking import open_tracker
 from fedvpa.experiment.train import Journal, manifest, run_rounds, told
@@ -334,7 +334,7 @@ def _described(
         {"name": name, "group": None, "pairs": None, "validation_pairs": None}
         for name in settings.clients
     ]
-    return {
+    content: dict[str, Any] = {
         "fedvpa": __version__,
         "identity": identity,
         "settings": settings_hash(config),
@@ -344,3 +344,4 @@ def _described(
         "skipped": {},
         "first_skipped": [],
     }
+    return with_checksum(content)

@@ -26,7 +26,8 @@ from fedvpa.experiment.preferences import named_preferences
 from fedvpa.experiment.use import Selector, open_selector
 from fedvpa.features.loading import LoadedModel
 from fedvpa.files import plain_json, write_atomically
-from fedvpa.policy.policy import Policy, PolicyCard, Sampling
+from fedvpa.policy.card import PolicyCard
+from fedvpa.policy.policy import Policy, Sampling
 from fedvpa.policy.prompts import Prompt, in_style, read_prompts, read_styles, save_trained_prompts
 from fedvpa.policy.settings import AlignConfig
 from fedvpa.policy.training import OnStage, by_prompt, load_base, publish, train_dpo

@@ -23,7 +23,8 @@ from torch import Tensor
 from fedvpa.features.loading import SMOLLM2_HUB, public_name
 from fedvpa.files import claim
 from fedvpa.foreign import harmless
-from fedvpa.policy.policy import Policy, PolicyCard
+from fedvpa.policy.card import PolicyCard
+from fedvpa.policy.policy import Policy
 
 
 def export_merged(
@@ -54,7 +55,7 @@ def export_merged(
     with _aside(folder) as place:
         model.save_pretrained(place)
         policy.tokenizer.save_pretrained(place)
-        _tell(place, "A language model with one preference built in", _MERGED, card, name)
+        _tell(place, "A language model with one preference built in", _PLAIN, card, name)
 
 
 def export_adapter(
@@ -109,14 +110,21 @@ def export_adapter(
         base.generation_config.save_pretrained(place)
         note = _CONVERTED if public_name(card.base) == SMOLLM2_HUB else ""
         title = "A LoRA adapter with one preference built in"
-        _tell(place, title, _ADAPTER, card, name, note)
+        _tell(place, title, _PEFT, card, name, note)
 
 
-def _tell(place: Path, title: str, code: str, card: PolicyCard, name: str, note: str = "") -> None:
+_PLAIN = {"library": "transformers", "loader": "AutoModelForCausalLM"}
+_PEFT = {"library": "peft", "loader": "AutoPeftModelForCausalLM"}
+
+
+def _tell(
+    place: Path, title: str, loading: dict[str, str], card: PolicyCard, name: str, note: str = "",
+) -> None:  # fmt: skip
     """What it is and how it is used."""
     text = _README.format(
         title=title, base=public_name(card.base), revision=card.revision,
-        preference=harmless(name or "as in preference.json"), code=code, note=note,
+        preference=harmless(name or "as in preference.json"),
+        code=_CODE.format(**loading), note=note,
     )  # fmt: skip
     (place / "README.md").write_text(text, encoding="utf-8")
 
@@ -130,24 +138,13 @@ preference `{preference}` built in (`preference.json` has its z). The base model
 {code}
 ```
 {note}"""
-_MERGED = """from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "."  # this directory
-model = AutoModelForCausalLM.from_pretrained(folder)
-tokenizer = AutoTokenizer.from_pretrained(folder)
-chat = [{"role": "user", "content": "How do I plan a week's meals?"}]
-inputs = tokenizer.apply_chat_template(
-    chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-)
-tokens = model.generate(**inputs, max_new_tokens=256)
-print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
-_ADAPTER = """from peft import AutoPeftModelForCausalLM
+_CODE = """from {library} import {loader}
 from transformers import AutoTokenizer, GenerationConfig
 
 folder = "."  # this directory
-model = AutoPeftModelForCausalLM.from_pretrained(folder)
+model = {loader}.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
-chat = [{"role": "user", "content": "How do I plan a week's meals?"}]
+chat = [{{"role": "user", "content": "How do I plan a week's meals?"}}]
 inputs = tokenizer.apply_chat_template(
     chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"
 )

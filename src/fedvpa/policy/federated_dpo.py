@@ -25,7 +25,8 @@ from fedvpa.experiment.dataset import training_data
 from fedvpa.experiment.run import RunPaths, load_config
 from fedvpa.files import file_name, plain_json, write_atomically
 from fedvpa.policy.align import AlignResult, claim
-from fedvpa.policy.policy import WEIGHTS, Policy, PolicyCard
+from fedvpa.policy.card import WEIGHTS, PolicyCard
+from fedvpa.policy.policy import Policy
 from fedvpa.policy.settings import FedDPOConfig
 from fedvpa.policy.training import OnStage, load_base, publish, train_dpo
 

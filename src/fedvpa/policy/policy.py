@@ -12,85 +12,24 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from fedvpa.data.thoughts import without_thought
 from fedvpa.errors import BadInputError
-from fedvpa.features.chat import ChatFormat, without_thought
+from fedvpa.features.chat import ChatFormat
 from fedvpa.features.loading import load_causal_model
-from fedvpa.files import plain_json, write_atomically
-from fedvpa.policy.conditioning import (
-    CONDITIONER,
-    PREFERENCE,
-    Form,
-    PreferenceConditioner,
-    attach,
-    read_conditioner,
-)
+from fedvpa.policy.card import PolicyCard, load_card
+from fedvpa.policy.conditioning import PREFERENCE, PreferenceConditioner, attach, read_conditioner
 from fedvpa.policy.sampling import ShrinkingSampler
 from fedvpa.records import Message
-
-WEIGHTS = ("adapter/adapter_model.safetensors", CONDITIONER)
-"""Files that hold a policy's weights, beside the base model's."""
-
-
-@dataclass(frozen=True)
-class PolicyCard:
-    """Contents of `policy.json`: the base model, the named preferences, the selector's folder, and
-    the identity of the run that it was (``run``)."""
-
-    base: str
-    revision: str
-    form: Form
-    preferences: dict[str, list[float]]
-    neutral: list[float]
-    centre: list[float]
-    scale: float
-    selector: str
-    thinking: bool = False
-    run: str = ""
-
-    def z(self, name: str) -> Float[Tensor, "d"]:
-        """z of a named preference, or of ``neutral``.
-
-        Raises:
-            BadInputError: no such preference; the known ones are listed.
-        """
-        if name == "neutral":
-            return torch.tensor(self.neutral)
-        if name not in self.preferences:
-            raise BadInputError(
-                f"no preference '{name}' (known: {', '.join([*self.preferences, 'neutral'])})"
-            )
-        return torch.tensor(self.preferences[name])
-
-    def mix(self, weights: Mapping[str, float]) -> Float[Tensor, "d"]:
-        """Weighted mean of named preferences; the weights are scaled to sum to one.
-
-        Raises:
-            BadInputError: an unknown name, or weights that are negative or sum to zero.
-        """
-        total = sum(weights.values())
-        if not weights or not min(weights.values()) >= 0 or not 0 < total < math.inf:
-            raise BadInputError(
-                "a mix needs weights that are not negative and do not sum to zero, as"
-                " helpful=0.3,harmless=0.7"
-            )
-        return torch.stack([self.z(name) * (w / total) for name, w in weights.items()]).sum(0)
-
-    @property
-    def latent(self) -> int:
-        """Dimensions of z."""
-        return len(self.neutral)
 
 
 @dataclass(frozen=True)
@@ -299,38 +238,6 @@ def new_conditioner(
     )
 
 
-def save_card(card: PolicyCard, folder: Path) -> None:
-    """Write `policy.json`."""
-    write_atomically(folder / "policy.json", plain_json(asdict(card)))
-
-
-def load_card(folder: Path) -> PolicyCard:
-    """Read `policy.json`.
-
-    Raises:
-        BadInputError: no policy there, or not one of this version.
-    """
-    file = folder / "policy.json"
-    try:
-        card = TypeAdapter(PolicyCard).validate_json(file.read_bytes())
-    except OSError as error:
-        raise BadInputError(
-            f"{folder}: no policy there (no policy.json); make one with `fedvpa align`"
-        ) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise BadInputError(
-            f"{file}: damaged, or not of this version: {place}: {first['msg']}"
-        ) from error
-    rows = [card.neutral, card.centre, *card.preferences.values()]
-    if not card.preferences or len({len(z) for z in rows}) > 1:
-        raise BadInputError(f"{file}: damaged: its preferences differ in their dimensions")
-    if not torch.tensor([card.scale, *(x for z in rows for x in z)]).isfinite().all():
-        raise BadInputError(f"{file}: damaged: it holds NaN or Inf")
-    return card
-
-
 def load_policy(
     folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[Policy, PolicyCard]:
@@ -364,30 +271,6 @@ def load_policy(
             f"{folder}: was trained on other weights of '{card.base}' ({card.revision}) than are"
             f" found now ({loaded.revision})"
         )
-    conditioner = read_conditioner(folder, card.form, card.latent)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        # PEFT would ask the Hub for what is not there
-        if not (folder / "adapter" / name).is_file():
-            raise BadInputError(f"{folder}/adapter/{name}: missing or damaged: no such file")
-    try:
-        with warnings.catch_warnings():
-            # told as a warning alone
-            warnings.filterwarnings("error", message=".*missing adapter keys.*")
-            model: Any = PeftModel.from_pretrained(loaded.module, str(folder / "adapter"))
-    # PEFT raises anything from OSError to KeyError
-    except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise BadInputError(f"{folder}/adapter: missing or damaged: {first}") from error
-    if not all(p.isfinite().all() for n, p in model.named_parameters() if "lora_" in n):
-        raise BadInputError(f"{folder}/adapter: damaged: it holds NaN or Inf")
-    with torch.no_grad():
-        effect = conditioner(torch.zeros(1, card.latent))[0]
-    width = model.get_input_embeddings().weight.shape[-1]
-    wanted = (1, model.peft_config["default"].r) if card.form == "gate" else (len(effect), width)
-    if tuple(effect.shape) != wanted:
-        raise BadInputError(
-            f"{folder}/{CONDITIONER}: is not of the form '{card.form}' of policy.json, or of"
-            " another adapter or model"
-        )
-    attach(model, conditioner.to(device))
+    model: Any = PeftModel.from_pretrained(loaded.module, str(folder / "adapter"))
+    attach(model, read_conditioner(folder, card.form).to(device))
     return Policy(model.eval(), loaded.tokenizer, card.thinking), card

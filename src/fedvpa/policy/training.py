@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from fedvpa.features.loading import LoadedModel, dtype_of, load_causal_model
+from fedvpa.policy.card import PolicyCard, save_card
 from fedvpa.policy.conditioning import load_conditioner, save_conditioner
 from fedvpa.policy.dpo import ConditionalDPOTrainer, PreferenceCollator, last_checkpoint
-from fedvpa.policy.policy import Policy, PolicyCard, new_conditioner, save_card
+from fedvpa.policy.policy import Policy, new_conditioner
 from fedvpa.policy.settings import TrainingConfig
 
 OnStage = Callable[[str, int, int, str], None]

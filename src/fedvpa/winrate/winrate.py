@@ -26,7 +26,8 @@ from fedvpa.data.personas import ATTRIBUTES, measure
 from fedvpa.errors import BadInputError, RunError
 from fedvpa.evaluation.statistics import interval
 from fedvpa.files import claim, plain_json, write_atomically
-from fedvpa.policy.policy import WEIGHTS, Policy, PolicyCard, Sampling, load_card, load_policy
+from fedvpa.policy.card import WEIGHTS, PolicyCard, load_card
+from fedvpa.policy.policy import Policy, Sampling, load_policy
 from fedvpa.policy.prompts import Prompt, in_style, read_prompts, trained_prompts, without_trained
 from fedvpa.winrate.judges import Judge, JudgeError
 from fedvpa.winrate.statistics import (
@@ -255,7 +256,6 @@ def _claim(root: Path, asked: dict[str, Any], resume: bool) -> None:
             )
     else:
         claim(root, "take its responses up again with --resume, or choose another --out")
-    # first: a folder that holds anything holds what was asked
     write_atomically(file, plain_json(asked))
     (root / "responses").mkdir(parents=True, exist_ok=True)
 
