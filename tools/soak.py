@@ -1,8 +1,8 @@
 """`make soak`: what takes as long as it takes, again and again; the result in results/soak.json.
 
-python tools/soak.py [--repeats 1]: tests marked `soak` (a thousand kills; FEDVPA_KILLS says
-how many of each command), the slow tests
-that kill or stop, and the property tests with many more examples.
+python tools/soak.py [--repeats 1]: tests marked `soak` (a thousand kills; FEDVPA_KILLS says how
+many of each command), the slow tests that kill or stop, and the property tests with many more
+examples.
 """
 
 from __future__ import annotations

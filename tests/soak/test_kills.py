@@ -84,11 +84,17 @@ class Killer:
 
 @dataclass(frozen=True)
 class Long:
-    """A long command: how it is begun in a folder and how it goes on, and what it ends with."""
+    """A long command: how it is begun in a folder and how it goes on, what it ends with, and the
+    file that says that it has ended, of a command that is not given again then."""
 
     begin: Callable[[Path], list[str]]
     again: Callable[[Path], list[str]]
     ends_with: Callable[[Path], Any]
+    last: str = ""
+
+    def ended(self, out: Path) -> bool:
+        """Whether there is nothing left to do, although it may have been killed."""
+        return bool(self.last) and (out / self.last).is_file()
 
 
 def same(command: Callable[[Path], list[str]]) -> Callable[[Path], list[str]]:
@@ -170,7 +176,7 @@ def commands(place: Path, model: Path, url: str) -> dict[str, Long]:
         "align": Long(align, asked(align), weights),
         "feddpo": Long(feddpo, asked(feddpo), weights),
         "winrate": Long(winrate, taken(winrate), wins),
-        "convert": Long(convert, same(convert), one_file("out.jsonl")),
+        "convert": Long(convert, same(convert), one_file("out.jsonl"), "out.jsonl"),
         "embed": Long(embed, same(embed), lambda out: None),
     }
 
@@ -205,13 +211,15 @@ def test_a_command_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
             moment, began = killer.moment(0.9 * seconds), time.monotonic()
             if killer.broken(long.again(out), moment):
                 kills += 1
+                if long.ended(out):  # killed between its last file and its exit
+                    assert long.ends_with(out) == wanted, f"attempt {attempt}"
+                    ends += 1
             else:
                 assert long.ends_with(out) == wanted, f"attempt {attempt}"
                 # features are cached by now, and what goes on takes less than what begins
                 seconds, ends = max(0.3, min(seconds, time.monotonic() - began)), ends + 1
         out = tmp_path / f"broken-{ends}"
-        if name != "convert" or not (out / "out.jsonl").is_file():
-            killer.whole(long.again(out))
+        killer.whole(long.again(out))
         assert long.ends_with(out) == wanted
     assert kills >= min(KILLS, MOST) * 0.5
 
