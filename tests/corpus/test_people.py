@@ -120,7 +120,7 @@ def test_rows_without_an_id_beside_rows_with_one_are_refused_or_few(tmp_path: Pa
     file.write_bytes(lines(*some, stray))
     found = source_of(data).training(0)
     assert len(found.clients) == 4
-    assert "1 records without a client_id are left out" in found.notes
+    assert "1 record left out, without a client_id" in found.notes
     file.write_bytes(lines(*some[:20], stray))
     with pytest.raises(BadInputError, match=r"p.jsonl:21: has no client_id, as 1 of 21 records"):
         source_of(data).training(0)

@@ -197,8 +197,14 @@ def test_dirichlet_concentration_rules_how_mixed_clients_are() -> None:
 def test_natural_ids_are_kept_and_too_small_ones_left_out() -> None:
     pairs = [pair(i, None, f"u{i % 3}") for i in range(9)] + [pair(99, None, "lonely")]
     assert [c.name for c in Partitioner(10)(pairs, 0)] == ["u0", "u1", "u2"]
-    with pytest.raises(BadInputError, match="needs a client_id"):
+    with pytest.raises(BadInputError, match="has no client_id, as"):
         Partitioner(10, "natural")([pair(1)], 0)
+
+
+def test_mirrored_clients_are_as_many_as_asked_for_where_ids_are_fewer() -> None:
+    pairs = [pair(i, None, f"u{i % 8}") for i in range(80)]
+    assert len(Partitioner(10, protocol="mirrored")(pairs, 0)) == 10
+    assert len(Partitioner(0, protocol="mirrored")(pairs, 0)) == 16
 
 
 def test_validation_pairs_are_disjoint_and_all_pairs_are_kept() -> None:

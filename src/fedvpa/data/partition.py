@@ -87,16 +87,16 @@ class Partitioner:
         Raises:
             BadInputError: some have an id, and too many have none.
         """
-        if self.partition != "auto":
+        if self.partition not in ("auto", "natural"):
             return self.partition
         without = [p for p in pairs if p.client_id is None]
-        if len(without) == len(pairs):
+        if self.partition == "auto" and len(without) == len(pairs):
             return "group"
-        if len(without) >= FEW * len(pairs):
+        if without and len(without) >= FEW * len(pairs):
             raise BadInputError(
-                f"{without[0].source}: has no client_id, as {len(without)} of {len(pairs)} records,"
-                " although others have one; give every record one, or divide pairs without regard"
-                " to the ids with --partition group"
+                f"{without[0].source}: has no client_id, as {len(without)} of {len(pairs)} records;"
+                " give every record one, or divide pairs without regard to the ids with"
+                " --partition group"
             )
         return "natural"
 
@@ -106,8 +106,8 @@ class Partitioner:
         """What was asked for and what there is, where they differ."""
         if self.protocol == "mirrored" or self.kind(pairs) != "natural":
             return ()
-        there = {p.client_id for p in pairs if p.client_id is not None}
-        without = sum(p.client_id is None for p in pairs)
+        there = _by_id(pairs)
+        without = len(pairs) - sum(map(len, there.values()))
         able = len(there) - len(self.too_few(pairs))
         notes = []
         if len(there) > able:
@@ -120,16 +120,16 @@ class Partitioner:
         elif len(clients) < able:
             notes.append(f"{len(clients)} of {able} clients are used, as was asked for")
         if without:
-            notes.append(f"{without} records without a client_id are left out")
+            notes.append(f"{without} record{'s' * (without != 1)} left out, without a client_id")
         return tuple(notes)
 
     def too_few(self, pairs: Sequence[PreferencePair]) -> set[str]:
         """Ids with fewer pairs than a client needs."""
-        by_id: dict[str, list[PreferencePair]] = defaultdict(list)
-        for pair in pairs:
-            if pair.client_id is not None:
-                by_id[pair.client_id].append(pair)
-        return {n for n, own in by_id.items() if len(without_duplicates(own)) < self.least_pairs}
+        return {
+            name
+            for name, own in _by_id(pairs).items()
+            if len(without_duplicates(own)) < self.least_pairs
+        }
 
     def _divide(
         self,
@@ -163,16 +163,7 @@ class Partitioner:
     def _natural(
         self, pairs: Sequence[PreferencePair], generator: np.random.Generator, count: int
     ) -> list[ClientPairs]:
-        by_id: dict[str, list[PreferencePair]] = defaultdict(list)
-        for pair in pairs:
-            if pair.client_id is not None:
-                by_id[pair.client_id].append(pair)
-        without = len(pairs) - sum(map(len, by_id.values()))
-        if without >= max(1, FEW * len(pairs)):
-            stray = next(pair for pair in pairs if pair.client_id is None)
-            raise BadInputError(
-                f"{stray.source}: partition=natural needs a client_id in every record"
-            )
+        by_id = _by_id(pairs)
         small = self.too_few(pairs)
         usable = {name: own for name, own in by_id.items() if name not in small}
         if not usable:
@@ -180,8 +171,8 @@ class Partitioner:
                 f"none of the {len(by_id)} client ids has {self.least_pairs} or more pairs"
             )
         names = sorted(usable)
-        if 0 < self.clients < len(names):
-            names = sorted(generator.permutation(names)[: min(count, self.clients)].tolist())
+        if self.clients:
+            names = sorted(generator.permutation(names)[:count].tolist())
         return [
             ClientPairs(name, _majority_group(usable[name]), tuple(usable[name])) for name in names
         ]
@@ -273,6 +264,15 @@ def corrupt(
             client = replace(client, pairs=pairs, corrupted=True)
         out.append(client)
     return out
+
+
+def _by_id(pairs: Sequence[PreferencePair]) -> dict[str, list[PreferencePair]]:
+    """The pairs of every client id; those without an id are in none."""
+    out: dict[str, list[PreferencePair]] = defaultdict(list)
+    for pair in pairs:
+        if pair.client_id is not None:
+            out[pair.client_id].append(pair)
+    return dict(out)
 
 
 def without_duplicates(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:

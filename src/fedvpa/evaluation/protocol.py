@@ -134,21 +134,24 @@ def validation(
 ) -> Validation:
     """A predictor on the clients' held-out pairs, each preference inferred from the training pairs;
     float64, so that secure sums carry it."""
-    accuracy, nll = _validated(predictor, context, target, group)
-    count = torch.tensor(float(len(accuracy)), dtype=torch.float64)
-    return Validation(count, accuracy.double().sum(), nll.double().sum())
+    return _summed(*_validated(predictor, context, target, group))
 
 
 def validation_row(
     predictor: Predictor, context: ClientStore, target: ClientStore, group: Int[Tensor, "k"]
 ) -> dict[str, float]:
     """The same with a 95 % interval over the clients, where these are in one place."""
-    accuracy, _ = _validated(predictor, context, target, group)
-    row = validation(predictor, context, target, group).row()
+    accuracy, nll = _validated(predictor, context, target, group)
+    row = _summed(accuracy, nll).row()
     spread = share(accuracy.tolist())
     if row and not math.isnan(spread["low"]):
         row |= {"validation_low": spread["low"], "validation_high": spread["high"]}
     return row
+
+
+def _summed(accuracy: Float[Tensor, "c"], nll: Float[Tensor, "c"]) -> Validation:
+    count = torch.tensor(float(len(accuracy)), dtype=torch.float64)
+    return Validation(count, accuracy.double().sum(), nll.double().sum())
 
 
 def _validated(

@@ -7,7 +7,7 @@ the template refuses it, a beginning that was cut, a thought that was left out.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import IntFlag
 from typing import Any, NamedTuple
 
@@ -154,56 +154,37 @@ class ChatFormat:
                 rest = rest[1:]
             ids, done = self._rendered(head + rest)
             notes |= done
-        # 2. Text: a system turn that fills more than half of the room loses its end, the oldest
-        #    turn its beginning.
-        if len(ids) > most and head:
-            bare = rest[0]._replace(content="")
-            frame = len(self._rendered((head[0]._replace(content=""), bare, *rest[1:]))[0])
+        notes |= Note.PROMPT_CUT
+        if len(ids) <= most:
+            return head + rest, ids, notes
+        # 2. A system turn that fills more than half of the room loses its end: it says at its
+        #    beginning what it is about.
+        if head:
+            bare = (rest[0]._replace(content=""), *rest[1:])
+            frame = self._length((head[0]._replace(content=""), *bare))
             share = frame + max(0, most - frame) // 2
-            if len(self._rendered((head[0], bare, *rest[1:]))[0]) > share:
-                head = self._shortened(head, rest, share, of_head=True)
-        kept = head + rest
-        if len(self._rendered(kept)[0]) > most:
-            kept = self._shortened(head, rest, most, of_head=False)
-        if len(self._rendered(kept)[0]) > most and kept[-1].role == "assistant":
-            # a prefill that is too long by itself keeps its end
-            kept = self._end_of_last(kept, most)
+            head = (_cut(head[0], lambda turn: self._length((turn, *bare)) <= share),)
+        # 3. The oldest other turn loses its beginning: the reply answers what is said last.
+        later = rest[1:]
+        oldest = _cut(
+            rest[0], lambda turn: self._length((*head, turn, *later)) <= most, end_stays=True
+        )
+        kept = (*head, oldest, *later)
+        # 4. So does a prefill that is too long by itself, down to one character: templates refuse
+        #    an empty one.
+        if kept[-1].role == "assistant":
+            before = kept[:-1]
+            prefill = _cut(
+                kept[-1], lambda turn: self._length((*before, turn)) <= most, 1, end_stays=True
+            )
+            kept = (*before, prefill)
         ids, done = self._rendered(kept)
-        return kept, ids[-most:], notes | done | Note.PROMPT_CUT
-
-    def _shortened(self, head: Turns, rest: Turns, most: int, of_head: bool) -> Turns:
-        """The system turn, or the whole conversation, with as much text as fits: by bisection."""
-        text = head[0].content if of_head else rest[0].content
-
-        def with_text(length: int) -> Turns:
-            if of_head:
-                return (head[0]._replace(content=text[:length]),)
-            own = text[len(text) - length :]
-            return (*head, rest[0]._replace(content=own), *rest[1:])
-
-        def fits(length: int) -> bool:
-            turns = with_text(length)
-            if of_head:
-                turns = (*turns, rest[0]._replace(content=""), *rest[1:])
-            return len(self._rendered(turns)[0]) <= most
-
-        low, high = 0, len(text)
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle - 1)
-        return with_text(low)
-
-    def _end_of_last(self, turns: Turns, most: int) -> Turns:
-        text = turns[-1].content
-        low, high = 1, len(text)
-        while low < high:
-            middle = (low + high + 1) // 2
-            tried = (*turns[:-1], turns[-1]._replace(content=text[-middle:]))
-            fits = len(self._rendered(tried)[0]) <= most
-            low, high = (middle, high) if fits else (low, middle - 1)
-        return (*turns[:-1], turns[-1]._replace(content=text[-low:]))
+        return kept, ids[-most:], notes | done
 
     # from turns to ids
+
+    def _length(self, turns: Turns) -> int:
+        return len(self._rendered(turns)[0])
 
     def _rendered(self, turns: Turns) -> tuple[list[int], Note]:
         hidden, stand_ins = self._hidden(turns)
@@ -298,6 +279,26 @@ class ChatFormat:
         return [
             i for part in (before, token[:1], token[1:], after) if part for i in self._ids(part)
         ]
+
+
+def _cut(
+    turn: Message, fits: Callable[[Message], bool], least: int = 0, end_stays: bool = False
+) -> Message:
+    """The turn with as many characters of its beginning, or its end, as fit (`least` in any case):
+    by bisection."""
+    if fits(turn):
+        return turn
+    text = turn.content
+
+    def of_length(length: int) -> Message:
+        own = text[len(text) - length :] if end_stays else text[:length]
+        return turn._replace(content=own)
+
+    low, high = min(least, len(text)), len(text)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(of_length(middle)) else (low, middle - 1)
+    return of_length(low)
 
 
 def _acceptable(turns: Turns) -> Iterator[tuple[Turns, Note]]:
