@@ -138,3 +138,25 @@ def test_training_says_what_its_data_can_bear(
     assert "3 clients, 15 training pairs (5 to 5 per client, median 5), 3 for validation" in said
     assert "few pairs: 15 are 3.8 per whitened dimension" in said
     assert "(95 %, 3 clients)" in said
+
+
+def test_a_file_with_its_own_column_names_serves_a_user_and_shows_preferences(
+    folder: Path, runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FEDVPA_CACHE", str(runs / "cache"))
+    file, run = folder / "own.jsonl", str(runs / "one")
+    rows = [{"question": f"tea {i}?", "liked": "yes please", "other": "no"} for i in range(6)]
+    file.write_bytes(lines(*rows))
+    named = [
+        "--column",
+        "prompt=question",
+        "--column",
+        "chosen=liked",
+        "--column",
+        "rejected=other",
+    ]
+    for command in (["personalize", run, "--pairs"], ["preferences", run, "--data"]):
+        assert main([*command, str(file)]) == 2
+        assert "own.jsonl:1" in capsys.readouterr().err
+        assert main([*command, str(file), *named]) == 0
+        assert "Traceback" not in capsys.readouterr().err

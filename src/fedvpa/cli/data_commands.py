@@ -8,14 +8,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fedvpa.cli.options import columns_given, say_notes
+from fedvpa.cli.reading import read_as_asked, say_notes
 from fedvpa.config import PersonasConfig, build_config
 from fedvpa.console import Reporter, emit_json
 from fedvpa.data.inspection import inspect_pairs
 from fedvpa.data.personas import ATTRIBUTES, UNSEEN, personas, user_vector
 from fedvpa.data.preferences import to_record, to_transcripts
 from fedvpa.data.published import read_published
-from fedvpa.data.reading import PairSet, read_pairs
 from fedvpa.errors import BadInputError, RecordError
 from fedvpa.files import claim, write_atomically
 from fedvpa.foreign import harmless
@@ -23,9 +22,9 @@ from fedvpa.foreign import harmless
 
 def run_inspect(arguments: argparse.Namespace, reporter: Reporter) -> int:
     """Print what a source holds, and three of its records as they were understood."""
-    source, test = _read(arguments, arguments.split), None
+    source, test = read_as_asked(arguments, arguments.source, arguments.split), None
     if arguments.test_split:
-        test = _read(arguments, arguments.test_split)
+        test = read_as_asked(arguments, arguments.source, arguments.test_split)
     found = inspect_pairs(source, test)
     reporter.say(
         f"{arguments.source}: {found['pairs']} pairs, {found['prompts']} prompts,"
@@ -65,13 +64,6 @@ def run_inspect(arguments: argparse.Namespace, reporter: Reporter) -> int:
     return 0
 
 
-def _read(arguments: argparse.Namespace, split: str | None) -> PairSet:
-    return read_pairs(
-        arguments.source, split, arguments.on_bad_record, columns=columns_given(arguments),
-        score_margin=arguments.score_margin,
-    )  # fmt: skip
-
-
 def _show(reporter: Reporter, example: dict[str, Any]) -> None:
     """One record, turn by turn."""
     owner = "" if example["client_id"] is None else f", client {example['client_id']}"
@@ -93,7 +85,7 @@ def run_convert(arguments: argparse.Namespace, reporter: Reporter) -> int:
             arguments.published, arguments.source, arguments.split, arguments.score_margin
         )
         if arguments.published
-        else _read(arguments, arguments.split)
+        else read_as_asked(arguments, arguments.source, arguments.split)
     )
     say_notes(reporter, source)
     made, lost = list[dict[str, Any]](), 0

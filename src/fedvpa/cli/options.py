@@ -218,16 +218,6 @@ def _columns(given: Sequence[str]) -> dict[str, str]:
         raise BadInputError(f"--column: {error}") from error
 
 
-def say_notes(reporter: Any, source: Any) -> None:
-    """How a source was understood, and what was left out of it."""
-    for note in source.notes:
-        reporter.say(note)
-    for reason, count in source.skipped.items():
-        reporter.say(f"skipped: {count} x {reason}")
-    for line in source.first_skipped[:3]:
-        reporter.say(f"  {line}")
-
-
 def add_json(parser: argparse.ArgumentParser, what: str) -> None:
     """``--json [FILE]``."""
     parser.add_argument(

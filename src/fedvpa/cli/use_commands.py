@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fedvpa.cli.options import columns_given, say_notes
+from fedvpa.cli.reading import read_as_asked, say_notes
 from fedvpa.console import Reporter, emit_json
 from fedvpa.data.messages import prompt_of, tidy
-from fedvpa.data.reading import read_pairs
 from fedvpa.data.tables import member_of, rows_of
 from fedvpa.errors import BadInputError, RecordError
 from fedvpa.experiment.preferences import described
@@ -19,10 +18,7 @@ from fedvpa.records import Item
 
 def run_personalize(arguments: argparse.Namespace, reporter: Reporter) -> int:
     """Print who the user resembles and how sure that is."""
-    source = read_pairs(
-        arguments.pairs, None, arguments.on_bad_record, columns=columns_given(arguments),
-        score_margin=arguments.score_margin,
-    )  # fmt: skip
+    source = read_as_asked(arguments, arguments.pairs)
     say_notes(reporter, source)
     model = PreferenceModel(arguments.directory)
     user = model.personalize(source.pairs)
@@ -53,8 +49,12 @@ def run_preferences(arguments: argparse.Namespace, reporter: Reporter) -> int:
     """List the preferences with what tells them apart."""
     if arguments.top < 0:
         raise BadInputError("--top: at least 0")
-    model = PreferenceModel(arguments.directory)
-    rows = described(model, arguments.data, arguments.split, arguments.top)
+    model, pairs = PreferenceModel(arguments.directory), None
+    if arguments.data is not None:
+        source = read_as_asked(arguments, arguments.data, arguments.split)
+        say_notes(reporter, source)
+        pairs = source.pairs
+    rows = described(model, pairs, arguments.top)
     for row in rows:
         share = "" if row["share"] is None else f", {row['share']:.0%} of the users"
         near = "" if row["nearest_group"] is None else f", mostly {row['nearest_group']}"

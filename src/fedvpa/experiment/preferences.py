@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fedvpa.config import FEDERATION
 from fedvpa.data.partition import without_duplicates
-from fedvpa.data.reading import read_pairs
 from fedvpa.errors import BadInputError
 from fedvpa.experiment.dataset import training_data
 from fedvpa.experiment.use import PreferenceModel, Selector
@@ -60,15 +59,14 @@ def preference_names(groups: Sequence[str | None]) -> list[str]:
 
 
 def described(
-    model: PreferenceModel, source: str | None = None, split: str | None = None, top: int = 3
+    model: PreferenceModel, pairs: Sequence[PreferencePair] | None = None, top: int = 3
 ) -> list[dict[str, Any]]:
     """Each preference: name, share of users, group of most clients near it, and the pairs that it
     decides most unlike the other preferences.
 
     Args:
         model: the selector.
-        source: pairs to look at (None: those that the run was trained on).
-        split: only files called ``SPLIT.*``.
+        pairs: those to look at (None: those that the run was trained on).
         top: pairs per preference.
 
     Raises:
@@ -77,7 +75,7 @@ def described(
     names = list(named_preferences(model))
     population, prototypes = model.population, model.prototypes
     assert prototypes is not None
-    pairs = _pairs(model, source, split)
+    pairs = _some(_trained_pairs(model) if pairs is None else pairs)
     margins = model.margins(pairs, prototypes)
     # against the mean over the other preferences; a single one is shown what it likes most
     others = (margins.sum(0) - margins) / max(1, len(names) - 1)
@@ -94,17 +92,17 @@ def described(
     return rows
 
 
-def _pairs(model: PreferenceModel, source: str | None, split: str | None) -> list[PreferencePair]:
+def _trained_pairs(model: PreferenceModel) -> list[PreferencePair]:
     config = model.run.config
-    if source is not None:
-        found = read_pairs(source, split).pairs
-    elif config.data.source == FEDERATION:
+    if config.data.source == FEDERATION:
         raise BadInputError(
             "preferences: the pairs of a federation are its clients'; say which to look at, --data"
         )
-    else:
-        found = [pair for client in training_data(config).train for pair in client.pairs]
-    distinct = without_duplicates(found)
+    return [pair for client in training_data(config).train for pair in client.pairs]
+
+
+def _some(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
+    distinct = without_duplicates(pairs)
     step = max(1, len(distinct) // MOST_PAIRS)
     return distinct[::step][:MOST_PAIRS]
 

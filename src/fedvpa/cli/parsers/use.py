@@ -23,6 +23,7 @@ def preferences(parser: argparse.ArgumentParser, asked: Asked) -> None:
         "--data", metavar="SOURCE", help="pairs to look at (default: those of training)"
     )
     parser.add_argument("--split", help="only files called SPLIT.*")
+    add_reading(parser)
     parser.add_argument("--top", type=int, default=3, help="pairs per preference (default: 3)")
     add_json(parser, "them")
     add_common(parser)
