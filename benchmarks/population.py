@@ -41,7 +41,7 @@ def configuration(clients: int, more: Mapping[str, Any] | None = None) -> Config
     """fedvpa-gp on personas of two groups, ten pairs each, a fifth of them held out."""
     data = {"clients": clients, "personas": {"groups": 2, "pairs": 10}, "validation_share": 0.2}
     return build_config(
-        merged({"method": "fedvpa-gp", "prototypes": {"modes": 2}, "data": data}, more or {})
+        merged({"method": "fedvpl+anchors", "prototypes": {"modes": 2}, "data": data}, more or {})
     )
 
 
@@ -57,7 +57,7 @@ def prepare(clients: int, seed: int = 0) -> Data:
     others = training_data(configuration(60, {"seed": 1}))
     features, _ = features_of([*found.train, *found.validation], cache, progress)
     public, _ = features_of(others.train, cache, progress)
-    whitener = Whitener.fit(torch.cat(public), config.model.inputs)
+    whitener = Whitener.fit(torch.cat(public), config.model.inputs, config.model.white)
     half = len(found.train)
 
     def whitened_by(other: Whitener) -> Data:

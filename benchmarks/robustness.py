@@ -117,7 +117,7 @@ def whitened(data: Data, config: Config, attackers: Sequence[int], seed: int) ->
         if robust is None
         else robust_whitening(sums, robust)
     )
-    return data.whitened_by(Whitener.from_sums(total, config.model.inputs))
+    return data.whitened_by(Whitener.from_sums(total, config.model.inputs, config.model.white))
 
 
 def run(data: Data, kind: str, aggregator: dict[str, Any], share: float, seed: int) -> float:

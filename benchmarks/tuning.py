@@ -23,7 +23,7 @@ from fedvpa.experiment.train import train
 from fedvpa.methods import method as entry_of
 
 METHODS = (
-    "fedvpa-gp", "fedvpl", "fedvpl+mix", "fedvpl+ortho", "centralised-vpl", "fedavg-btl",
+    "fedvpl+anchors", "fedvpl", "fedvpl+mix", "fedvpl+ortho", "centralised-vpl", "fedavg-btl",
     "fedavg-btl-mlp",
     "fedavg-btl+finetune", "fedbiscuit", "oracle-group", "oracle-bayes",
 )  # fmt: skip

@@ -15,8 +15,8 @@ folder = sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()
 # 1. A federation of 16 built-in users with two opposed preferences, simulated in this process.
 #    `data` may be a file, a folder, a list of records, or a datasets.Dataset as well.
 run = train(
-    "personas", f"{folder}/run", clients=16, pairs=8, rounds=20, modes=2, inputs=16,
-    backbone="minilm", layer=0, progress=False,
+    "personas", f"{folder}/run", clients=16, pairs=8, rounds=20, backbone="minilm", layer=0,
+    progress=False,
 )  # fmt: skip
 print(f"{run.root.name}: {len(run.history)} rounds, {run.seconds:.0f} s")
 
@@ -32,7 +32,7 @@ questions = ("How do I cook rice?", "How do I cook lentils?", "How do I cook oat
 choices = [{"prompt": q, "chosen": long, "rejected": short} for q in questions]
 model = PreferenceModel(run)
 me = model.personalize(choices)
-print(f"|z| = {float(me.mean.norm()):.2f}, nearest component {me.nearest} ({me.nearest_group})")
+print(f"|z| = {float(me.mean.norm()):.2f}, surprise {me.surprise:.2f} nats per pair")
 
 # 4. Rewards of responses under that z, and under the z of somebody of whom nothing is known.
 replies = [("How do I cook beans?", short), ("How do I cook beans?", long)]

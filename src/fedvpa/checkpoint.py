@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from pydantic import BaseModel, Field, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -59,7 +60,11 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "finished": checkpoint.finished,
         "history": checkpoint.history,
     }
-    tensors = {name: value.contiguous() for name, value in checkpoint.state.tensors().items()}
+    # copies: what is served may share its memory with what it was chosen from
+    tensors = {
+        name: value.clone(memory_format=torch.contiguous_format)
+        for name, value in checkpoint.state.tensors().items()
+    }
     header["digest"] = _digest(header, tensors)
     # one key: equal states, equal bytes
     write_atomically(path, save(tensors, metadata={"fedvpa": json.dumps(header)}))

@@ -13,19 +13,26 @@ from fedvpa.errors import BadInputError
 
 EVERY = (
     "method", "preset", "seed", "out", "tracker", "features.*", "model.inputs",
+    "model.scaling",
     "data.source", "data.clients", "data.validation_share", "data.public", "data.corrupted",
-    "federation.rounds", "federation.cohort", "federation.local_steps", "federation.batch_size",
-    "federation.optimiser", "federation.learning_rate", "federation.weight_decay",
+    "data.content", "federation.rounds", "federation.cohort",
     "federation.aggregation", "federation.server_optimiser", "federation.server_learning_rate",
     "federation.backend", "federation.chunk", "federation.workers",
     "federation.checkpoint_every", "federation.validate_every",
 )  # fmt: skip
 """Settings that every method reads."""
 
+STEPS = (
+    "federation.local_steps", "federation.batch_size", "federation.optimiser",
+    "federation.learning_rate", "federation.weight_decay",
+)  # fmt: skip
+"""Settings of methods whose clients take steps of their own."""
+
 LATENT = (
-    "model.latent", "model.encoder_hidden", "model.odd_mean", "model.pooling", "model.conditioning",
-    "model.decoder_scale", "prior.kind", "prototypes.kind", "prototypes.modes", "inference.kind",
-    "objective.kl_weight", "objective.kl_schedule", "objective.free_bits", "objective.samples",
+    *STEPS, "model.latent", "model.encoder_hidden", "model.odd_mean", "model.pooling",
+    "model.conditioning", "model.decoder_scale", "prior.kind", "prototypes.kind",
+    "prototypes.modes", "inference.kind", "objective.kl_weight", "objective.kl_schedule",
+    "objective.free_bits", "objective.samples",
     "federation.protocol", "federation.posterior_from", "federation.context_share",
     "federation.aggregator", "federation.max_norm",
 )  # fmt: skip
@@ -50,6 +57,7 @@ class Method:
         latent: whether it infers a latent preference.
         networked: whether it runs as a federation across machines.
         role: `monolithic` or `oracle`: closure counts from the best of the first to the second.
+        published: what it is under ``--preset paper``, where that is built of other parts.
     """
 
     about: str
@@ -64,6 +72,7 @@ class Method:
     latent: bool = False
     networked: bool = False
     role: str = ""
+    published: Method | None = None
 
 
 _SELECTOR: dict[str, Any] = {
@@ -78,14 +87,42 @@ _REWARD: dict[str, Any] = {
     "algorithm": "fedvpa.federated.rewards:build",
     "clients": "fedvpa.federated.rewards:build_clients",
     "reward": "fedvpa.selector.reward:build_linear",
+    "reads": STEPS,
 }
 _BAYES = {"inference": {"kind": "population"}}
 _ANCHORS = {"prototypes": {"kind": "anchored"}, "objective": {"pull_weight": 0.01}}
 _PEERS = {"prior": {"kind": "peers", "weights": "gumbel", "members": "last-round"}}
 _LEARNED = {"prototypes": {"kind": "learned", "modes": 2}}
 
+_PUBLISHED = Method(
+    "the published method: encoder and conditioned reward, mixture prior of the peers, orthogonal "
+    "prototypes",
+    "Bayes over components that are fitted after training",
+    **_SELECTOR,
+    paper=_BAYES | _PEERS | _LEARNED,
+)
+
 METHODS: dict[str, Method] = {
     "fedvpa-gp": Method(
+        "a bilinear reward under a federated mixture prior, whose order and width are chosen by "
+        "held-out contents",
+        "Bayes under the mixture prior",
+        algorithm="fedvpa.federated.bayes.server:build",
+        clients="fedvpa.federated.bayes.clients:build",
+        reward="fedvpa.selector.heads:build_head",
+        reads=("model.latent", "population.*"),
+        defaults={
+            "model": {"inputs": 128, "scaling": "principal"},
+            "federation": {
+                "aggregation": "samples",
+                "server_optimiser": "adam",
+                "server_learning_rate": 0.05,
+            },
+        },
+        latent=True,
+        published=_PUBLISHED,
+    ),
+    "fedvpl+anchors": Method(
         "FedVPL for 2/5 of the rounds (`prototypes.start_round`), then anchored components, to "
         "which the encoder is pulled",
         "Bayes over the components",
@@ -95,7 +132,6 @@ METHODS: dict[str, Method] = {
             "prototypes": {"kind": "anchored"},
             "objective": {"pull_weight": 0.01, "reward_decay": 0.03},
         },
-        paper=_PEERS | _LEARNED,
     ),
     "fedvpl": Method(
         "encoder and conditioned reward (M1, M2), prior N(0, I)", "the encoder's mean", **_SELECTOR
@@ -116,16 +152,19 @@ METHODS: dict[str, Method] = {
     ),
     "fedavg-btl-mlp": Method(
         "one shared reward, an MLP", "the same for everybody",
-        **_REWARD | {"reward": "fedvpa.selector.reward:build_mlp"},
-        reads=("model.reward_hidden",), role="monolithic",
+        **_REWARD | {"reward": "fedvpa.selector.reward:build_mlp",
+                   "reads": (*STEPS, "model.reward_hidden")},
+        role="monolithic",
     ),
     "fedavg-btl+finetune": Method(
-        "one shared linear reward", "local steps on the user's context", **_REWARD,
-        reads=("federation.finetune_steps",), options={"finetune": True},
+        "one shared linear reward", "local steps on the user's context",
+        **_REWARD | {"reads": (*STEPS, "federation.finetune_steps")}, options={"finetune": True},
     ),
     "fedbiscuit": Method(
-        "U rewards, of which clients choose the best in equal numbers", "majority vote", **_REWARD,
-        reads=("federation.selectors", "federation.regroup_every"), options={"sharing": "best"},
+        "U rewards, of which clients choose the best in equal numbers", "majority vote",
+        **_REWARD
+        | {"reads": (*STEPS, "federation.selectors", "federation.regroup_every")},
+        options={"sharing": "best"},
     ),
     "local": Method(
         "nothing is shared", "a reward that is fitted to the user's context", **_REWARD,
@@ -146,6 +185,9 @@ METHODS: dict[str, Method] = {
     ),
 }  # fmt: skip
 
+DEPLOYED = "fedvpl+anchors"
+"""The method of a federation across machines, and of plans for privacy, unless another is named."""
+
 PAPER: dict[str, Any] = {
     "model": {
         "latent": 32, "encoder_hidden": (512, 256, 128), "odd_mean": False, "shrinkage": 0.0,
@@ -158,6 +200,16 @@ PAPER: dict[str, Any] = {
     },
 }  # fmt: skip
 """The published settings, ``--preset paper``; each method adds its own `Method.paper`."""
+
+
+def entry_of(name: str, preset: str = "default") -> Method:
+    """What the method is under a preset.
+
+    Raises:
+        BadInputError: no such method; the known ones are listed.
+    """
+    found = method(name)
+    return found.published if preset == "paper" and found.published is not None else found
 
 
 def method(name: str) -> Method:

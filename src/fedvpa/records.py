@@ -47,6 +47,13 @@ class PreferencePair:
         """Hash of the prompt alone."""
         return _digest([f"{m.role}\x1f{m.content}" for m in self.prompt])
 
+    def content_hashes(self) -> tuple[int, int, int]:
+        """Hashes, below 2^62, of the prompt, and of the chosen and the rejected response to it."""
+        prompt = self.prompt_key()
+        keys = (prompt, _digest((prompt, self.chosen)), _digest((prompt, self.rejected)))
+        first, second, third = (int(key[:16], 16) >> 2 for key in keys)
+        return first, second, third
+
 
 def _digest(parts: list[str] | tuple[str, ...]) -> str:
     return hashlib.sha256("\x1e".join(parts).encode()).hexdigest()[:32]

@@ -57,7 +57,10 @@ def test_settings_that_cannot_be_are_refused(
     [
         (["--device", "foo"], "device 'foo': not a torch device"),
         (["--device", "cuda:64"], "this machine (or this build of torch) has"),
-        (["--rounds", "1"], "give 2 rounds or more, or --method fedvpl"),
+        (
+            ["--method", "fedvpl+anchors", "--rounds", "1"],
+            "give 2 rounds or more, or --method fedvpl",
+        ),
         (["--local-steps", "1e9"], "local_steps"),
         (["--backbone", "my/model"], "write hf://my/model"),
         (["--backbone", "./nothing"], "there is no such folder"),

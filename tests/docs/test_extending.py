@@ -47,9 +47,9 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
     with pytest.raises(BadInputError, match="unknown reward head 'linear'"):
         build_config({"model": {"conditioning": "linear"}})
     with pytest.raises(BadInputError, match="'no_such_module:THING' cannot be imported"):
-        build_config({"federation": {"aggregator": "no_such_module:THING"}})
+        build_config({"method": "fedvpl", "federation": {"aggregator": "no_such_module:THING"}})
     with pytest.raises(BadInputError, match=r"is a type, not a fedvpa\.Part"):
-        build_config({"federation": {"aggregator": "pathlib:Path"}})
+        build_config({"method": "fedvpl", "federation": {"aggregator": "pathlib:Path"}})
     with pytest.raises(BadInputError, match=r"unknown judge 'gpt' \(known: exact, reward, endpoi"):
         build_judges(["gpt"], Judging([], [], ""))
 
@@ -64,5 +64,5 @@ def test_a_module_of_the_current_folder_is_found(
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
-    config = build_config({"federation": {"aggregator": "lies_here:MINE"}})
+    config = build_config({"method": "fedvpl", "federation": {"aggregator": "lies_here:MINE"}})
     assert config.federation.aggregator == "lies_here:MINE"

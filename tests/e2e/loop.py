@@ -16,8 +16,8 @@ from fedvpa.network.wire import Packet, pack, unpack
 
 Tamper = Callable[[int, Packet, Packet], Packet | bytes | str]
 TRAINING: dict[str, Any] = {
-    "method": "fedvpa-gp", "model": {"inputs": 6, "latent": 3}, "prototypes": {"start_round": 2,
-    "modes": 2},
+    "method": "fedvpl+anchors", "model": {"inputs": 6, "latent": 3},
+    "prototypes": {"start_round": 2, "modes": 2},
     "federation": {"rounds": 3, "local_steps": 4, "validate_every": 1, "checkpoint_every": 1},
 }  # fmt: skip
 

@@ -34,7 +34,7 @@ def aligned(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     folder = tmp_path_factory.mktemp("align")
     os.environ["FEDVPA_CACHE"] = str(folder / "cache")
     data, run, out = write_groups(folder / "data"), folder / "run", folder / "policy"
-    more = {"rounds": 12, "prototypes.start_round": 6, "learning-rate": 0.02}
+    more = {"rounds": 12, "population.structure": "groups", "population.order": 2}
     assert (
         main(["train", "--data", str(data), "--split", "train", *flags(tiny_model, run, **more)])
         == 0

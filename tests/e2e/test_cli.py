@@ -25,12 +25,17 @@ from tests.conftest import write_groups
 GOOD = {"prompt": "is tea good", "chosen": "yes", "rejected": "no"}
 
 
+STEPS = ("local-steps", "learning-rate", "prototypes.start_round")
+
+
 def flags(model: Path, out: Path, **more: object) -> list[str]:
     values = {
         "backbone": model, "layer": 2, "dtype": "float32", "clients": 6, "rounds": 6,
         "local-steps": 5, "out": out,
         "inputs": 16, "latent": 4, "checkpoint-every": 2, "validate-every": 2, **more,
     }  # fmt: skip
+    if values.get("method", "fedvpa-gp") == "fedvpa-gp":  # its clients take no steps of their own
+        values = {name: value for name, value in values.items() if name not in STEPS}
     return [part for name, value in values.items() for part in (f"--{name}", str(value))]
 
 
@@ -40,7 +45,7 @@ def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     folder = tmp_path_factory.mktemp("cli")
     data, out = write_groups(folder / "data"), folder / "run"
     os.environ["FEDVPA_CACHE"] = str(folder / "cache")
-    more = {"rounds": 12, "prototypes.start_round": 6, "learning-rate": 0.02}
+    more = {"rounds": 12, "population.structure": "groups", "population.order": 2}
     assert (
         main(["train", "--data", str(data), "--split", "train", *flags(tiny_model, out, **more)])
         == 0
@@ -167,11 +172,11 @@ def test_broken_files_are_refused_with_name_and_line_and_nothing_is_written(
             "prior.kind is set but would not be read",
         ),
         (
-            ["--prior.weights", "uniform"],
+            ["--method", "fedvpl", "--prior.weights", "uniform"],
             "prior.weights is set but would not be read: prior.kind is gaussian",
         ),
         (["--data", "nowhere/at/all.jsonl"], "nowhere/at/all.jsonl: no such file or folder"),
-        (["--prototypes.kind", "fixed"], "need a number of modes"),
+        (["--method", "fedvpl+ortho", "--prototypes.kind", "fixed"], "need a number of modes"),
         (["--tracker", "paper"], "tracker: Input should be 'none'"),
     ],
 )
@@ -341,11 +346,11 @@ def test_a_federation_s_project_is_whole_or_is_not_written(
         main(["federation", "init", str(tmp_path / "f"), *named, "--rounds", "7", "--quiet"]) == 0
     )
     settings = yaml.safe_load((tmp_path / "f" / "server.yaml").read_text())
-    assert settings["training"] == {"federation": {"rounds": 7}}
+    assert settings["training"] == {"method": "fedvpl+anchors", "federation": {"rounds": 7}}
     public = ["--public", str(pairs), "--validation-share", "0.2", "--quiet"]
     assert main(["federation", "init", str(tmp_path / "g"), *named, *public]) == 0
     written = yaml.safe_load((tmp_path / "g" / "server.yaml").read_text())["training"]
-    assert written == {"data": {"public": str(pairs), "validation_share": 0.2}}
+    assert written["data"] == {"public": str(pairs), "validation_share": 0.2}
     assert (tmp_path / "f" / "clients" / "a" / "node.key").stat().st_mode & 0o077 == 0
     assert main(["federation", "init", str(tmp_path / "f"), *named]) == 2
     assert "not empty" in capsys.readouterr().err

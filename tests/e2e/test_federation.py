@@ -26,7 +26,7 @@ from tests.e2e.federation import Federation
 pytestmark = pytest.mark.slow
 
 TRAINING: dict[str, Any] = {
-    "method": "fedvpa-gp",
+    "method": "fedvpl+anchors",
     "model": {"inputs": 6, "latent": 3},
     "prototypes": {"start_round": 2, "modes": 2},
     "federation": {"rounds": 3, "local_steps": 4, "validate_every": 1, "checkpoint_every": 1},

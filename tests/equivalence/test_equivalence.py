@@ -25,7 +25,7 @@ SMALL: dict[str, Any] = {
     "federation": {"rounds": 4, "cohort": 5, "local_steps": 4, "learning_rate": 0.02},
 }
 VARIANTS: dict[str, dict[str, Any]] = {method: {"method": method} for method in METHODS}
-VARIANTS["fedvpa-gp"] = {"method": "fedvpa-gp", "prototypes": {"start_round": 2}}
+VARIANTS["fedvpl+anchors"] = {"method": "fedvpl+anchors", "prototypes": {"start_round": 2}}
 VARIANTS["fedvpl+ortho"] = {"method": "fedvpl+ortho", "prototypes": {"start_round": 2}}
 VARIANTS["paper"] = {"method": "fedvpa-gp", "preset": "paper", "prototypes": {"modes": 2}}
 VARIANTS["peers, disjoint, film"] = {
@@ -49,7 +49,9 @@ VARIANTS["sgd with momentum"] = {
 
 def config_of(name: str, **federation: Any) -> Config:
     return build_config(
-        settings_for(VARIANTS[name]["method"], SMALL), VARIANTS[name], {"federation": federation}
+        settings_for(VARIANTS[name]["method"], SMALL, VARIANTS[name].get("preset", "default")),
+        VARIANTS[name],
+        {"federation": federation},
     )
 
 
@@ -154,7 +156,7 @@ def test_peers_prior_of_one_standard_peer_equals_the_gaussian_prior() -> None:
 
 
 @pytest.mark.parametrize("backend", ["vectorised", "sequential"])
-@pytest.mark.parametrize("method", ["fedvpa-gp", "fedavg-btl", "centralised-vpl"])
+@pytest.mark.parametrize("method", ["fedvpl+anchors", "fedavg-btl", "centralised-vpl"])
 def test_nan_in_a_client_stops_the_round_and_names_it(method: str, backend: str) -> None:
     store = synthetic_store()
     broken = store.difference.clone()
@@ -202,7 +204,7 @@ def test_prior_logits_stay_private_and_of_absent_peers_untouched() -> None:
 def test_anchors_are_fitted_once_and_then_stay(start: int) -> None:
     store = synthetic_store()
     config = build_config(
-        SMALL, {"method": "fedvpa-gp", "prototypes": {"start_round": start, "modes": 2}}
+        SMALL, {"method": "fedvpl+anchors", "prototypes": {"start_round": start, "modes": 2}}
     )
     algorithm, clients = build_method(config, store)
     state, fitted = algorithm.init(store.roster), []
@@ -214,13 +216,13 @@ def test_anchors_are_fitted_once_and_then_stay(start: int) -> None:
     assert all(torch.equal(mean, fitted[first]) for mean in fitted[first:])
     assert "pull" in diagnostics
     with pytest.raises(BadInputError, match="leaves none in which the anchors act"):
-        build_config(SMALL, {"method": "fedvpa-gp", "prototypes": {"start_round": 4}})
+        build_config(SMALL, {"method": "fedvpl+anchors", "prototypes": {"start_round": 4}})
 
 
 def test_withheld_choices_are_not_trained_on_until_the_anchors_are_fitted_and_then_they_are() -> (
     None
 ):
-    config = build_config(SMALL, {"method": "fedvpa-gp", "prototypes": {"start_round": 2}})
+    config = build_config(SMALL, {"method": "fedvpl+anchors", "prototypes": {"start_round": 2}})
     store = synthetic_store(clients=12, pairs=15)
     _, clients = build_method(config, store)
     everyone = torch.arange(len(store))
@@ -246,7 +248,7 @@ def test_withheld_choices_are_not_trained_on_until_the_anchors_are_fitted_and_th
 def test_the_number_of_anchors_is_found_from_the_clients_choices(groups: int) -> None:
     store = synthetic_store(clients=24, pairs=30, inputs=8, groups=groups)
     more = {
-        "method": "fedvpa-gp",
+        "method": "fedvpl+anchors",
         "prototypes": {"start_round": 8},
         "federation": {"rounds": 9, "cohort": 0, "local_steps": 15},
     }

@@ -28,7 +28,8 @@ def names(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     data = write_groups(folder / "data")
     run = fedvpa.train(
         data, folder / "run", split="train", clients=4, rounds=4, backbone=str(tiny_model), layer=2,
-        inputs=8, latent=4, modes=2, progress=False,
+        inputs=8, latent=4, progress=False,
+        population={"structure": "groups", "order": 2},
     )  # fmt: skip
     pairs = fedvpa.read_pairs(data, "test").pairs
     return {"run": run, "test_pairs": pairs}

@@ -123,7 +123,9 @@ def test_help_shows_what_the_method_reads_with_its_defaults(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     default = shown(capsys, "train", "--help-all")
-    assert "(default: 0.03)" in default[default.rindex("--reward-decay") :][:200]
+    assert "(default: 128)" in default[default.rindex("--inputs") :][:200]
+    anchors = shown(capsys, "train", "--method", "fedvpl+anchors", "--help-all")
+    assert "(default: 0.03)" in anchors[anchors.rindex("--reward-decay") :][:200]
     assert "--selectors" not in default
     assert "--server-learning-rate" not in shown(capsys, "train", "--help")
     other = shown(capsys, "train", "--method", "fedbiscuit", "--help-all")

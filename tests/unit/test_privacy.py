@@ -140,7 +140,7 @@ def test_cohorts_are_independent_draws() -> None:
 def private_config(**privacy: float):
     return build_config(
         {
-            "method": "fedvpa-gp", "model": {"inputs": 8, "latent": 4, "encoder_hidden": (6,)},
+            "method": "fedvpl+anchors", "model": {"inputs": 8, "latent": 4, "encoder_hidden": (6,)},
             "data": {"public": "p", "clients": 40}, "prior": {"kind": "components"},
             "prototypes": {"modes": 2, "start_round": 2},
             "federation": {"rounds": 4, "cohort": 10, "local_steps": 3},
@@ -190,7 +190,7 @@ def test_a_private_run_reports_epsilon_and_stops_at_its_budget() -> None:
 )
 def test_what_privacy_does_not_go_with(change: dict, message: str) -> None:  # type: ignore[type-arg]
     given = {
-        "method": "fedvpa-gp", "data": {"public": "p"}, "prior": {"kind": "components"},
+        "method": "fedvpl+anchors", "data": {"public": "p"}, "prior": {"kind": "components"},
         "prototypes": {"modes": 2},
         "privacy": {"enabled": True},
     }  # fmt: skip

@@ -9,6 +9,7 @@ from fedvpa.cli.options import columns_given
 from fedvpa.console import Reporter, emit_json
 from fedvpa.evaluation.report import render_report
 from fedvpa.evaluation.statistics import show, told_apart
+from fedvpa.evaluation.verdict import found_structure
 from fedvpa.experiment.evaluate import evaluate
 from fedvpa.experiment.subjects import EvaluationSettings
 from fedvpa.files import write_atomically
@@ -34,6 +35,10 @@ def run_evaluate(arguments: argparse.Namespace, reporter: Reporter) -> int:
     reporter.table(
         f"{results['run']['method']}: target pairs, disjoint from every context", columns, rows
     )
+    for said in results["verdict"].values():
+        reporter.say(said["sentence"])
+    if results["structure"]:
+        reporter.say(found_structure(results["structure"]))
     if "latent" in results:
         ari = results["latent"]["ari"]
         shown = "" if ari is None else f"ARI {ari:.2f}, "
@@ -60,5 +65,5 @@ def evaluation_settings(arguments: argparse.Namespace) -> EvaluationSettings:
         arguments.data, arguments.split, arguments.clients, arguments.context, arguments.repeats,
         arguments.seed,
         arguments.on_bad_record, arguments.unseen,
-        tuple(sorted(columns_given(arguments).items())),
+        tuple(sorted(columns_given(arguments).items())), arguments.content,
     )  # fmt: skip

@@ -13,13 +13,14 @@ from fedvpa.console import Reporter
 from fedvpa.data.memory import write_pairs
 from fedvpa.errors import BadInputError
 from fedvpa.experiment.dataset import training_data
+from fedvpa.methods import DEPLOYED
 from fedvpa.network.project import init_project
 from fedvpa.network.settings import ServerSettings, training_config
 
 
 def run_init(arguments: argparse.Namespace, reporter: Reporter) -> int:
     """Write the project."""
-    given = settings_given(arguments)
+    given = {"method": DEPLOYED} | settings_given(arguments)
     pairs = _named_pairs(arguments.client)
     if bool(pairs) == arguments.trial:
         raise BadInputError(

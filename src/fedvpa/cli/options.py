@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -41,6 +41,11 @@ class Asked:
     everything: bool = False
     method: str = "fedvpa-gp"
     preset: str = "default"
+    named: bool = False
+
+    def otherwise(self, method: str) -> Asked:
+        """The same with another method, unless one was named."""
+        return self if self.named else replace(self, method=method)
 
     @staticmethod
     def of(arguments: Sequence[str]) -> Asked:
@@ -50,6 +55,7 @@ class Asked:
             "--help-all" in arguments,
             method if method in METHODS else "fedvpa-gp",
             "paper" if preset == "paper" else "default",
+            bool(method),
         )
 
 

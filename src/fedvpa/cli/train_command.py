@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fedvpa.config import Config
+from fedvpa.config import Config, settings_read
 from fedvpa.console import Reporter, emit_json
 from fedvpa.errors import BadInputError
 from fedvpa.experiment.dataset import TrainingData, described
@@ -73,6 +73,16 @@ def _headline(config: Config) -> str:
     p = config.prototypes
     if not config.variational:
         return f"{config.method}, seed {config.seed}, {config.federation.rounds} rounds"
+    if "population.structure" in settings_read(config):
+        q = config.population
+        searched = ", ".join(
+            f"{name} {'searched' if value == 'auto' else value}"
+            for name, value in (
+                ("structure", q.structure), ("order", q.order), ("penalty", q.ridge),
+                ("width", q.width),
+            )
+        )  # fmt: skip
+        return f"{config.method}, seed {config.seed}, {config.federation.rounds} rounds: {searched}"
     prior = config.prior.kind + (
         f" with {config.prior.weights} weights" if config.prior.kind == "peers" else ""
     )

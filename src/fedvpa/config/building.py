@@ -14,7 +14,7 @@ from fedvpa.config.reads import leaf_settings, settings_read, settings_readable,
 from fedvpa.config.sections import Config
 from fedvpa.errors import BadInputError
 from fedvpa.foreign import harmless
-from fedvpa.methods import METHODS, PAPER, method
+from fedvpa.methods import METHODS, PAPER, entry_of, method
 
 
 def build_config(*layers: Mapping[str, Any]) -> Config:
@@ -58,7 +58,7 @@ def defaults_of(name: str, preset: str = "default") -> dict[str, Any]:
     if name not in METHODS:  # validation says so
         return {}
     if preset == "paper":
-        return merged(PAPER, method(name).paper)
+        return merged(PAPER, entry_of(name, preset).paper)
     return dict(method(name).defaults)
 
 
@@ -154,15 +154,15 @@ def what_is_read(config: Config) -> dict[str, Any]:
     return nested
 
 
-def settings_for(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Of settings that several methods share, those that this method can read.
+def settings_for(name: str, given: Mapping[str, Any], preset: str = "default") -> dict[str, Any]:
+    """Of settings that several methods share, those that this method can read under a preset.
 
     Names that no method knows are kept: validation refuses them.
     """
     if name not in METHODS:
         return dict(given)
     every = {s for m in METHODS for s in settings_readable(m)}
-    foreign = every - settings_readable(name)
+    foreign = every - settings_readable(name, preset)
     return _without(given, foreign, "")
 
 

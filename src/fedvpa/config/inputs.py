@@ -81,6 +81,13 @@ class DataConfig(Section):
             "mirrored: half of the clients hold the reversed labels on the pairs of the other half"
         ),
     )
+    content: Literal["new", "repeated"] = Field(
+        "new",
+        description=(
+            "new: context and targets share no response (nor a prompt, where there are enough), in"
+            " training, validation and evaluation"
+        ),
+    )
     corrupted: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="share of training clients whose labels are corrupted"
     )

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from fedvpa.config.sections import Config
-from fedvpa.methods import EVERY, METHODS, method
+from fedvpa.methods import EVERY, METHODS, Method, entry_of
 from fedvpa.parts import AGGREGATORS, HEADS, PRIORS, SOURCES, Table, is_reference, part
 
 Reads = tuple[str, ...]
@@ -107,18 +107,18 @@ def settings_read(config: Config) -> set[str]:
     anchored_sums = config.prior.kind == "components" and config.prototypes.kind == "anchored"
     # anchors take the place of the KL, so a prior of components is never its other side
     silent = set(PRIORS["components"].reads) if anchored_sums else set()
-    return _closure(config.method, lambda choice: _chosen(config, choice)) - silent
+    return _closure(config.entry, lambda choice: _chosen(config, choice)) - silent
 
 
 @lru_cache
-def settings_readable(name: str) -> set[str]:
+def settings_readable(name: str, preset: str = "default") -> set[str]:
     """Every setting that a run of this method reads with some choice of parts and values."""
-    return _closure(name, _all_of)
+    return _closure(entry_of(name, preset), _all_of)
 
 
-def _closure(name: str, reads_of: Any) -> set[str]:
+def _closure(entry: Method, reads_of: Any) -> set[str]:
     found: set[str] = set()
-    waiting = _expanded((*EVERY, *method(name).reads))
+    waiting = _expanded((*EVERY, *entry.reads))
     while waiting:
         found |= waiting
         chosen = [

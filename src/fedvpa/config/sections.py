@@ -16,7 +16,7 @@ from fedvpa.config.inputs import (
     Share,
 )
 from fedvpa.errors import BadInputError
-from fedvpa.methods import Method, method
+from fedvpa.methods import Method, entry_of, method
 from fedvpa.parts import AGGREGATORS, HEADS, PRIORS, Known
 
 PriorName = Annotated[str, AfterValidator(Known("prior", PRIORS))]
@@ -37,6 +37,13 @@ class ModelConfig(Section):
 
     inputs: Annotated[int, Field(gt=0, le=65_536)] = Field(
         32, description="dimensions p of the whitened features"
+    )
+    scaling: Literal["white", "principal"] = Field(
+        "white",
+        description=(
+            "scale of the inputs: each of unit variance; or principal components on one common"
+            " scale, the first of unit variance"
+        ),
     )
     latent: Annotated[int, Field(gt=0, le=4096)] = Field(
         16, description="dimensions d of the latent preference z"
@@ -59,6 +66,11 @@ class ModelConfig(Section):
     decoder_scale: Annotated[float, Field(gt=0)] = Field(
         0.15, description="initial scale of the effect of z on the reward"
     )
+
+    @property
+    def white(self) -> bool:
+        """Whether every input has unit variance."""
+        return self.scaling == "white"
 
 
 class PriorConfig(Section):
@@ -224,6 +236,43 @@ class FederationConfig(Section):
     validate_every: Positive = Field(5, description="rounds between validations")
 
 
+class PopulationConfig(Section):
+    """The federated mixture prior of `fedvpa-gp`, and how it is searched (M9)."""
+
+    structure: Literal["auto", "directions", "groups"] = Field(
+        "auto",
+        description=(
+            "directions: one wide component, for people who differ by degree; groups: narrow ones;"
+            " auto: by held-out contents"
+        ),
+    )
+    order: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = Field(
+        "auto", description="number of directions, or of groups"
+    )
+    ridge: NonNegative | Literal["auto"] = Field(
+        "auto", description="L2 penalty on the reward, per pair, in units of the first input"
+    )
+    width: Annotated[float, Field(ge=0, le=10)] | Literal["auto"] = Field(
+        "auto", description="factor on the prior's standard deviation (0: everybody is alike)"
+    )
+    folds: Annotated[int, Field(ge=2, le=20)] = Field(
+        3, description="parts of the contents, by which all this is chosen"
+    )
+    search: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.4, description="share of the rounds after which only the best structures go on"
+    )
+    splits: Annotated[int, Field(ge=1, le=100)] = Field(
+        2, description="divisions of a client's pairs into context and targets per round"
+    )
+    samples: Annotated[int, Field(ge=0, le=100)] = Field(
+        0, description="samples of z per division (0: the closed-form prediction)"
+    )
+    radius: Annotated[float, Field(gt=0)] = Field(
+        1.5, description="radius of the groups' orthogonal centres"
+    )
+    spread: Annotated[float, Field(gt=0)] = Field(0.14, description="standard deviation of a group")
+
+
 class InferenceConfig(Section):
     """How a user's z is inferred from a context."""
 
@@ -290,6 +339,7 @@ class Config(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     federation: FederationConfig = FederationConfig()
     inference: InferenceConfig = InferenceConfig()
+    population: PopulationConfig = PopulationConfig()
     privacy: PrivacyConfig = PrivacyConfig()
 
     @property
@@ -306,5 +356,5 @@ class Config(Section):
 
     @property
     def entry(self) -> Method:
-        """What the method is."""
-        return method(self.method)
+        """What the method is, under the preset."""
+        return entry_of(self.method, self.preset)

@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedvpa.config import MADE
+from fedvpa.data.content import Policy, contents, groups_apart
 from fedvpa.data.reading import FEW
 from fedvpa.errors import BadInputError
 from fedvpa.records import PreferencePair
@@ -281,9 +283,12 @@ def without_duplicates(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
     return list({pair.content_key(): pair for pair in reversed(pairs)}.values())[::-1]
 
 
-def split_off(client: ClientPairs, share: float, seed: int) -> tuple[ClientPairs, ClientPairs]:
+def split_off(
+    client: ClientPairs, share: float, seed: int, content: Policy = "repeated"
+) -> tuple[ClientPairs, ClientPairs]:
     """Divide a client's pairs at random: the larger part, and `share` of them (one at least if
-    there are five or more)."""
+    there are five or more). Under ``content: new`` no response of the one part is in the other, nor
+    a prompt where it can be helped: whole groups of pairs go to a part, as far as they fit."""
     count = len(client.pairs)
     held = round(share * count)
     if share > 0 and held == 0 and count >= 5:
@@ -293,9 +298,25 @@ def split_off(client: ClientPairs, share: float, seed: int) -> tuple[ClientPairs
     owner = client.name.removesuffix(MIRRORED)
     name = int.from_bytes(hashlib.sha256(owner.encode()).digest()[:8], "big")
     order = np.random.default_rng([seed, name]).permutation(count)
+    if content == "new" and held > 0:
+        order = _grouped(order, held, groups_apart(contents(client.pairs)))
+        held = int(order[0])
+        order = order[1:]
     parts = (sorted(order[held:].tolist()), sorted(order[:held].tolist()))
     first, second = (tuple(client.pairs[i] for i in index) for index in parts)
     return replace(client, pairs=first), replace(client, pairs=second)
+
+
+def _grouped(order: NDArray[np.int64], held: int, group: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many pairs are held out, and the order with these first: whole groups in the given order,
+    as long as they fit into `held`."""
+    taken = list[int]()
+    for g in dict.fromkeys(group[order].tolist()):
+        members = order[group[order] == g].tolist()
+        if len(taken) + len(members) <= held:
+            taken += members
+    rest = [i for i in order.tolist() if i not in set(taken)]
+    return np.array([len(taken), *taken, *rest], dtype=np.int64)
 
 
 def _pools(

@@ -13,29 +13,45 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from fedvpa.data.content import Policy, seen_before
 from fedvpa.evaluation.statistics import share
-from fedvpa.federated.algorithm import Predictor
-from fedvpa.federated.batch import ClientStore, first_pairs, select
+from fedvpa.federated.algorithm import Predictor, SharedBeside
+from fedvpa.federated.batch import ClientStore, first_pairs, select, trimmed, widths
+from fedvpa.federated.content import Divider
 from fedvpa.federated.random import stream
 from fedvpa.functional.preference import expected_calibration_error
 from fedvpa.telling import tell
-from fedvpa.types import PairBatch
+from fedvpa.types import PairBatch, Posterior
 
-CONTROLS = ("own", "other_group", "shuffled", "prior_mean", "flipped")
+CONTROLS = ("own", "other_group", "shuffled", "prior_mean", "shared", "flipped")
 """The client's own state; states of clients of the other groups; of a random other client; the
-prior mean; and the state inferred from the client's context with all labels reversed."""
+prior mean; a shared reward that was trained beside, where there is one; and the state inferred from
+the client's context with all labels reversed."""
+NUMBERS = 1 << 22
+"""Numbers of the padded pairs that are predicted side by side."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One division of every user's pairs: contexts [u, n] and targets [u, m], padded."""
+    """One division of every user's pairs: contexts [u, n] and targets [u, m], padded.
+
+    `overlap` says how many of a target's two responses the user has judged in the context (None:
+    unknown); `scored` marks the targets that count.
+    """
 
     context: PairBatch
     target: PairBatch
+    overlap: Int[Tensor, "u m"] | None = None
+    scored: Bool[Tensor, "u m"] | None = None
+
+    @property
+    def mask(self) -> Bool[Tensor, "u m"]:
+        """Targets that count."""
+        return self.target.mask if self.scored is None else self.target.mask & self.scored
 
 
 @dataclass
@@ -47,16 +63,23 @@ class Scores:
     nll: Float[Tensor, "u"]
     count: Float[Tensor, "u"]
     probability: list[Float[Tensor, "n"]] = field(default_factory=list)
+    overlap: Float[Tensor, "three three"] = field(default_factory=lambda: torch.zeros(3, 3))
+    """By the responses judged before (0, 1, 2): targets, right ones, and nats, of all targets."""
 
     @staticmethod
     def empty(users: int) -> Scores:
         """Scores of so many users, before the first trial."""
         return Scores(torch.zeros(users), torch.zeros(users), torch.zeros(users))
 
-    def add(self, margin: Float[Tensor, "u m"], mask: Tensor) -> None:
-        """Count a tie as half right."""
+    def add(self, margin: Float[Tensor, "u m"], mask: Tensor, trial: Trial | None = None) -> None:
+        """Count a tie as half right; of a `trial` with overlaps also by these."""
         weight = mask.to(margin.dtype)
         right = (margin > 0).to(margin.dtype) + 0.5 * (margin == 0).to(margin.dtype)
+        if trial is not None and trial.overlap is not None:
+            for k in range(3):
+                own = (trial.target.mask & (trial.overlap == k)).to(margin.dtype)
+                sums = (own.sum(), (right * own).sum(), (-logsigmoid(margin) * own).sum())
+                self.overlap[k] += torch.stack(sums)
         self.correct += (right * weight).sum(-1)
         self.nll += (-logsigmoid(margin) * weight).sum(-1)
         self.count += weight.sum(-1)
@@ -70,44 +93,90 @@ class Scores:
         """Negative log-likelihood per client, in nats per pair."""
         return (self.nll / self.count).tolist()
 
+    def pooled_accuracy(self) -> float:
+        """Accuracy over all targets; NaN without any."""
+        return float(self.correct.sum() / self.count.sum())
+
+    def pooled_nll(self) -> float:
+        """Negative log-likelihood over all targets, in nats per pair."""
+        return float(self.nll.sum() / self.count.sum())
+
     def ece(self) -> float:
         """Expected calibration error over all targets."""
         return expected_calibration_error(torch.cat(self.probability))
 
 
-def split_trials(store: ClientStore, context: int, repeats: int, seed: int) -> list[Trial]:
+def split_trials(
+    store: ClientStore, context: int, repeats: int, seed: int, content: Policy = "repeated"
+) -> list[Trial]:
     """Random divisions of every client's pairs: at most `context`, and at most half of them, as
-    context; targets the rest."""
+    context; targets are the rest, without those that share a response (or, where it can be helped,
+    a prompt) with the context, if ``content`` is ``new``."""
     everyone = torch.arange(len(store))
-    pairs = store.batch(everyone)
-    sizes = store.sizes
+    pairs, sizes = store.batch(everyone), store.sizes
+    row, _ = store.rows(everyone)
+    sides = Divider.of(store, content).sides(store, everyone)
+    # whole groups of pairs fill up to half of them; responses are dealt evenly
+    grouped = (sides.pairs.sum(-1) == sizes) & (sides.left == sides.right).all(-1)
+    held = torch.minimum(sizes // 2, torch.tensor(context))
+    share = torch.where(grouped, held / sizes.clamp_min(1), 0.5)
     trials = []
     for repeat in range(repeats):
-        keys = torch.full(pairs.mask.shape, 2.0)
+        keys, order = torch.zeros(sides.exists.shape), torch.full(pairs.mask.shape, 2.0)
         for c, name in enumerate(store.names):
-            keys[c, : int(sizes[c])] = torch.rand(
-                int(sizes[c]), generator=stream(seed, "split", repeat, name)
-            )
-        order = keys.argsort(-1)
-        held = torch.minimum(sizes // 2, torch.tensor(context))
-        position = torch.arange(pairs.mask.shape[-1])
-        width = int(held.max())
-        is_context = position < held.unsqueeze(-1)
-        is_target = (position >= held.unsqueeze(-1)) & (position < sizes.unsqueeze(-1))
+            generator = stream(seed, "split", repeat, name)
+            units, n = int(sides.exists[c].sum()), int(sizes[c])
+            keys[c, :units] = torch.rand(units, generator=generator)
+            order[c, :n] = torch.rand(n, generator=generator)
+        known, target = sides.dealt(keys, share)
+        # the context's pairs first, in random order, no more than asked for
+        first = torch.where(known, order, 2.0).argsort(-1)
+        position = torch.arange(order.shape[-1])
+        count = torch.minimum(known.sum(-1), torch.tensor(context))
+        is_context = position < count.unsqueeze(-1)
+        width = int(count.max())
+        chosen = first[:, :width]
+        marked = torch.zeros_like(target).scatter(-1, first, is_context)
+        overlap = _overlap(store.content, row, marked, row, target)
+        last = target.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+        last = last[:, : max(1, int(target.sum(-1).max()))]
         trials.append(
             Trial(
-                select(pairs, order[:, :width], is_context[:, :width]),
-                _left_aligned(select(pairs, order, is_target)),
+                select(pairs, chosen, is_context[:, :width]),
+                select(pairs, last, target.gather(-1, last)),
+                None if overlap is None else overlap.gather(-1, last),
             )
         )
     return trials
 
 
-def given_trial(context: ClientStore, target: ClientStore) -> Trial:
+def given_trial(context: ClientStore, target: ClientStore, content: Policy = "repeated") -> Trial:
     """Contexts and targets from two stores of the same clients (seen clients: their training pairs,
-    held-out pairs)."""
+    held-out pairs); with ``content: new`` only targets count of which the client has judged no
+    response in the context."""
     everyone = torch.arange(len(context))
-    return Trial(context.batch(everyone), target.batch(everyone))
+    known, asked = context.rows(everyone), target.rows(everyone)
+    overlap = None
+    if context.content is not None and target.content is not None:
+        overlap = _overlap(context.content, *known, *asked, target.content)
+    scored = overlap == 0 if content == "new" and overlap is not None else None
+    return Trial(context.batch(everyone), target.batch(everyone), overlap, scored)
+
+
+def _overlap(
+    content: Int[Tensor, "rows 3"] | None, row: Tensor, known: Tensor, other_row: Tensor,
+    asked: Tensor, other: Tensor | None = None,
+) -> Int[Tensor, "u m"] | None:  # fmt: skip
+    """How many responses of each target its user has judged in the context."""
+    if content is None:
+        return None
+    other = content if other is None else other
+    out = torch.zeros(asked.shape, dtype=torch.long)
+    for u in range(len(row)):
+        has = asked[u]
+        found = seen_before(other[other_row[u][has]].numpy(), content[row[u][known[u]]].numpy())
+        out[u, has] = torch.from_numpy(found)
+    return out
 
 
 class Validation(NamedTuple):
@@ -162,11 +231,60 @@ def _validated(
         return torch.zeros(0), torch.zeros(0)
     trial = given_trial(context, target)
     scores = Scores.empty(len(context))
-    scores.add(
-        predictor.margin(predictor.adapt(trial.context, group), trial.target), trial.target.mask
-    )
+    state = adapted(predictor, trial.context, group)
+    scores.add(margins(predictor, state, trial.target), trial.target.mask)
     own = target.sizes > 0
     return (scores.correct / scores.count)[own], (scores.nll / scores.count)[own]
+
+
+def adapted(
+    predictor: Predictor, context: PairBatch, group: Int[Tensor, "u"]
+) -> Float[Tensor, "u s"]:
+    """State of every user given its context, users of like size side by side."""
+    blocks = _blocks(context)
+    parts = [predictor.adapt(trimmed(context, index), group[index]) for index in blocks]
+    return torch.cat(parts)[torch.cat(blocks).argsort()]
+
+
+def margins(
+    predictor: Predictor, state: Float[Tensor, "u s"], target: PairBatch
+) -> Float[Tensor, "u m"]:
+    """Margins of every user's targets under its state, users of like size side by side."""
+    out = torch.zeros(target.mask.shape)
+    for index in _blocks(target):
+        found = predictor.margin(state[index], trimmed(target, index))
+        out[index, : found.shape[-1]] = found
+    return out
+
+
+def posteriors(infer: Callable[[PairBatch], Posterior], context: PairBatch) -> Posterior:
+    """Posteriors of all users, users of like size side by side."""
+    blocks = _blocks(context)
+    parts, order = [infer(trimmed(context, index)) for index in blocks], torch.cat(blocks).argsort()
+    return Posterior(*(torch.cat(list(values))[order] for values in zip(*parts)))
+
+
+def shares(infer: Callable[[PairBatch], Tensor], context: PairBatch) -> Float[Tensor, "u m"]:
+    """Responsibilities of all users, users of like size side by side."""
+    blocks = _blocks(context)
+    found = torch.cat([infer(trimmed(context, index)) for index in blocks])
+    return found[torch.cat(blocks).argsort()]
+
+
+def _blocks(batch: PairBatch) -> list[Int[Tensor, "b"]]:
+    """Users by the number of their pairs, as many side by side as `NUMBERS` allow, the largest of
+    them with at most twice the pairs of the smallest."""
+    size = widths(batch)
+    order, inputs = size.argsort(stable=True).tolist(), batch.difference.shape[-1]
+    out: list[list[int]] = []
+    for u in order:
+        n = int(size[u])
+        fits = out and n <= 2 * int(size[out[-1][0]]) + 8
+        if fits and (len(out[-1]) + 1) * n * inputs <= NUMBERS:
+            out[-1].append(u)
+        else:
+            out.append([u])
+    return [torch.tensor(block) for block in out]
 
 
 def reversed_labels(context: PairBatch) -> PairBatch:
@@ -182,21 +300,22 @@ def evaluate_controls(
     out = {name: Scores.empty(users) for name in CONTROLS}
     for repeat, trial in enumerate(trials):
         tell("scoring under the controls", repeat, len(trials))
-        own = predictor.adapt(trial.context, group)
-        mask = trial.target.mask
-        out["own"].add(predictor.margin(own, trial.target), mask)
-        out["prior_mean"].add(predictor.margin(predictor.neutral(users), trial.target), mask)
-        out["flipped"].add(
-            predictor.margin(predictor.adapt(reversed_labels(trial.context), group), trial.target),
-            mask,
-        )
+        own = adapted(predictor, trial.context, group)
+        mask = trial.mask
+        out["own"].add(margins(predictor, own, trial.target), mask, trial)
+        nobody = margins(predictor, predictor.neutral(users), trial.target)
+        out["prior_mean"].add(nobody, mask, trial)
+        if isinstance(predictor, SharedBeside):
+            out["shared"].add(predictor.shared_margin(trial.target), mask, trial)
+        turned = adapted(predictor, reversed_labels(trial.context), group)
+        out["flipped"].add(margins(predictor, turned, trial.target), mask)
         if users > 1:
             other = derangement(users, stream(seed, "shuffle", repeat))
-            out["shuffled"].add(predictor.margin(own[other], trial.target), mask)
+            out["shuffled"].add(margins(predictor, own[other], trial.target), mask)
         for other in _clients_of_other_groups(group, stream(seed, "other", repeat)):
             has = other >= 0
             out["other_group"].add(
-                predictor.margin(own[other.clamp_min(0)], trial.target), mask & has.unsqueeze(-1)
+                margins(predictor, own[other.clamp_min(0)], trial.target), mask & has.unsqueeze(-1)
             )
     tell("scoring under the controls", len(trials), len(trials))
     return {name: scores for name, scores in out.items() if scores.probability}
@@ -210,8 +329,8 @@ def evaluate_few_shot(
     for done, trial in enumerate(trials):
         tell("scoring by number of context pairs", done, len(trials))
         for size, scores in out.items():
-            state = predictor.adapt(first_pairs(trial.context, size), group)
-            scores.add(predictor.margin(state, trial.target), trial.target.mask)
+            state = adapted(predictor, first_pairs(trial.context, size), group)
+            scores.add(margins(predictor, state, trial.target), trial.mask)
     tell("scoring by number of context pairs", len(trials), len(trials))
     return out
 
@@ -271,9 +390,3 @@ def _clients_of_other_groups(
             chosen[members[g]] = other[pick]
         out.append(chosen)
     return out
-
-
-def _left_aligned(batch: PairBatch) -> PairBatch:
-    """Move the unmasked pairs to the front and cut the padding."""
-    order = batch.mask.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-    return select(batch, order[:, : int(batch.mask.sum(-1).max())], torch.tensor(True))

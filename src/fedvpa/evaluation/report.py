@@ -13,11 +13,13 @@ from torch import Tensor
 from fedvpa.evaluation import plots
 from fedvpa.evaluation.pages import render
 from fedvpa.evaluation.statistics import show, told_apart
+from fedvpa.evaluation.verdict import found_structure
 from fedvpa.types import Posterior
 
 _ROWS = (
     ("own", "own z"),
     ("worst_group", "own z, worst group"),
+    ("shared", "a shared reward, trained beside"),
     ("prior_mean", "prior mean (nothing known)"),
     ("shuffled", "another client's z"),
     ("other_group", "another group's z"),
@@ -70,6 +72,10 @@ def render_report(
         cards=_cards(results),
         columns=[name for name, _ in columns],
         rows=_rows(columns),
+        verdict=[said["sentence"] for said in results["verdict"].values()],
+        structure=found_structure(results["structure"]) if results["structure"] else "",
+        judged=_judged(results["structure"]),
+        overlap=_overlap(columns),
         plots=[{"svg": plots.svg(fig), "caption": caption} for caption, fig in figures],
         diagnostics=_diagnostics(results),
         manifest=results["communication"]["manifest"],
@@ -132,6 +138,35 @@ def _rows(columns: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
     rows.append({"name": "ECE, own z", "cells": [f"{part['ece']['own']:.3f}" for part in parts]})
     nll = [_cell(part["nll"]["own"]) for part in parts]
     return [*rows, {"name": "NLL, own z (nats per pair)", "cells": nll}]
+
+
+def _judged(structure: dict[str, Any] | None) -> list[list[str]]:
+    """Structures that were judged last, on contents that neither parameters nor context had
+    seen."""
+    rows = []
+    for row in (structure or {}).get("judged", []):
+        name = "one shared reward" if row["kind"] == "shared" else f"{row['order']} {row['kind']}"
+        rows.append([
+            name + " (served)" * row["picked"], f"{row['ridge']:g}", f"{row['width']:.2g}",
+            f"{row['nll']:.4f}", "-" if row["picked"] else f"{row['error']:.4f}",
+            f"{row['accuracy']:.3f}",
+        ])  # fmt: skip
+    return rows
+
+
+def _overlap(columns: list[tuple[str, dict[str, Any]]]) -> list[list[str]]:
+    """Targets by how many of their responses the user had judged before."""
+    rows = []
+    for name, part in columns:
+        for count, row in part["by_overlap"].items():
+            if not row["targets"]:
+                continue
+            own, prior = row["own"], row["prior_mean"]
+            rows.append([
+                name, count, f"{row['share']:.0%}", f"{own['accuracy']:.3f} / {own['nll']:.3f}",
+                f"{prior['accuracy']:.3f} / {prior['nll']:.3f}",
+            ])  # fmt: skip
+    return rows
 
 
 def _cell(value: dict[str, Any] | None) -> str:

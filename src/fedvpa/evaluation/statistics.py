@@ -56,7 +56,9 @@ def share(values: Sequence[float]) -> Interval:
     return Interval(mean=p, low=max(0.0, centre - half), high=min(1.0, centre + half), n=n)
 
 
-CONTROLS = ("own", "worst_group", "prior_mean", "shuffled", "other_group", "flipped")
+CONTROLS = (
+    "own", "worst_group", "shared", "prior_mean", "shuffled", "other_group", "flipped",
+)  # fmt: skip
 """Rows of an evaluation, in their order."""
 
 

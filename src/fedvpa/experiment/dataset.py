@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedvpa.config import Config
+from fedvpa.data.content import contents
 from fedvpa.data.partition import ClientPairs, corrupt, split_off
 from fedvpa.data.reading import pairs_by
 from fedvpa.data.sources import source_of
@@ -52,7 +53,8 @@ def public_whitener(
     if config.data.public is None:
         return None
     pairs = pairs_by(config.data, config.data.public).pairs
-    return Whitener.fit(cache.pairs(pairs, progress).values, config.model.inputs)
+    features = cache.pairs(pairs, progress).values
+    return Whitener.fit(features, config.model.inputs, config.model.white)
 
 
 def own_whitener(config: Config, features: Sequence[Float[Tensor, "_ 2 h"]]) -> Whitener:
@@ -60,9 +62,9 @@ def own_whitener(config: Config, features: Sequence[Float[Tensor, "_ 2 h"]]) -> 
     clients that the settings ask for."""
     robust = robust_of(config)
     if robust is None:
-        return Whitener.fit(torch.cat(list(features)), config.model.inputs)
+        return Whitener.fit(torch.cat(list(features)), config.model.inputs, config.model.white)
     sums = robust_whitening([WhiteningSums.of(own) for own in features], robust)
-    return Whitener.from_sums(sums, config.model.inputs)
+    return Whitener.from_sums(sums, config.model.inputs, config.model.white)
 
 
 def training_data(config: Config) -> TrainingData:
@@ -74,7 +76,8 @@ def training_data(config: Config) -> TrainingData:
     found = source_of(config.data).training(config.seed)
     clients = corrupt(found.clients, config.data.corrupted, config.data.corruption, config.seed)
     share = config.data.validation_share
-    parts = [split_off(client, share, config.seed) for client in clients]
+    content = config.data.content
+    parts = [split_off(client, share, config.seed, content) for client in clients]
     train = [a for a, _ in parts]
     # nobody else may train on them, whatever the label
     validation, _ = without_overlap([b for _, b in parts], train)
@@ -141,6 +144,7 @@ def to_store(
         [whitener.difference(f) for f in features],
         [whitener.common(f) for f in features] if needs_common else None,
         [presentation_order(c) for c in clients],
+        [torch.from_numpy(contents(c.pairs)) for c in clients],
     )
 
 

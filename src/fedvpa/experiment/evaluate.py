@@ -26,30 +26,35 @@ from fedvpa.evaluation.diagnostics import (
 from fedvpa.evaluation.protocol import (
     Scores,
     Trial,
+    adapted,
     by_group,
     evaluate_controls,
     evaluate_few_shot,
     given_trial,
     leaking_accuracy,
+    margins,
+    posteriors,
+    shares,
     split_trials,
 )
 from fedvpa.evaluation.statistics import interval, share
+from fedvpa.evaluation.verdict import by_overlap, compared_states, verdict_of
 from fedvpa.experiment.run import Run, open_run
 from fedvpa.experiment.subjects import EvaluationSettings, Subjects, subjects_of
 from fedvpa.experiment.train import manifest
+from fedvpa.federated.algorithm import LatentPredictor
 from fedvpa.federated.batch import ClientStore, Roster, concatenate
-from fedvpa.federated.messages import PROTOTYPES
 from fedvpa.federated.priors.peers import PeersPrior
 from fedvpa.federated.variational import FederatedVariational
 from fedvpa.functional.preference import mean_choice_loss
 from fedvpa.records import Progress
-from fedvpa.selector.predictor import VariationalPredictor
 from fedvpa.types import PairBatch, Posterior
 
 CONTEXT_SIZES = (0, 1, 2, 4, 8, 16, 32)
 _NOBODY: dict[str, Any] = {
     "accuracy": {}, "nll": {}, "ece": {}, "few_shot": {}, "per_client_accuracy": [],
-    "per_client_without_context": [], "targets_scored": 0,
+    "per_client_without_context": [], "targets_scored": 0, "by_pair": {}, "by_overlap": {},
+    "differences": {},
 }  # fmt: skip
 """What there is to say of unseen clients where nobody is unseen."""
 
@@ -93,26 +98,30 @@ def evaluate(
     names += sorted({g for g in others.groups if g is not None} - set(names))
     seen_group, unseen_group = _group_of(run.roster, names), _group_of(others, names)
     # 2. Controls and few-shot curves, of unseen clients and of those that were trained on.
-    predictor = run.predictor
+    predictor, content = run.predictor, settings.content or run.config.data.content
     sizes = sorted({s for s in CONTEXT_SIZES if s <= settings.context} | {settings.context})
     unseen_part, seen_part, trials = _NOBODY, None, list[Trial]()
     scores: dict[str, Scores] = {}
     if subjects.unseen is not None:
-        trials = split_trials(subjects.unseen, settings.context, settings.repeats, settings.seed)
+        trials = split_trials(
+            subjects.unseen, settings.context, settings.repeats, settings.seed, content
+        )
         unseen_part, scores = _part(predictor, trials, unseen_group, names, sizes, settings.seed)
     if run.store is not None and subjects.held_out is not None and subjects.held_out_pairs:
-        trial = given_trial(run.store, subjects.held_out)
+        trial = given_trial(run.store, subjects.held_out, content)
         seen_part, own = _part(predictor, [trial], seen_group, names, sizes, settings.seed)
         scores, trials = scores or own, trials or [trial]
     results = _described(run, settings, subjects, names) | unseen_part
     results |= {"seen": seen_part, "history": run.checkpoint.history}
+    results["verdict"] = verdict_of(results)
+    results["structure"] = run.told
     # 3. The latent, where there is one.
     seen = unseen_posterior = prototypes = None
-    if run.store is not None and isinstance(predictor, VariationalPredictor):
-        seen = predictor.amortised(_all_pairs(run.store))
-        prototypes = _prototypes(run)
+    if run.store is not None and isinstance(predictor, LatentPredictor):
+        seen = posteriors(predictor.amortised, _all_pairs(run.store))
+        prototypes = predictor.named
         if subjects.unseen is not None:
-            unseen_posterior = predictor.amortised(trials[0].context)
+            unseen_posterior = posteriors(predictor.amortised, trials[0].context)
         tested = unseen_group if subjects.unseen is not None else seen_group
         results |= _latent(run, predictor, trials, seen_group, tested)
         if subjects.corrupted.any():
@@ -148,6 +157,7 @@ def _described(
         },
         "protocol": {
             "context": settings.context, "repeats": settings.repeats, "disjoint": True,
+            "content": settings.content or config.data.content,
             "training_leaks": config.variational and config.federation.protocol == "single-pair",
             "interval": "95 % over clients: shares by Wilson with Student t, others by Student t",
         },
@@ -155,17 +165,18 @@ def _described(
 
 
 def _latent(
-    run: Run, predictor: VariationalPredictor, trials: list[Trial], seen_group: Int[Tensor, "k"],
+    run: Run, predictor: LatentPredictor, trials: list[Trial], seen_group: Int[Tensor, "k"],
     unseen_group: Int[Tensor, "u"],
 ) -> dict[str, Any]:  # fmt: skip
     """Diagnostics of the latent preference."""
     assert run.store is not None
-    pairs = _all_pairs(run.store)
-    seen, unseen = predictor.amortised(pairs), predictor.amortised(trials[0].context)
-    prototypes, population = _prototypes(run), predictor.population
-    known = concatenate(trials[0].context, trials[0].target)
+    pairs, context = _all_pairs(run.store), trials[0].context
+    seen = posteriors(predictor.amortised, pairs)
+    unseen = posteriors(predictor.amortised, context)
+    prototypes, population = predictor.named, predictor.population
+    known = concatenate(context, trials[0].target)
     latent = cluster_diagnostics(seen.mean, seen_group) | {
-        "inferred": cluster_diagnostics(predictor.posterior(pairs).mean, seen_group),
+        "inferred": cluster_diagnostics(posteriors(predictor.posterior, pairs).mean, seen_group),
         "unseen": cluster_diagnostics(unseen.mean, unseen_group),
         "switch_rate": switch_rate(predictor, trials, unseen_group),
         "prototype_cosines": None if prototypes is None else prototype_cosines(prototypes),
@@ -173,9 +184,9 @@ def _latent(
     }
     if population is not None:
         latent["component_confidence"] = component_confidence(
-            predictor.responsibilities(trials[0].context), predictor.responsibilities(known)
+            shares(predictor.responsibilities, context), shares(predictor.responsibilities, known)
         )
-    covered = coverage(unseen, predictor.amortised(known))
+    covered = coverage(unseen, posteriors(predictor.amortised, known))
     return {
         "posterior": posterior_diagnostics(seen) | {"coverage_90": covered},
         "leaking_single_pair_accuracy": leaking_accuracy(predictor, trials),
@@ -204,19 +215,19 @@ def _costs(run: Run) -> dict[str, Any]:
 
 
 def _corrupted(
-    predictor: VariationalPredictor, store: ClientStore, corrupted: Bool[Tensor, "k"]
+    predictor: LatentPredictor, store: ClientStore, corrupted: Bool[Tensor, "k"]
 ) -> dict[str, Any]:
     """How the training clients with spoilt labels show: width of their posterior, entropy over the
     components, and how badly the z inferred from their pairs predicts these same pairs (nats a
     pair)."""
     pairs = _all_pairs(store)
-    state = predictor.adapt(pairs, torch.full((len(store),), -1))
+    state = adapted(predictor, pairs, torch.full((len(store),), -1))
     signals = {
-        "sigma": (0.5 * predictor.amortised(pairs).log_var).exp().mean(-1),
-        "nll": mean_choice_loss(predictor.margin(state, pairs), pairs.mask.float()),
+        "sigma": (0.5 * posteriors(predictor.amortised, pairs).log_var).exp().mean(-1),
+        "nll": mean_choice_loss(margins(predictor, state, pairs), pairs.mask.float()),
     }
     if predictor.population is not None:
-        share = predictor.responsibilities(pairs)
+        share = shares(predictor.responsibilities, pairs)
         signals["mixture_entropy"] = -(share * share.clamp_min(1e-30).log()).sum(-1)
     return {"clients": int(corrupted.sum())} | {
         name: detection(signal, corrupted) for name, signal in signals.items()
@@ -253,6 +264,12 @@ def _part(
         "few_shot": few_shot,
         "per_client_accuracy": own,
         "per_client_without_context": scores["prior_mean"].accuracy(),
+        "by_pair": {
+            name: {"accuracy": s.pooled_accuracy(), "nll": s.pooled_nll()}
+            for name, s in scores.items()
+        },
+        "by_overlap": by_overlap(scores),
+        "differences": compared_states(scores),
         "targets_scored": int(scores["own"].count.sum()),
     }, scores
 
@@ -273,13 +290,6 @@ def _bytes_a_round(payload: list[dict[str, Any]], direction: str) -> int:
 
 def _all_pairs(store: ClientStore) -> PairBatch:
     return store.batch(torch.arange(len(store)))
-
-
-def _prototypes(run: Run) -> Tensor | None:
-    state = run.checkpoint.state
-    if PROTOTYPES in state.params:
-        return state.params[PROTOTYPES]
-    return state.population.get("mean")
 
 
 def _prior_weights(run: Run, group: Int[Tensor, "k"]) -> dict[str, float] | None:

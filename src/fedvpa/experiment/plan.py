@@ -102,7 +102,8 @@ def comparison(
             raise BadInputError(
                 f"row '{label}': unknown method '{method}' (known: {', '.join(METHODS)})"
             )
-        complete[label] = merged(settings_for(method, given), {**own, "method": method})
+        preset = str(own.get("preset", "default"))
+        complete[label] = merged(settings_for(method, given, preset), {**own, "method": method})
         build_config(complete[label])
     return Comparison(name, about, complete, seeds, test)
 

@@ -23,7 +23,8 @@ MOST_PAIRS = 2000
 
 def named_preferences(selector: Selector) -> dict[str, Float[Tensor, "d"]]:
     """z of each prototype, called by the group of most training clients near it (``GROUP-1``,
-    ``GROUP-2`` where several are), or ``prototype-K`` where that is unknown.
+    ``GROUP-2`` where several are), or ``prototype-K`` where that is unknown. Of users who differ by
+    degree: both ends of each main direction, ``direction-K-high`` and ``direction-K-low``.
 
     Raises:
         BadInputError: the run fitted no components and has no prototypes.
@@ -31,9 +32,13 @@ def named_preferences(selector: Selector) -> dict[str, Float[Tensor, "d"]]:
     prototypes = selector.prototypes
     if prototypes is None:
         raise BadInputError(
-            f"{selector.run.paths.root}: has no prototypes to align with; train with --method"
-            " fedvpa-gp"
+            f"{selector.run.paths.root}: has no preferences to tell apart: its method knows none"
+            " (train with --method fedvpa-gp), or its users do not differ measurably"
         )
+    if selector.directions is not None:
+        ends = [f"direction-{k + 1}-{end}" for k in range(selector.directions)
+                for end in ("high", "low")]  # fmt: skip
+        return dict(zip(ends, prototypes))
     groups = selector.component_groups or [None] * len(prototypes)
     return dict(zip(preference_names(groups), prototypes))
 
@@ -75,6 +80,7 @@ def described(
     names = list(named_preferences(model))
     population, prototypes = model.population, model.prototypes
     assert prototypes is not None
+    shared = population is not None and len(population.weight) == len(names)
     pairs = _some(_trained_pairs(model) if pairs is None else pairs)
     margins = model.margins(pairs, prototypes)
     # against the mean over the other preferences; a single one is shown what it likes most
@@ -85,7 +91,7 @@ def described(
         order = unlike[k].abs().argsort(descending=True)[:top].tolist()
         rows.append({
             "name": name,
-            "share": None if population is None else float(population.weight[k]),
+            "share": float(population.weight[k]) if population is not None and shared else None,
             "nearest_group": (model.component_groups or [None] * len(names))[k],
             "pairs": [_shown(pairs[i], float(margins[k, i]), float(others[k, i])) for i in order],
         })  # fmt: skip

@@ -119,6 +119,12 @@ class Run:
         return self.algorithm.predictor(self.checkpoint.state)
 
     @property
+    def told(self) -> dict[str, Any] | None:
+        """What the method found out about its structure, where it searches one."""
+        told = getattr(self.algorithm, "told", None)
+        return None if told is None else told(self.checkpoint.state)
+
+    @property
     def needs_common(self) -> bool:
         """Whether the reward reads more than differences of features."""
         return needs_common(self.config)

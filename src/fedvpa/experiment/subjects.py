@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,9 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from fedvpa.config import FEDERATION, Config, DataConfig
+from fedvpa.data.content import Policy
 from fedvpa.data.partition import ClientPairs
+from fedvpa.data.reading import read_pairs
 from fedvpa.data.sources import Clients, dealt_by, source_of
 from fedvpa.errors import BadInputError
 from fedvpa.experiment.dataset import (
@@ -22,17 +25,18 @@ from fedvpa.experiment.dataset import (
     training_data,
     without_overlap,
 )
-from fedvpa.experiment.run import Run, same_backbone
+from fedvpa.experiment.run import Run, RunPaths, load_config, same_backbone
 from fedvpa.features.cache import FeatureCache
+from fedvpa.features.loading import location_stamp
 from fedvpa.federated.batch import ClientStore
-from fedvpa.records import Progress
+from fedvpa.records import PreferencePair, Progress
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
     """What to evaluate on. `data` None stands for the run's own source; `unseen` names another one
     of unseen users; `clients` 0 stands for all of its ids, or for ten clients where there are
-    none; `on_bad_record` None for the run's own."""
+    none; `on_bad_record` and `content` None for the run's own."""
 
     data: str | None = None
     split: str | None = None
@@ -43,6 +47,7 @@ class EvaluationSettings:
     on_bad_record: str | None = None
     unseen: str | None = None
     columns: tuple[tuple[str, str], ...] = ()
+    content: Policy | None = None
 
 
 class Subjects(NamedTuple):
@@ -172,3 +177,32 @@ def evaluation_data(trained: DataConfig, settings: EvaluationSettings) -> DataCo
             " scored"
         )
     return trained.model_copy(update=update)
+
+
+def untrained_pairs(
+    directory: str | Path, source: str, split: str | None, backbone: str
+) -> tuple[list[PreferencePair], int]:
+    """Pairs of `source` for a judge of what a run has led to, without those that the run saw in
+    training or validation; and how many these were.
+
+    Raises:
+        BadInputError: the run reads features of that very backbone, its training data are gone, or
+            no pair is left.
+    """
+    config = load_config(RunPaths(Path(directory)))
+    own, stamp = config.features.backbone, location_stamp(backbone)
+    if own == backbone or (stamp is not None and stamp == location_stamp(own)):
+        raise BadInputError(
+            f"{directory}: was trained on features of '{backbone}'; an independent judge needs"
+            " another backbone"
+        )
+    data = training_data(config)
+    seen = {
+        pair.content_key() for client in (*data.train, *data.validation) for pair in client.pairs
+    }
+    every = read_pairs(source, split).pairs  # opposed groups may have judged the same pairs
+    found = list({(pair.group, pair.content_key()): pair for pair in every}.values())
+    left = [pair for pair in found if pair.content_key() not in seen]
+    if not left:
+        raise BadInputError(f"{source}: the selector in {directory} has seen every pair of it")
+    return left, len(found) - len(left)

@@ -17,24 +17,20 @@ from torch import Tensor
 
 from fedvpa.data.memory import items_from, pairs_from
 from fedvpa.data.partition import ClientPairs, without_duplicates
-from fedvpa.data.reading import read_pairs
 from fedvpa.errors import BadInputError
-from fedvpa.experiment.dataset import presentation_order, training_data
-from fedvpa.experiment.run import (
-    Run,
-    RunPaths,
-    load_config,
-    open_run,
-    pairs_to_batch,
-    same_backbone,
-)
+from fedvpa.experiment.dataset import presentation_order
+from fedvpa.experiment.run import Run, open_run, pairs_to_batch, same_backbone
 from fedvpa.experiment.train import TrainResult
 from fedvpa.features.cache import FeatureCache
-from fedvpa.features.loading import location_stamp
-from fedvpa.federated.messages import PROTOTYPES
+from fedvpa.federated.algorithm import LatentPredictor
+from fedvpa.federated.random import stream
+from fedvpa.functional.mixture import drawn_from
 from fedvpa.records import Item, PreferencePair
-from fedvpa.selector.predictor import VariationalPredictor
 from fedvpa.types import PairBatch, Population
+
+
+USERS = 256
+"""Users who are drawn from a prior where nobody's z is held."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +90,7 @@ class PreferenceModel:
         directory = run.root if isinstance(run, TrainResult) else Path(run)
         self.run: Run = open_run(directory)
         predictor = self.run.predictor
-        if not isinstance(predictor, VariationalPredictor):
+        if not isinstance(predictor, LatentPredictor):
             raise BadInputError(
                 f"{directory}: trained with {self.run.config.method}, which has no latent"
                 " preference; train with --method fedvpa-gp"
@@ -110,10 +106,17 @@ class PreferenceModel:
 
     @property
     def prototypes(self) -> Float[Tensor, "m d"] | None:
-        """Fitted components of the population, or orthogonal prototypes."""
-        if self._predictor.population is not None:
-            return self._predictor.population.mean
-        return self._predictor.params.get(PROTOTYPES)
+        """z of the preferences that have a name: centres of the population's groups, both ends of
+        the main directions in which its users differ, or orthogonal prototypes."""
+        return self._predictor.named
+
+    @property
+    def directions(self) -> int | None:
+        """How many main directions the prototypes are the ends of (None: they are groups)."""
+        structure = self.run.told
+        if not structure or structure["kind"] == "groups" or self.prototypes is None:
+            return None
+        return len(self.prototypes) // 2
 
     @property
     def population(self) -> Population | None:
@@ -135,10 +138,15 @@ class PreferenceModel:
 
     @property
     def posterior_means(self) -> Float[Tensor, "k d"] | None:
-        """z of the training clients, as the server holds them."""
+        """z of the training clients, as the server holds them; where it holds nobody's, users who
+        are drawn from the mixture prior."""
         if self.run.config.prior.kind == "components":
             return None
-        return self.run.checkpoint.state.clients["mean"]
+        held = self.run.checkpoint.state.clients.get("mean")
+        if held is not None or self.population is None:
+            return held
+        generator = stream(self.run.config.seed, "users of the prior")
+        return drawn_from(*self.population, USERS, generator)
 
     @property
     def neutral(self) -> Float[Tensor, "d"]:
@@ -176,7 +184,9 @@ class PreferenceModel:
         posterior = self._predictor.posterior(batch)
         mean = posterior.mean[0]
         probability: list[float] = []
-        if self._predictor.population is not None:
+        if self.directions is not None:
+            pass  # a direction is no group that one could belong to
+        elif self._predictor.population is not None:
             probability = self._predictor.responsibilities(batch)[0].tolist()
         elif self.prototypes is not None:
             probability = torch.softmax(
@@ -291,6 +301,7 @@ class SharedRewardModel:
         self.neutral: Float[Tensor, "0"] = torch.zeros(0)
         self.posterior_means: Float[Tensor, "k 0"] | None = None
         self.component_groups: list[str | None] = ["shared"]
+        self.directions: int | None = None
 
     def score(self, items: Sequence[Item], z: Float[Tensor, "*n d"]) -> Float[Tensor, "n"]:
         """Reward of each response, relative to the average training response; z is not read."""
@@ -347,44 +358,17 @@ def _against_average(run: Run, cache: FeatureCache, items: Sequence[Item]) -> Pa
     )
 
 
-def untrained_pairs(
-    directory: str | Path, source: str, split: str | None, backbone: str
-) -> tuple[list[PreferencePair], int]:
-    """Pairs of `source` for a judge of what a run has led to, without those that the run saw in
-    training or validation; and how many these were.
-
-    Raises:
-        BadInputError: the run reads features of that very backbone, its training data are gone, or
-            no pair is left.
-    """
-    config = load_config(RunPaths(Path(directory)))
-    own, stamp = config.features.backbone, location_stamp(backbone)
-    if own == backbone or (stamp is not None and stamp == location_stamp(own)):
-        raise BadInputError(
-            f"{directory}: was trained on features of '{backbone}'; an independent judge needs"
-            " another backbone"
-        )
-    data = training_data(config)
-    seen = {
-        pair.content_key() for client in (*data.train, *data.validation) for pair in client.pairs
-    }
-    every = read_pairs(source, split).pairs  # opposed groups may have judged the same pairs
-    found = list({(pair.group, pair.content_key()): pair for pair in every}.values())
-    left = [pair for pair in found if pair.content_key() not in seen]
-    if not left:
-        raise BadInputError(f"{source}: the selector in {directory} has seen every pair of it")
-    return left, len(found) - len(left)
-
-
 def _component_groups(run: Run, prototypes: Tensor | None) -> list[str | None]:
     """True group of most training clients nearest to each component (for naming it; nothing is
     inferred from it)."""
     if prototypes is None or all(g is None for g in run.roster.groups):
         return []
     tables = run.checkpoint.state.clients
+    if run.told and run.told["kind"] != "groups":
+        return []
     own = (
         tables["label"]
-        if run.config.prior.kind == "components"
+        if run.config.prior.kind == "components" or "mean" not in tables
         else torch.cdist(tables["mean"], prototypes).argmin(-1)
     )
     nearest = own.tolist()

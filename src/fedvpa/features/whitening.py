@@ -41,18 +41,19 @@ class Whitener:
     projection: Float[Tensor, "h p"]
 
     @staticmethod
-    def fit(features: Float[Tensor, "n 2 h"], dimensions: int) -> Whitener:
+    def fit(features: Float[Tensor, "n 2 h"], dimensions: int, white: bool = True) -> Whitener:
         """From the training pairs' features."""
-        return Whitener.from_sums(WhiteningSums.of(features), dimensions)
+        return Whitener.from_sums(WhiteningSums.of(features), dimensions, white)
 
     @staticmethod
-    def from_sums(sums: WhiteningSums, dimensions: int) -> Whitener:
-        """From the sum of the clients' sums: what a federation knows.
+    def from_sums(sums: WhiteningSums, dimensions: int, white: bool = True) -> Whitener:
+        """From the sum of the clients' sums: what a federation knows. Not `white`: principal
+        components on one common scale.
 
         Raises:
             ValueError: no pairs.
         """
-        projection = whitening_matrix(sums.moment, round(float(sums.pairs)), dimensions)
+        projection = whitening_matrix(sums.moment, round(float(sums.pairs)), dimensions, white)
         return Whitener((sums.total / (2 * sums.pairs)).float(), projection)
 
     @staticmethod

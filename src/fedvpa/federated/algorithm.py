@@ -81,8 +81,31 @@ class Predictor(Protocol):
 
 
 @runtime_checkable
+class SharedBeside(Protocol):
+    """A predictor beside which a shared reward was trained, on the same pairs and rounds."""
+
+    def shared_margin(self, target: PairBatch) -> Float[Tensor, "u n"]:
+        """Margins of the shared reward."""
+        ...
+
+
+@runtime_checkable
 class LatentPredictor(Predictor, Protocol):
-    """A predictor whose state is a latent with a posterior."""
+    """A predictor whose state is a latent with a posterior.
+
+    `population` holds the components of the prior or of the clients, where there are any, and
+    `named` the z of preferences worth a name: centres of groups, or both ends of the main
+    directions.
+    """
+
+    @property
+    def population(self) -> Population | None: ...
+
+    @property
+    def params(self) -> Params: ...
+
+    @property
+    def named(self) -> Float[Tensor, "m d"] | None: ...
 
     def posterior(self, context: PairBatch) -> Posterior:
         """Posterior over z given each user's context."""
@@ -90,6 +113,18 @@ class LatentPredictor(Predictor, Protocol):
 
     def amortised(self, context: PairBatch) -> Posterior:
         """The encoder's posterior, without the population's help."""
+        ...
+
+    def responsibilities(self, context: PairBatch) -> Float[Tensor, "u m"]:
+        """Posterior over the components."""
+        ...
+
+    def margin_under(self, z: Float[Tensor, "u d"], target: PairBatch) -> Float[Tensor, "u n"]:
+        """Margins of the reward under z."""
+        ...
+
+    def prior_mean(self) -> Float[Tensor, "d"]:
+        """z of somebody of whom nothing is known."""
         ...
 
 

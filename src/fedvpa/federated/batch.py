@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fedvpa.types import PairBatch
@@ -29,7 +29,11 @@ class Roster(NamedTuple):
 
 @dataclass(frozen=True)
 class ClientStore:
-    """Pairs of K clients; client k owns the rows offset[k] to offset[k+1]."""
+    """Pairs of K clients; client k owns the rows offset[k] to offset[k+1].
+
+    `content` holds hashes of every row's prompt, chosen and rejected response (None: no two rows
+    share any).
+    """
 
     names: tuple[str, ...]
     groups: tuple[str | None, ...]
@@ -37,6 +41,7 @@ class ClientStore:
     common: Float[Tensor, "rows p"] | None
     order: Float[Tensor, "rows"]
     offset: Int[Tensor, "clients_and_one"]
+    content: Int[Tensor, "rows 3"] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -46,15 +51,25 @@ class ClientStore:
         """Number of pairs of each client."""
         return self.offset[1:] - self.offset[:-1]
 
-    def batch(self, clients: Int[Tensor, "c"] | Sequence[int]) -> PairBatch:
-        """The pairs of some clients, [c, n], padded with zeros to the largest of them."""
+    def rows(
+        self, clients: Int[Tensor, "c"] | Sequence[int]
+    ) -> tuple[Int[Tensor, "c n"], Bool[Tensor, "c n"]]:
+        """Where the rows of some clients are, padded to the largest of them, and which exist."""
         clients = torch.as_tensor(clients)
         sizes = self.sizes[clients]
         column = torch.arange(int(sizes.max()) if sizes.numel() else 0)
-        mask = column < sizes.unsqueeze(-1)
-        row = (self.offset[clients].unsqueeze(-1) + column).clamp_max(
-            max(0, self.difference.shape[0] - 1)
-        )
+        row = self.offset[clients].unsqueeze(-1) + column
+        last = max(0, self.difference.shape[0] - 1)
+        return row.clamp_max(last), column < sizes.unsqueeze(-1)
+
+    @property
+    def owner(self) -> Int[Tensor, "rows"]:
+        """The client of every row."""
+        return torch.arange(len(self)).repeat_interleave(self.sizes)
+
+    def batch(self, clients: Int[Tensor, "c"] | Sequence[int]) -> PairBatch:
+        """The pairs of some clients, [c, n], padded with zeros to the largest of them."""
+        row, mask = self.rows(clients)
         # filled, not multiplied by zero: a neighbour's NaN must not come through
         padding = ~mask.unsqueeze(-1)
         common = None if self.common is None else self.common[row].masked_fill_(padding, 0.0)
@@ -74,6 +89,7 @@ def build_store(
     differences: Sequence[Float[Tensor, "_ p"]],
     commons: Sequence[Float[Tensor, "_ p"]] | None,
     orders: Sequence[Float[Tensor, "_"]],
+    contents: Sequence[Int[Tensor, "_ 3"]] | None = None,
 ) -> ClientStore:
     """Concatenate the clients' tables."""
     sizes = torch.tensor([d.shape[0] for d in differences], dtype=torch.long)
@@ -86,6 +102,7 @@ def build_store(
         common,
         torch.cat(list(orders)),
         offset,
+        None if contents is None else torch.cat(list(contents)),
     )
 
 
@@ -115,6 +132,24 @@ def select(batch: PairBatch, index: Int[Tensor, "*b m"], keep: Tensor) -> PairBa
         batch.order.gather(-1, index),
         batch.mask.gather(-1, index) & keep,
     )
+
+
+def trimmed(batch: PairBatch, index: Int[Tensor, "b"]) -> PairBatch:
+    """Some rows of a batch, without the columns behind their last pair."""
+    width = int(widths(batch)[index].max()) if index.numel() else 0
+    common = None if batch.common is None else batch.common[index, :width]
+    return PairBatch(
+        batch.difference[index, :width], common, batch.order[index, :width],
+        batch.mask[index, :width],
+    )  # fmt: skip
+
+
+def widths(batch: PairBatch) -> Int[Tensor, "b"]:
+    """The column behind the last pair of every row."""
+    users, columns = batch.mask.shape
+    if not columns:
+        return torch.zeros(users, dtype=torch.long)
+    return (batch.mask * torch.arange(1, columns + 1)).amax(-1)
 
 
 def first_pairs(batch: PairBatch, size: int) -> PairBatch:

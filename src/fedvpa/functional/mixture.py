@@ -56,3 +56,13 @@ def mixture_kl_bound(
     """
     each = gaussian_kl(mean.unsqueeze(-2), log_var.unsqueeze(-2), peer_mean, peer_log_var)
     return -torch.logsumexp(log_weight - each, dim=-1)
+
+
+def drawn_from(
+    mean: Float[Tensor, "m d"], variance: Float[Tensor, "m"], weight: Float[Tensor, "m"],
+    count: int, generator: torch.Generator,
+) -> Float[Tensor, "n d"]:  # fmt: skip
+    """So many draws from a mixture of spherical Gaussians."""
+    component = torch.multinomial(weight, count, replacement=True, generator=generator)
+    noise = torch.randn(count, mean.shape[-1], generator=generator)
+    return mean[component] + variance[component].sqrt().unsqueeze(-1) * noise

@@ -20,9 +20,10 @@ def second_moment(difference: Float[Tensor, "n h"]) -> Float[Tensor, "h h"]:
 
 
 def whitening_matrix(
-    moment: Float[Tensor, "h h"], pairs: int, dimensions: int
+    moment: Float[Tensor, "h h"], pairs: int, dimensions: int, white: bool = True
 ) -> Float[Tensor, "h p"]:
-    """Projection onto the leading directions of the differences, each scaled to unit mean square.
+    """Projection onto the leading directions of the differences, each scaled to unit mean square;
+    or (not `white`) the first alone, and the others as they are beside it.
 
     Signs are fixed (largest entry positive), so that the result does not depend on the
     eigensolver's whim. Where the differences span fewer than `dimensions` directions the remaining
@@ -39,7 +40,7 @@ def whitening_matrix(
     values, vectors = values[:kept], vectors[:, :kept]
     largest = vectors.abs().argmax(0)
     vectors = vectors * vectors[largest, torch.arange(kept)].sign()
-    scaled = vectors / values.sqrt()
+    scaled = vectors / (values if white else values[0]).sqrt()
     padded = torch.zeros(moment.shape[0], dimensions, dtype=torch.float64)
     padded[:, :kept] = scaled
     return padded.float()

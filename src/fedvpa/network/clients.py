@@ -47,7 +47,8 @@ class NetworkedClients(Reach):
             }
         else:
             found = self._sum("whitening", {}, {}, shapes)
-        return self.hand_out(Whitener.from_sums(WhiteningSums(**found), self.config.model.inputs))
+        m = self.config.model
+        return self.hand_out(Whitener.from_sums(WhiteningSums(**found), m.inputs, m.white))
 
     def train(
         self, broadcast: Broadcast, cohort: Sequence[int], tables: Params

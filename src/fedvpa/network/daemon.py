@@ -319,7 +319,7 @@ class Client:
             features = config.features.model_dump_json(exclude={"device"})
             self._check_same(
                 "asked",
-                f"{config.data.validation_share}|{config.seed}|{features}",
+                f"{config.data.validation_share}|{config.data.content}|{config.seed}|{features}",
                 "the server asks for another division of the pairs (seed, validation_share), or for"
                 " other features of them, than before: what differs between two such sums would"
                 " tell single pairs; if you trust it, allow that",
@@ -328,6 +328,7 @@ class Client:
                 ClientPairs(self.settings.name, None, tuple(pairs)),
                 config.data.validation_share,
                 config.seed,
+                config.data.content,
             )
             table = FeatureCache(config.features).pairs([*train.pairs, *held.pairs])
             parts = list(table.values.split([len(train.pairs), len(held.pairs)]))

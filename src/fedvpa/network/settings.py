@@ -20,7 +20,7 @@ from fedvpa.config import (
     read_yaml,
 )
 from fedvpa.errors import BadInputError
-from fedvpa.methods import method
+from fedvpa.methods import DEPLOYED, method
 
 logger = logging.getLogger("fedvpa")
 
@@ -155,8 +155,9 @@ def training_config(settings: ServerSettings) -> Config:
     given = settings.training | {
         "data": {"source": FEDERATION, "clients": len(settings.clients), **data}
     }
+    given = {"method": DEPLOYED} | given
     # nobody's latent is shown to anybody, unless asked for
-    if method(settings.training.get("method", "fedvpa-gp")).latent:
+    if method(given["method"]).latent:
         given = merged({"prior": {"kind": "components"}}, given)
     config = build_config(given)
     if not config.entry.networked:

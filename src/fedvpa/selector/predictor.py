@@ -42,6 +42,11 @@ class VariationalPredictor:
             raise ValueError("no population has been fitted yet")
         return self.selector.responsibilities(self.params, self.population, context, context.mask)
 
+    @property
+    def named(self) -> Float[Tensor, "m d"] | None:
+        """Fitted components of the population, or orthogonal prototypes."""
+        return self.params.get("prototypes") if self.population is None else self.population.mean
+
     def posterior(self, context: PairBatch) -> Posterior:
         """Amortised, or refined by the population."""
         if self._mixes and self.population is not None:

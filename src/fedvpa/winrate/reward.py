@@ -13,7 +13,7 @@ from sklearn.model_selection import GroupKFold
 from fedvpa.config import FeaturesConfig
 from fedvpa.errors import BadInputError
 from fedvpa.evaluation.statistics import Interval, show
-from fedvpa.experiment.use import untrained_pairs
+from fedvpa.experiment.subjects import untrained_pairs
 from fedvpa.features.cache import FeatureCache
 from fedvpa.policy.prompts import Prompt
 from fedvpa.records import Item, PreferencePair, Progress

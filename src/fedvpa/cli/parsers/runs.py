@@ -59,6 +59,10 @@ def evaluate(parser: argparse.ArgumentParser, asked: Asked) -> None:
         "--repeats", type=int, default=4,
         help="random divisions into context and targets (default: 4)",
     )  # fmt: skip
+    parser.add_argument(
+        "--content", choices=("new", "repeated"),
+        help="new: context and targets share no response (default: the run's own)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=seed, default=0, help="seed of these divisions (default: 0)")
     add_reading(parser, scores=False)
     parser.add_argument(

@@ -1,0 +1,119 @@
+"""The models that a search trains side by side (M9): how many components, how strong a penalty, and
+which contents are kept from each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fedvpa.selector.bayes import BILINEAR, WEIGHT
+from fedvpa.types import Params, Population
+
+DIRECTIONS = (2, 4, 8, 16)
+"""Dimensions of one wide component that are tried."""
+GROUPS = (2, 3, 4, 6, 8)
+"""Numbers of narrow components that are tried."""
+RIDGES = (1e-3, 3e-3, 1e-2, 3e-2)
+"""Penalties that are tried; three of them, by the number of pairs."""
+FEW_PAIRS = 500
+"""With fewer pairs than this the weakest penalty is left out, with more the strongest."""
+WIDTHS = (0.0, 0.15, 0.25, 0.35, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
+"""Factors on a prior's standard deviation that are tried; under 0 everybody is the mean user."""
+GROUP_WIDTHS = (0.0, 1.0, 3.0, 6.0)
+"""The same of narrow components; under 0 these are points."""
+NARROWEST = 0.05
+"""A group that was judged as a point is served at this width."""
+ALL = -1
+"""The fold of a model that reads every pair."""
+
+Kind = Literal["shared", "directions", "groups"]
+KINDS: tuple[Kind, ...] = ("shared", "directions", "groups")
+
+
+class Structure(NamedTuple):
+    """One wide component with so many directions, or so many narrow ones, or one reward for
+    everybody; and the L2 penalty per pair on what they like."""
+
+    kind: Kind
+    order: int
+    ridge: float
+
+    def __str__(self) -> str:
+        what = "shared reward" if self.kind == "shared" else f"{self.order} {self.kind}"
+        return f"{what}, penalty {self.ridge:g}"
+
+
+def structures(
+    kind: Literal["auto", "directions", "groups"], order: int | Literal["auto"],
+    ridge: float | Literal["auto"], *, latent: int, inputs: int, pairs: int, clients: int,
+) -> list[Structure]:  # fmt: skip
+    """What is tried: all that the settings leave open and the data can bear. A shared reward is
+    always trained beside.
+
+    Args:
+        kind: directions, groups, or both.
+        order: how many of them, or all that are tried.
+        ridge: the penalty, or those that are tried with so many pairs.
+        latent: dimensions of z, the most that an order can be.
+        inputs: dimensions of the features.
+        pairs: training pairs of all clients.
+        clients: a group has three clients or more.
+    """
+    ridges: Sequence[float] = RIDGES[1:] if pairs < FEW_PAIRS else RIDGES[:-1]
+    if ridge != "auto":
+        ridges = (ridge,)
+    wide: Sequence[int] = [d for d in DIRECTIONS if d <= min(latent, inputs)] or [1]
+    narrow: Sequence[int] = [m for m in GROUPS if m <= min(latent, clients // 3)]
+    if order != "auto":
+        wide, narrow = [order], [order]
+    found = []
+    for r in ridges:
+        found.append(Structure("shared", 1, r))
+        found += [Structure("directions", d, r) for d in wide if kind != "groups"]
+        found += [Structure("groups", m, r) for m in narrow if kind != "directions"]
+    return found
+
+
+class Models(NamedTuple):
+    """The parameters of t candidates of one structure's shape, whose unused entries are zero:
+    reward w and W, centres, variances and weights of the components, the fold that is kept from
+    each, how many components and dimensions are in use and of what kind (index of `KINDS`), and the
+    penalty."""
+
+    weight: Float[Tensor, "t p"]
+    bilinear: Float[Tensor, "t d p"]
+    mean: Float[Tensor, "t m d"]
+    variance: Float[Tensor, "t m"]
+    share: Float[Tensor, "t m"]
+    fold: Int[Tensor, "t"]
+    size: Int[Tensor, "t 3"]
+    ridge: Float[Tensor, "t"]
+
+    def at(self, index: Tensor | slice | list[int]) -> Models:
+        """Some of them."""
+        return Models(*(value[index] for value in self))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Components and dimensions in use."""
+        m, d, _ = self.size[0].tolist()
+        return m, d
+
+    @property
+    def structure(self) -> Structure:
+        """What all of them are."""
+        _, order, kind = self.size[0].tolist()
+        return Structure(KINDS[kind], order, round(float(self.ridge[0]), 9))
+
+    def served(self, width: float) -> tuple[Params, Population]:
+        """Parameters and prior of the first one. A prior of another width is the same prior under
+        another effect of z, so that one component keeps its variance."""
+        m = self.shape[0]
+        wide = m == 1
+        params = {WEIGHT: self.weight[0], BILINEAR: self.bilinear[0] * (width if wide else 1.0)}
+        variance = self.variance[0, :m] * (1.0 if wide else max(width, NARROWEST) ** 2)
+        share = self.share[0, :m]
+        return params, Population(self.mean[0, :m], variance, share / share.sum())
