@@ -28,7 +28,6 @@ from fedvpa.functional.mixture import drawn_from
 from fedvpa.records import Item, PreferencePair
 from fedvpa.types import PairBatch, Population
 
-
 USERS = 256
 """Users who are drawn from a prior where nobody's z is held."""
 
