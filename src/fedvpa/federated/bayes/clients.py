@@ -168,11 +168,12 @@ class BayesClients:
             weight = (kept.sum(-1) * both).to(x.dtype)
             cross = (mean[0] * weight.unsqueeze(-1)).mT @ mean[1]
             total = kept.to(x.dtype).unsqueeze(-2) @ x
+            square = kept.to(x.dtype).unsqueeze(-2) @ x.square()
             several = sum(self._prompts(c) > 1 for c in clients)
             return Outline(
                 kept.sum((1, 2)).to(x.dtype), total.sum((1, 2)), weight.sum(-1),
                 torch.stack([(m * weight.unsqueeze(-1)).sum(1) for m in mean], 1),
-                0.5 * (cross + cross.mT), torch.tensor(float(len(clients))),
+                0.5 * (cross + cross.mT), square.sum((1, 2)), torch.tensor(float(len(clients))),
                 torch.tensor(float(several)),
             )  # fmt: skip
 

@@ -14,9 +14,10 @@ from torch import Tensor
 class Outline(NamedTuple):
     """First moments of the clients' pairs without each of t folds, from which training starts.
 
-    `pairs` counts rows and `total` adds their differences. `counted`, `halves` and `cross` are over
-    clients whose pairs can be divided: how many pairs these have, and, weighted by it, the means of
-    the two halves and their product, whose expectation is the covariance *between* clients.
+    `pairs` counts rows, `total` and `square` add their differences and the squares of these.
+    `counted`, `halves` and `cross` are over clients whose pairs can be divided: how many pairs
+    these have, and, weighted by it, the means of the two halves and their product, whose
+    expectation is the covariance *between* clients.
     """
 
     pairs: Float[Tensor, "t"]
@@ -24,6 +25,7 @@ class Outline(NamedTuple):
     counted: Float[Tensor, "t"]
     halves: Float[Tensor, "t 2 p"]
     cross: Float[Tensor, "t p p"]
+    square: Float[Tensor, "t p"]
     clients: Float[Tensor, ""]
     several: Float[Tensor, ""]
     """Clients with two prompts or more."""

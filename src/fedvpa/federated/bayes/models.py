@@ -18,6 +18,8 @@ GROUPS = (2, 3, 4, 6, 8)
 """Numbers of narrow components that are tried."""
 RIDGES = (1e-3, 3e-3, 1e-2, 3e-2)
 """Penalties that are tried; three of them, by the number of pairs."""
+WHITE_INPUTS, WHITE_RIDGE = 32, 1e-3
+"""Inputs, and the one penalty, of candidates that count their inputs alike."""
 FEW_PAIRS = 500
 """With fewer pairs than this the weakest penalty is left out, with more the strongest."""
 WIDTHS = (0.0, 0.15, 0.25, 0.35, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
@@ -40,10 +42,9 @@ class Structure(NamedTuple):
     kind: Kind
     order: int
     ridge: float
-
-    def __str__(self) -> str:
-        what = "shared reward" if self.kind == "shared" else f"{self.order} {self.kind}"
-        return f"{what}, penalty {self.ridge:g}"
+    white: bool = False
+    """Whether the penalty, and the optimiser's steps, count the inputs as if all had the same
+    variance; then the first `WHITE_INPUTS` alone are read."""
 
 
 def structures(
@@ -69,19 +70,22 @@ def structures(
     narrow: Sequence[int] = [m for m in GROUPS if m <= min(latent, clients // 3)]
     if order != "auto":
         wide, narrow = [order], [order]
+    penalties = [(r, False) for r in ridges]
+    if ridge == "auto" and pairs >= FEW_PAIRS:
+        penalties.append((WHITE_RIDGE, True))
     found = []
-    for r in ridges:
-        found.append(Structure("shared", 1, r))
-        found += [Structure("directions", d, r) for d in wide if kind != "groups"]
-        found += [Structure("groups", m, r) for m in narrow if kind != "directions"]
+    for r, white in penalties:
+        found.append(Structure("shared", 1, r, white))
+        found += [Structure("directions", d, r, white) for d in wide if kind != "groups"]
+        found += [Structure("groups", m, r, white) for m in narrow if kind != "directions"]
     return found
 
 
 class Models(NamedTuple):
     """The parameters of t candidates of one structure's shape, whose unused entries are zero:
     reward w and W, centres, variances and weights of the components, the fold that is kept from
-    each, how many components and dimensions are in use and of what kind (index of `KINDS`), and the
-    penalty."""
+    each, how many components and dimensions are in use and of what kind (index of `KINDS`), the
+    penalty, and the scale of each input in which it counts (0: the input is not read)."""
 
     weight: Float[Tensor, "t p"]
     bilinear: Float[Tensor, "t d p"]
@@ -91,6 +95,7 @@ class Models(NamedTuple):
     fold: Int[Tensor, "t"]
     size: Int[Tensor, "t 3"]
     ridge: Float[Tensor, "t"]
+    scale: Float[Tensor, "t p"]
 
     def at(self, index: Tensor | slice | list[int]) -> Models:
         """Some of them."""
@@ -106,7 +111,8 @@ class Models(NamedTuple):
     def structure(self) -> Structure:
         """What all of them are."""
         _, order, kind = self.size[0].tolist()
-        return Structure(KINDS[kind], order, round(float(self.ridge[0]), 9))
+        white = bool((self.scale[0] != 1).any())
+        return Structure(KINDS[kind], order, round(float(self.ridge[0]), 9), white)
 
     def served(self, width: float) -> tuple[Params, Population]:
         """Parameters and prior of the first one. A prior of another width is the same prior under

@@ -21,7 +21,7 @@ from fedvpa.federated.batch import Roster
 from fedvpa.federated.bayes.choice import Option, Verdict, best_options, chosen, verdict, widths_of
 from fedvpa.federated.bayes.clients import BayesClients
 from fedvpa.federated.bayes.messages import Outline, Slopes, added
-from fedvpa.federated.bayes.models import ALL, KINDS, Models, Structure, structures
+from fedvpa.federated.bayes.models import ALL, KINDS, WHITE_INPUTS, Models, Structure, structures
 from fedvpa.federated.components import fit
 from fedvpa.federated.exchanges import Payload
 from fedvpa.selector.bayes import BILINEAR, SHARED, WEIGHT, BayesPredictor, BayesSelector
@@ -37,6 +37,8 @@ LOGISTIC = 4.0
 difference is a reward's direction, to first order."""
 GUESS = 0.5
 """Width that is served before any has been judged."""
+LEAST_SCALE = 1e-3
+"""Inputs whose standard deviation is less than this share of the first one's are noise."""
 SMALLEST = 1e-3
 """Smallest variance of a direction at the start."""
 
@@ -125,7 +127,7 @@ class FederatedBayes:
         numbers = sorted({s.order for s in tried if s.kind == "groups"})
         centres = self._centres(clients, numbers, fold, by_prompt) if numbers else {}
         trained = [
-            self._groups(s, fold, centres[s.order]) if s.kind == "groups"
+            self._groups(s, fold, outline, centres[s.order]) if s.kind == "groups"
             else self._directions(s, fold, outline)
             for s in tried
         ]  # fmt: skip
@@ -153,41 +155,53 @@ class FederatedBayes:
             out[number] = torch.stack(each)
         return out
 
-    def _blank(self, structure: Structure, fold: Tensor) -> Models:
+    def _blank(self, structure: Structure, fold: Tensor, outline: Outline) -> Models:
         t, (p, d) = len(fold), (self.selector.inputs, self.selector.latent)
         m = structure.order if structure.kind == "groups" else 1
         size = torch.tensor([m, structure.order, KINDS.index(structure.kind)]).expand(t, 3)
         return Models(
             torch.zeros(t, p), torch.zeros(t, d, p), torch.zeros(t, m, d), torch.ones(t, m),
             torch.full((t, m), 1 / m), fold, size.clone(),
-            torch.full((t,), structure.ridge),
+            torch.full((t,), structure.ridge), self._scale(structure, outline),
         )  # fmt: skip
 
-    def _groups(self, structure: Structure, fold: Tensor, centre: Tensor) -> Models:
+    def _scale(self, structure: Structure, outline: Outline) -> Tensor:
+        """The scale [t, p] of every input in which its penalty and its steps count."""
+        if not structure.white:
+            return torch.ones_like(outline.square)
+        scale = (outline.square / outline.pairs.clamp_min(1).unsqueeze(-1)).sqrt()
+        read = (torch.arange(scale.shape[-1]) < WHITE_INPUTS) & (scale > LEAST_SCALE)
+        return torch.where(read, scale, 0.0)
+
+    def _groups(
+        self, structure: Structure, fold: Tensor, outline: Outline, centre: Tensor
+    ) -> Models:
         """Narrow components at orthogonal centres; the rewards there are along the clusters'."""
-        blank, m = self._blank(structure, fold), structure.order
+        blank, m = self._blank(structure, fold, outline), structure.order
         blank.mean[:, :, :m] = self.radius * torch.eye(m)
         blank.variance[:] = self.spread**2
-        blank.bilinear[:, :m] = 0.5 * LOGISTIC / self.radius * centre
+        towards = _over(centre, blank.scale.square().unsqueeze(-2))
+        blank.bilinear[:, :m] = 0.5 * LOGISTIC / self.radius * towards
         return blank
 
     def _directions(self, structure: Structure, fold: Tensor, outline: Outline) -> Models:
         """One wide component along the leading directions in which clients differ."""
-        blank, d = self._blank(structure, fold), structure.order
+        blank, d = self._blank(structure, fold, outline), structure.order
         for t in range(len(fold)):
             mean = outline.total[t] / outline.pairs[t].clamp_min(1)
-            blank.weight[t] = 0.5 * LOGISTIC * mean
+            scale = blank.scale[t]
+            blank.weight[t] = 0.5 * LOGISTIC * _over(mean, scale.square())
             if structure.kind == "shared":
                 continue
             cross = outline.cross[t] / outline.counted[t].clamp_min(1)
             half = outline.halves[t].mean(0) / outline.counted[t].clamp_min(1)
-            between = cross - torch.outer(half, half)
+            between = _over(_over(cross - torch.outer(half, half), scale).T, scale)
             values, vectors = torch.linalg.eigh(LOGISTIC**2 * between.double())
             values, vectors = values.flip(0)[:d], vectors.flip(1)[:, :d]
             largest = vectors.abs().argmax(0)
             vectors = vectors * vectors[largest, torch.arange(d)].sign()
-            scale = values.clamp_min(SMALLEST).sqrt()
-            blank.bilinear[t, :d] = (0.7 * scale * vectors).T.float()
+            spread = values.clamp_min(SMALLEST).sqrt()
+            blank.bilinear[t, :d] = _over((0.7 * spread * vectors).T.float(), scale)
         return blank
 
     # -- a round
@@ -195,12 +209,17 @@ class FederatedBayes:
     def _stepped(self, models: Models, slots: Params, sums: Slopes) -> tuple[Models, Params]:
         """A step of the server's optimiser on the mean gradient per target."""
         count = sums.targets.clamp_min(1.0)
-        ridge = 2 * models.ridge.view(-1, 1)
-        weight = sums.weight / count.view(-1, 1) + ridge * models.weight
-        bilinear = sums.bilinear / count.view(-1, 1, 1) + ridge.unsqueeze(-1) * models.bilinear
-        start = _trained(models)
+        # in coordinates in which the penalty is a plain L2 norm
+        ridge, scale = 2 * models.ridge.view(-1, 1), models.scale
+        wide = scale.unsqueeze(-2)
+        start = {WEIGHT: models.weight * scale, BILINEAR: models.bilinear * wide}
+        weight = _over(sums.weight / count.view(-1, 1), scale) + ridge * start[WEIGHT]
+        bilinear = _over(sums.bilinear / count.view(-1, 1, 1), wide)
+        bilinear = bilinear + ridge.unsqueeze(-1) * start[BILINEAR]
         found, slots = self.server.apply(start, slots, {WEIGHT: -weight, BILINEAR: -bilinear})
-        return models._replace(weight=found[WEIGHT], bilinear=found[BILINEAR]), slots
+        return models._replace(
+            weight=_over(found[WEIGHT], scale), bilinear=_over(found[BILINEAR], wide)
+        ), slots
 
     def _moved(self, models: Models, sums: Slopes) -> Models:
         """A step of EM on the prior, in coordinates that keep the centres where they are: the mean
@@ -293,13 +312,18 @@ class FederatedBayes:
         structure, width = served[0].structure, float(components["width"])
         found: dict[str, Any] = {
             "kind": structure.kind, "order": structure.order, "ridge": structure.ridge,
-            "width": width,
+            "white": structure.white, "width": width,
         }  # fmt: skip
         return found | ({"judged": _table(components)} if "choice/nll" in components else {})
 
     def payload(self, state: ServerState) -> list[Payload]:
         """All that travels."""
         return []
+
+
+def _over(value: Tensor, scale: Tensor) -> Tensor:
+    """Divided by the inputs' scales; 0 where an input is not read."""
+    return torch.where(scale > 0, value / scale.clamp_min(LEAST_SCALE**2), 0.0)
 
 
 def _trained(models: Models) -> Params:
@@ -336,6 +360,7 @@ def _told(given: Sequence[Option], found: Verdict, at: int) -> Params:
             [KINDS.index(o.structure.kind), o.structure.order] for o in given
         ]),
         "choice/ridge": torch.tensor([o.structure.ridge for o in given]),
+        "choice/white": torch.tensor([o.structure.white for o in given]),
         "choice/width": torch.tensor([o.width for o in given]),
         "choice/nll": found.nll.float(),
         "choice/accuracy": found.accuracy.float(),
@@ -353,9 +378,10 @@ def _table(components: Params) -> list[dict[str, Any]]:
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for i in components["choice/nll"].argsort().tolist():
         kind, order = components["choice/size"][i].tolist()
-        key = (kind, order, round(float(components["choice/ridge"][i]), 9))
+        white = bool(components["choice/white"][i])
+        key = (kind, order, round(float(components["choice/ridge"][i]), 9), white)
         row = {
-            "kind": KINDS[kind], "order": order, "ridge": key[2],
+            "kind": KINDS[kind], "order": order, "ridge": key[2], "white": white,
             "width": float(components["choice/width"][i]),
             "nll": float(components["choice/nll"][i]),
             "accuracy": float(components["choice/accuracy"][i]),
