@@ -8,39 +8,43 @@ these folds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from fedvpa.config import Config
 from fedvpa.federated.aggregators import ServerOptimiser, build_server
 from fedvpa.federated.batch import Roster
 from fedvpa.federated.bayes.choice import Option, Verdict, best_options, chosen, verdict, widths_of
 from fedvpa.federated.bayes.clients import BayesClients
-from fedvpa.federated.bayes.messages import Outline, Slopes, added
-from fedvpa.federated.bayes.models import ALL, KINDS, WHITE_INPUTS, Models, Structure, structures
-from fedvpa.federated.components import fit
-from fedvpa.federated.exchanges import Payload
+from fedvpa.federated.bayes.messages import Slopes, added
+from fedvpa.federated.bayes.models import (
+    FEW_PAIRS,
+    GROUPS,
+    KINDS,
+    WIDTHS,
+    Models,
+    Structure,
+    structures,
+)
+from fedvpa.federated.bayes.start import Starts, over
+from fedvpa.federated.components import ITERATIONS, RESTARTS
+from fedvpa.federated.exchanges import EVERY_ROUND, FITTED, ONCE, Payload
 from fedvpa.selector.bayes import BILINEAR, SHARED, WEIGHT, BayesPredictor, BayesSelector
 from fedvpa.types import Params, Population, ServerState
 
 KEPT = {0.15: 12, 0.4: 6, 1.0: 3}
 """How many structures go on after so much of the search (successive halving: Jamieson & Talwalkar,
 2016); the last ones are trained to the end, with their folds."""
+MOST_GROUPS = max(GROUPS)
+SEARCHED = "every round of the search, at most"
 DAMPING = 1 / 3
 """How far a population step moves the prior towards the cohort's posteriors."""
-LOGISTIC = 4.0
-"""A unit of reward moves a choice's probability by a quarter at the most; so many times a mean
-difference is a reward's direction, to first order."""
 GUESS = 0.5
 """Width that is served before any has been judged."""
-LEAST_SCALE = 1e-3
-"""Inputs whose standard deviation is less than this share of the first one's are noise."""
-SMALLEST = 1e-3
-"""Smallest variance of a direction at the start."""
 
 
 @dataclass(frozen=True)
@@ -50,28 +54,16 @@ class FederatedBayes:
     Args:
         selector: sizes.
         server: step on the mean gradient.
-        kind: one wide component of directions, narrow groups, or both are tried.
-        order: how many directions or groups.
-        ridge: weight of the squared parameters, per pair.
+        starts: what is tried.
         width: factor on the prior's standard deviation.
-        folds: of the contents.
         search: rounds after which only the best structures go on.
-        radius: of the groups' centres, which are orthogonal.
-        spread: standard deviation of a group.
-        seed: of the starts of k-means.
     """
 
     selector: BayesSelector
     server: ServerOptimiser
-    kind: Literal["auto", "directions", "groups"] = "auto"
-    order: int | Literal["auto"] = "auto"
-    ridge: float | Literal["auto"] = "auto"
+    starts: Starts
     width: float | Literal["auto"] = "auto"
-    folds: int = 3
     search: int = 20
-    radius: float = 1.5
-    spread: float = 0.14
-    seed: int = 0
 
     def init(self, roster: Roster) -> ServerState:
         """Nothing is known."""
@@ -86,7 +78,10 @@ class FederatedBayes:
         """One round: gradients of the cohort, a step, and the prior's step."""
         # 1. Before the first round, starts from moments of all clients.
         if not state.components:
-            state = replace(state, components=self._begun(clients))
+            trained, by_prompt = self.starts.candidates(clients)
+            slots = [self.server.init(_trained(models)) for models in trained]
+            told = {"by_prompt": torch.tensor(int(by_prompt))}
+            state = replace(state, components=_packed(trained, slots, told))
         trained, slots = _unpacked(state.components)
         # 2. The sums of the cohort.
         tables = {name: table.clone() for name, table in state.clients.items()}
@@ -108,104 +103,6 @@ class FederatedBayes:
         row = _row(sums)
         return self._served(state), row
 
-    # -- the start
-
-    def _begun(self, clients: BayesClients) -> Params:
-        """Candidates at their starts: directions from the covariance between clients, groups from
-        clusters of the clients' mean differences."""
-        everything = clients.outline(True, torch.tensor([ALL]))
-        by_prompt = bool(2 * everything.several >= everything.clients)
-        tried = structures(
-            self.kind, self.order, self.ridge, latent=self.selector.latent,
-            inputs=self.selector.inputs, pairs=int(everything.pairs[0]),
-            clients=int(everything.clients),
-        )  # fmt: skip
-        several = sum(s.kind != "shared" for s in tried) > 1
-        open_ = several or self.width == "auto"
-        fold = torch.tensor([ALL, *range(self.folds)] if open_ else [ALL])
-        outline = clients.outline(by_prompt, fold)
-        numbers = sorted({s.order for s in tried if s.kind == "groups"})
-        centres = self._centres(clients, numbers, fold, by_prompt) if numbers else {}
-        trained = [
-            self._groups(s, fold, outline, centres[s.order]) if s.kind == "groups"
-            else self._directions(s, fold, outline)
-            for s in tried
-        ]  # fmt: skip
-        slots = [self.server.init(_trained(models)) for models in trained]
-        return _packed(trained, slots, {"by_prompt": torch.tensor(int(by_prompt))})
-
-    def _centres(
-        self, clients: BayesClients, numbers: Sequence[int], fold: Tensor, by_prompt: bool
-    ) -> dict[int, Tensor]:
-        """Centres [t, m, p] of each number of clusters: found on all pairs, then the means without
-        each fold."""
-
-        def ask(centre: Tensor, withhold: bool = False) -> Any:
-            return clients.moments(centre, ALL, by_prompt)
-
-        found = fit(ask, self.selector.inputs, numbers, self.seed)
-        out = {}
-        for number in numbers:
-            centre = found[number].total / found[number].weight.clamp_min(1e-9).unsqueeze(-1)
-            each = []
-            for f in fold.tolist():
-                own = clients.moments(centre.unsqueeze(0), f, by_prompt)
-                held = own.weight[0].unsqueeze(-1)
-                each.append(torch.where(held > 0.5, own.total[0] / held.clamp_min(1), centre))
-            out[number] = torch.stack(each)
-        return out
-
-    def _blank(self, structure: Structure, fold: Tensor, outline: Outline) -> Models:
-        t, (p, d) = len(fold), (self.selector.inputs, self.selector.latent)
-        m = structure.order if structure.kind == "groups" else 1
-        size = torch.tensor([m, structure.order, KINDS.index(structure.kind)]).expand(t, 3)
-        return Models(
-            torch.zeros(t, p), torch.zeros(t, d, p), torch.zeros(t, m, d), torch.ones(t, m),
-            torch.full((t, m), 1 / m), fold, size.clone(),
-            torch.full((t,), structure.ridge), self._scale(structure, outline),
-        )  # fmt: skip
-
-    def _scale(self, structure: Structure, outline: Outline) -> Tensor:
-        """The scale [t, p] of every input in which its penalty and its steps count."""
-        if not structure.white:
-            return torch.ones_like(outline.square)
-        scale = (outline.square / outline.pairs.clamp_min(1).unsqueeze(-1)).sqrt()
-        read = (torch.arange(scale.shape[-1]) < WHITE_INPUTS) & (scale > LEAST_SCALE)
-        return torch.where(read, scale, 0.0)
-
-    def _groups(
-        self, structure: Structure, fold: Tensor, outline: Outline, centre: Tensor
-    ) -> Models:
-        """Narrow components at orthogonal centres; the rewards there are along the clusters'."""
-        blank, m = self._blank(structure, fold, outline), structure.order
-        blank.mean[:, :, :m] = self.radius * torch.eye(m)
-        blank.variance[:] = self.spread**2
-        towards = _over(centre, blank.scale.square().unsqueeze(-2))
-        blank.bilinear[:, :m] = 0.5 * LOGISTIC / self.radius * towards
-        return blank
-
-    def _directions(self, structure: Structure, fold: Tensor, outline: Outline) -> Models:
-        """One wide component along the leading directions in which clients differ."""
-        blank, d = self._blank(structure, fold, outline), structure.order
-        for t in range(len(fold)):
-            mean = outline.total[t] / outline.pairs[t].clamp_min(1)
-            scale = blank.scale[t]
-            blank.weight[t] = 0.5 * LOGISTIC * _over(mean, scale.square())
-            if structure.kind == "shared":
-                continue
-            cross = outline.cross[t] / outline.counted[t].clamp_min(1)
-            half = outline.halves[t].mean(0) / outline.counted[t].clamp_min(1)
-            between = _over(_over(cross - torch.outer(half, half), scale).T, scale)
-            values, vectors = torch.linalg.eigh(LOGISTIC**2 * between.double())
-            values, vectors = values.flip(0)[:d], vectors.flip(1)[:, :d]
-            largest = vectors.abs().argmax(0)
-            vectors = vectors * vectors[largest, torch.arange(d)].sign()
-            spread = values.clamp_min(SMALLEST).sqrt()
-            blank.bilinear[t, :d] = _over((0.7 * spread * vectors).T.float(), scale)
-        return blank
-
-    # -- a round
-
     def _stepped(self, models: Models, slots: Params, sums: Slopes) -> tuple[Models, Params]:
         """A step of the server's optimiser on the mean gradient per target."""
         count = sums.targets.clamp_min(1.0)
@@ -213,12 +110,12 @@ class FederatedBayes:
         ridge, scale = 2 * models.ridge.view(-1, 1), models.scale
         wide = scale.unsqueeze(-2)
         start = {WEIGHT: models.weight * scale, BILINEAR: models.bilinear * wide}
-        weight = _over(sums.weight / count.view(-1, 1), scale) + ridge * start[WEIGHT]
-        bilinear = _over(sums.bilinear / count.view(-1, 1, 1), wide)
+        weight = over(sums.weight / count.view(-1, 1), scale) + ridge * start[WEIGHT]
+        bilinear = over(sums.bilinear / count.view(-1, 1, 1), wide)
         bilinear = bilinear + ridge.unsqueeze(-1) * start[BILINEAR]
         found, slots = self.server.apply(start, slots, {WEIGHT: -weight, BILINEAR: -bilinear})
         return models._replace(
-            weight=_over(found[WEIGHT], scale), bilinear=_over(found[BILINEAR], wide)
+            weight=over(found[WEIGHT], scale), bilinear=over(found[BILINEAR], wide)
         ), slots
 
     def _moved(self, models: Models, sums: Slopes) -> Models:
@@ -232,8 +129,6 @@ class FederatedBayes:
         new = (sums.share + 1) / (sums.share + 1).sum(-1, keepdim=True)
         share = models.share + DAMPING * (new - models.share)
         return models._replace(share=share)
-
-    # -- the choice
 
     def _judged(
         self, state: ServerState, clients: BayesClients, last: bool
@@ -317,13 +212,40 @@ class FederatedBayes:
         return found | ({"judged": _table(components)} if "choice/nll" in components else {})
 
     def payload(self, state: ServerState) -> list[Payload]:
-        """All that travels."""
-        return []
+        """All that travels, in sizes that a run has at the most: sums over a client's pairs up,
+        models and centres down."""
+        everything = structures(
+            self.starts.kind, self.starts.order, self.starts.ridge, latent=self.selector.latent,
+            inputs=self.selector.inputs, pairs=FEW_PAIRS, clients=3 * MOST_GROUPS,
+        )  # fmt: skip
+        last = sorted(everything, key=lambda s: s.order)[-max(KEPT.values()) - 1 :]
+        p, t = self.selector.inputs, self.starts.folds + 1
+        sums = Payload("outline: first moments without each fold", (t, p * p + 4 * p + 2),
+                       4 * t * (p * p + 4 * p + 2), "up", ONCE)  # fmt: skip
+        tried = (len(GROUPS) * RESTARTS, MOST_GROUPS, p)
+        centres = [
+            Payload(f"clusters: {what}", tried, 4 * factor * math.prod(tried), direction,
+                    f"at most {ITERATIONS + 2} exchanges before the first round")
+            for what, direction, factor in (("centres", "down", 1), ("moments of means", "up", 3))
+        ]  # fmt: skip
+        rounds = [
+            Payload(name, (t, size), 4 * t * size, direction, when)
+            for kept, when in ((everything, SEARCHED), (last, EVERY_ROUND))
+            for size, name, direction in (
+                (sum(_numbers(s, p) for s in kept), "models: rewards and priors", "down"),
+                (sum(_numbers(s, p) + 4 for s in kept), "slopes: gradients and shares", "up"),
+            )
+        ]
+        options = len(last) * len(WIDTHS)
+        judged = Payload("judge: log-probabilities of held-out targets", (options, options + 3),
+                         8 * options * (options + 3), "up", FITTED)  # fmt: skip
+        return [sums, *centres, *rounds, judged]
 
 
-def _over(value: Tensor, scale: Tensor) -> Tensor:
-    """Divided by the inputs' scales; 0 where an input is not read."""
-    return torch.where(scale > 0, value / scale.clamp_min(LEAST_SCALE**2), 0.0)
+def _numbers(structure: Structure, inputs: int) -> int:
+    """Numbers of one model: reward, W, centres, variances and weights."""
+    m = structure.order if structure.kind == "groups" else 1
+    return inputs * (1 + structure.order) + m * (structure.order + 2)
 
 
 def _trained(models: Models) -> Params:
@@ -404,8 +326,12 @@ def build(*, config: Config, clients: int, noise: Any = None) -> FederatedBayes:
     """The server's side of the settings' method."""
     p = config.population
     rounds = config.federation.rounds
-    return FederatedBayes(
-        BayesSelector(config.model.inputs, config.model.latent), build_server(config), p.structure,
-        p.order, p.ridge, p.width, p.folds, max(1, round(p.search * rounds)), p.radius, p.spread,
+    m, searches = config.model, p.width == "auto"
+    starts = Starts(
+        m.inputs, m.latent, p.structure, p.order, p.ridge, searches, p.folds, p.radius, p.spread,
         config.seed,
+    )  # fmt: skip
+    return FederatedBayes(
+        BayesSelector(m.inputs, m.latent), build_server(config), starts, p.width,
+        max(1, round(p.search * rounds)),
     )  # fmt: skip
