@@ -414,7 +414,7 @@ def test_a_whitening_that_hides_the_features_is_seen_in_the_loss(
     """Should a whitening be spoilt all the same: rounds that learn nothing are said, once."""
     path, loop = make(training={"federation": TRAINING["federation"] | {"rounds": 8}})
     nothing = Whitener(torch.zeros(32), torch.full((32, 6), 1e-9))
-    monkeypatch.setattr(Whitener, "from_sums", lambda sums, dimensions: nothing)
+    monkeypatch.setattr(Whitener, "from_sums", lambda sums, dimensions, white=True: nothing)
     run(path, loop)
     said = [m for m in caplog.messages if "have learnt nothing" in m]
     assert len(said) == 1

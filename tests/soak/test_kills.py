@@ -25,7 +25,7 @@ KILLS = int(os.environ.get("FEDVPA_KILLS", "125"))
 MOST = 400
 """Attempts to place them: a command may end before it is killed."""
 SELECTOR = ["--layer", "2", "--dtype", "float32", "--clients", "6", "--inputs", "8", "--latent",
-            "4", "--local-steps", "5"]  # fmt: skip
+            "4"]  # fmt: skip
 
 
 def child(arguments: list[str], cache: str) -> None:
@@ -125,8 +125,8 @@ def commands(place: Path, model: Path, url: str) -> dict[str, Long]:
 
     def train(out: Path) -> list[str]:
         return ["train", "--data", str(data), "--split", "train", *backbone, "--rounds", "60",
-                "--checkpoint-every", "1", "--prototypes.start-round", "10", "--out",
-                str(out)]  # fmt: skip
+                "--checkpoint-every", "1", "--population.structure", "groups",
+                "--population.order", "2", "--out", str(out)]  # fmt: skip
 
     def compare(out: Path) -> list[str]:
         return ["compare", "--methods", "fedvpl,fedavg-btl", "--seeds", "0,1", "--data", str(data),

@@ -78,8 +78,8 @@ def read_data(root: Path, config: Config) -> RunData:
         raise CheckpointError(f"{path}: damaged: it is not what was written")
     if found.settings != settings_hash(config):
         raise CheckpointError(
-            f"{root / 'config.yaml'}: has other settings than the run was trained with; put it back"
-            " as it was, or train another run"
+            f"{root / 'config.yaml'}: has other settings than the run was trained with, or is of an"
+            " earlier version with other defaults; put it back as it was, or train another run"
         )
     return found
 

@@ -86,7 +86,8 @@ def load_config(paths: RunPaths) -> Config:
         return build_config(settings)
     except BadInputError as error:
         raise BadInputError(
-            f"{paths.config}: not a configuration of this version: {error}"
+            f"{paths.config}: not a configuration of this version: {error}. A run of an earlier"
+            " version has to be trained again; what was fedvpa-gp is fedvpl+anchors now"
         ) from error
 
 
