@@ -11,6 +11,7 @@ from torch.nn.functional import logsigmoid
 
 from fedvpa.config import build_config
 from fedvpa.data.content import groups_apart, seen_before, units_of
+from fedvpa.errors import BadInputError
 from fedvpa.evaluation.protocol import given_trial, split_trials
 from fedvpa.experiment.build import build_method
 from fedvpa.federated.batch import ClientStore, build_store
@@ -243,6 +244,18 @@ def test_opposed_groups_are_told_apart_and_centres_stay_orthogonal() -> None:
     assert right > 0.9
     assert predictor.named is not None
     assert predictor.named.shape == (2, 8)
+
+
+@pytest.mark.parametrize("structure", ["groups", "directions"])
+def test_sampled_latents_train_as_well(structure: str) -> None:
+    store = synthetic_store(clients=12, pairs=20)
+    algorithm, state = trained(store, structure=structure, order=2, samples=2)
+    batch, groups = store.batch(range(12)), store.roster.group_index()[1]
+    predictor = algorithm.predictor(state)
+    right = predictor.margin(predictor.adapt(batch, groups), batch) > 0
+    assert right[batch.mask].float().mean() > 0.75
+    with pytest.raises(BadInputError, match="does not fit a latent"):
+        build_config({"population": {"order": 17}})
 
 
 def test_users_of_one_reward_get_one_reward() -> None:

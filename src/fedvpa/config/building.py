@@ -186,6 +186,12 @@ def _check(config: Config) -> None:
     """
     if config.privacy.enabled:
         _check_privacy(config)
+    order = config.population.order
+    if order != "auto" and order > config.model.latent:
+        raise BadInputError(
+            f"population.order: {order} does not fit a latent of {config.model.latent} dimensions"
+            " (model.latent)"
+        )
     prototypes, rounds = config.prototypes, config.federation.rounds
     if config.prototypes.kind == "anchored":
         if config.prototypes_start >= rounds:

@@ -72,6 +72,7 @@ class BayesClients:
         samples: samples of z per division (0: the closed-form prediction).
         folds: parts of the contents, of which each model of a search misses one.
         steps: Newton steps in training, where a posterior need not be exact.
+        latent: dimensions of z.
     """
 
     store: ClientStore
@@ -82,6 +83,7 @@ class BayesClients:
     samples: int = 0
     folds: int = 3
     steps: int = 2
+    latent: int = 16
 
     def __len__(self) -> int:
         return len(self.store)
@@ -135,7 +137,7 @@ class BayesClients:
         stream of its own."""
         clients, units = chunk.sides.exists.shape
         key, share = torch.zeros(self.splits, clients, units), torch.zeros(self.splits, clients)
-        noise = torch.zeros(self.splits, max(1, self.samples), clients, 2, 32)
+        noise = torch.zeros(self.splits, max(1, self.samples), clients, 2, self.latent)
         for c, name in enumerate(chunk.names):
             generator = stream(self.seed, "round", round_number, name)
             count = int(chunk.sides.exists[c].sum())
@@ -284,6 +286,8 @@ class BayesClients:
         uniform = torch.special.ndtr(noise[:, :, 1, :m]).unsqueeze(1)
         gumbel = -(-uniform.clamp(1e-9, 1 - 1e-7).log()).log()
         drawn = torch.softmax(log_share + gumbel, -1)
+        if not found.covariance.dim():  # points
+            return sampled_slope((drawn.unsqueeze(-1) * found.mode).sum(-2), offset, design)
         factor = torch.linalg.cholesky(found.covariance)
         each = found.mode + (factor @ noise[:, None, :, None, 0, :d, None]).squeeze(-1)
         return sampled_slope((drawn.unsqueeze(-1) * each).sum(-2), offset, design)
@@ -376,5 +380,5 @@ def build(
     p = config.population
     return BayesClients(
         store, build_simulation(config), config.seed, config.data.content, p.splits, p.samples,
-        p.folds,
+        p.folds, latent=config.model.latent,
     )  # fmt: skip
