@@ -11,7 +11,7 @@ from torch.nn.functional import logsigmoid
 
 from fedvpa.config import build_config
 from fedvpa.data.content import groups_apart, seen_before, units_of
-from fedvpa.errors import BadInputError
+from fedvpa.errors import BadInputError, NonFiniteUpdateError
 from fedvpa.evaluation.protocol import given_trial, split_trials
 from fedvpa.experiment.build import build_method
 from fedvpa.federated.batch import ClientStore, build_store
@@ -256,6 +256,25 @@ def test_sampled_latents_train_as_well(structure: str) -> None:
     assert right[batch.mask].float().mean() > 0.75
     with pytest.raises(BadInputError, match="does not fit a latent"):
         build_config({"population": {"order": 17}})
+
+
+def test_clients_may_count_alike_and_features_that_are_not_finite_name_their_client() -> None:
+    store = synthetic_store(clients=9, pairs=20)
+    config = {"model": {"inputs": 8, "latent": 8}, "federation": {"rounds": 2, "cohort": 0}}
+    found = {}
+    for way in ("samples", "uniform"):
+        algorithm, clients = build_method(
+            build_config(config, {"federation": {"aggregation": way}}), store
+        )
+        state, _ = algorithm.apply(algorithm.init(store.roster), clients, range(9))
+        found[way] = state.params["reward.weight"]
+    assert not torch.equal(found["samples"], found["uniform"])
+    broken = store.difference.clone()
+    broken[25] = torch.nan
+    spoilt = ClientStore(store.names, store.groups, broken, None, store.order, store.offset)
+    algorithm, clients = build_method(build_config(config), spoilt)
+    with pytest.raises(NonFiniteUpdateError, match="client-1"):
+        algorithm.apply(algorithm.init(store.roster), clients, range(9))
 
 
 def test_users_of_one_reward_get_one_reward() -> None:

@@ -19,6 +19,7 @@ from torch.nn.functional import logsigmoid
 
 from fedvpa.config import Config
 from fedvpa.data.content import Policy
+from fedvpa.errors import NonFiniteUpdateError
 from fedvpa.federated.batch import ClientStore, Roster
 from fedvpa.federated.bayes.messages import Judged, Outline, Slopes, added, judged
 from fedvpa.federated.bayes.models import Models
@@ -37,6 +38,7 @@ from fedvpa.functional.laplace import (
     predictive_slope,
     sampled_slope,
 )
+from fedvpa.functional.mixture import gumbel_noise, gumbel_softmax_log_weight
 from fedvpa.types import Params
 
 SHRINKAGE = 4.0
@@ -73,6 +75,7 @@ class BayesClients:
         folds: parts of the contents, of which each model of a search misses one.
         steps: Newton steps in training, where a posterior need not be exact.
         latent: dimensions of z.
+        alike: whether clients count the same (else by the number of their targets).
     """
 
     store: ClientStore
@@ -84,6 +87,7 @@ class BayesClients:
     folds: int = 3
     steps: int = 2
     latent: int = 16
+    alike: bool = False
 
     def __len__(self) -> int:
         return len(self.store)
@@ -114,7 +118,8 @@ class BayesClients:
             n = int(sizes[c])
             least = int(sizes[out[-1][0]]) if out else 0
             fits = out and n <= LIKE * least + 8
-            if fits and (len(out[-1]) + 1) * n * numbers_per_pair <= MOST_NUMBERS:
+            room = len(out[-1]) < (self.simulation.chunk or len(cohort)) if out else False
+            if fits and room and (len(out[-1]) + 1) * n * numbers_per_pair <= MOST_NUMBERS:
                 out[-1].append(c)
             else:
                 out.append([c])
@@ -122,13 +127,16 @@ class BayesClients:
 
     def _chunk(self, clients: list[int], by_prompt: bool) -> Chunk:
         row, mask = self.store.rows(clients)
-        padding = ~mask.unsqueeze(-1)
+        difference = self.store.difference[row].masked_fill(~mask.unsqueeze(-1), 0.0)
+        names = [self.store.names[c] for c in clients]
+        finite = difference.flatten(1).isfinite().all(1)
+        if not finite.all():
+            raise NonFiniteUpdateError(
+                f"client '{names[int((~finite).nonzero()[0])]}' has features that are NaN or Inf;"
+                " nothing was applied (look at its pairs, and at the backbone's number type)"
+            )
         sides = self._divider.sides(self.store, torch.tensor(clients))
-        return Chunk(
-            clients, [self.store.names[c] for c in clients],
-            self.store.difference[row].masked_fill(padding, 0.0), sides,
-            self._fold[by_prompt][row],
-        )  # fmt: skip
+        return Chunk(clients, names, difference, sides, self._fold[by_prompt][row])
 
     def _draws(
         self, chunk: Chunk, round_number: int
@@ -262,6 +270,13 @@ class BayesClients:
             gradient_b += (slope.design * scored.unsqueeze(-1)).mT @ x
             targets += scored.sum(-1)
             loss += (slope.loss * scored).sum(-1)
+        if self.alike:  # every client counts the same, whatever the number of its pairs
+            count = targets.clamp_min(1.0)
+            gradient_w, gradient_b = (
+                gradient_w / count[..., None],
+                gradient_b / count[..., None, None],
+            )
+            loss, targets = loss / count, (targets > 0).to(dtype)
         # 3. What the population step reads: the posterior given all pairs.
         found, log_share = infer(chunk.sides.mask)
         share = log_share.exp()
@@ -284,8 +299,7 @@ class BayesClients:
             return predictive_slope(found, log_share.exp(), prediction, design)
         m, d = found.mode.shape[-2:]
         uniform = torch.special.ndtr(noise[:, :, 1, :m]).unsqueeze(1)
-        gumbel = -(-uniform.clamp(1e-9, 1 - 1e-7).log()).log()
-        drawn = torch.softmax(log_share + gumbel, -1)
+        drawn = gumbel_softmax_log_weight(log_share, gumbel_noise(uniform), 1.0).exp()
         if not found.covariance.dim():  # points
             return sampled_slope((drawn.unsqueeze(-1) * found.mode).sum(-2), offset, design)
         factor = torch.linalg.cholesky(found.covariance)
@@ -380,5 +394,5 @@ def build(
     p = config.population
     return BayesClients(
         store, build_simulation(config), config.seed, config.data.content, p.splits, p.samples,
-        p.folds, latent=config.model.latent,
+        p.folds, latent=config.model.latent, alike=config.federation.aggregation == "uniform",
     )  # fmt: skip
