@@ -2,7 +2,7 @@
 pfl where installed.
 
     python -m benchmarks.simulation [--clients 100] [--json FILE] [--quick] [--engines a,b]
-    [--models a,b]
+    [--models a,b] [--workload natural]
 
 The workload: every client is in the cohort and takes 30 local Adam steps of batch 8 on its 40
 pairs; then FedAvg.
@@ -45,12 +45,18 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--engines", default=",".join(ENGINES))
     parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument(
+        "--workload", choices=("equal", "natural"), default="equal",
+        help="natural: clients of very different sizes, beside equal ones with as many pairs",
+    )  # fmt: skip
     parser.add_argument("--one", nargs=2, metavar=("MODEL", "ENGINE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.one:
         seconds = run_engine(*arguments.one, arguments.clients, arguments.rounds)
         print(json.dumps(seconds))
         return 0
+    if arguments.workload == "natural":
+        return run_natural(arguments.clients, arguments.rounds, arguments.json)
     if arguments.quick:
         arguments.clients, arguments.rounds, arguments.models = 10, 1, "default"
         arguments.engines = ",".join(
@@ -87,6 +93,39 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{r['model']:12s} {r['engine']:18s} {r['clients']:7d} {figures}")
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(rows, indent=2) + "\n")
+    return 0
+
+
+def run_natural(clients: int, rounds: int, file: str | None) -> int:
+    """Clients of very different sizes beside equal ones, in turns; every step reads all pairs."""
+    from benchmarks.workload import build_sized, natural_sizes
+
+    natural = natural_sizes(clients)
+    mean, more = divmod(sum(natural), clients)
+    sizes = {"natural": natural, "equal": [mean + (c < more) for c in range(clients)]}
+    built = {name: build_sized(own) for name, own in sizes.items()}
+    states = {name: algorithm.init(each.roster) for name, (algorithm, each) in built.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in sizes}
+    for _ in range(rounds + 1):
+        for name, (algorithm, each) in built.items():
+            start = time.perf_counter()
+            states[name], _ = algorithm.apply(states[name], each, range(clients))
+            seconds[name].append(time.perf_counter() - start)
+    found = {name: median(own[1:]) for name, own in seconds.items()}
+    rows = [
+        {"workload": name, "clients": clients, "pairs": sum(own), "largest": max(own),
+         "seconds_per_round": found[name], "ratio_to_equal": found[name] / found["equal"]}
+        for name, own in sizes.items()
+    ]  # fmt: skip
+    heads = f"{'clients':>7s} {'pairs':>7s} {'largest':>7s} {'s/round':>9s} {'ratio':>6s}"
+    print(f"{'workload':10s} {heads}")
+    for r in rows:
+        print(
+            f"{r['workload']:10s} {r['clients']:7d} {r['pairs']:7d} {r['largest']:7d}"
+            f" {r['seconds_per_round']:9.4f} {r['ratio_to_equal']:6.2f}"
+        )
+    if file:
+        Path(file).write_text(json.dumps(rows, indent=2) + "\n")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -58,6 +59,28 @@ def build(
 ) -> tuple[FederatedVariational, SimulatedClients]:
     """Our algorithm, and the clients of the workload."""
     return _built(settings(model, backend), make_store(model, range(clients)))
+
+
+def natural_sizes(clients: int) -> list[int]:
+    """Numbers of pairs as people have them: log-normal, the largest of hundreds of clients with
+    some thirty times the mean."""
+    generator = stream(0, "natural", clients)
+    return [
+        max(1, round(float(n)))
+        for n in (3.4 + 1.1 * torch.randn(clients, generator=generator)).exp()
+    ]
+
+
+def build_sized(sizes: Sequence[int]) -> tuple[FederatedVariational, SimulatedClients]:
+    """The default model on all pairs of clients with so many pairs each (every step reads them
+    all)."""
+    config = build_config(COMMON, {"federation": {"batch_size": 0}})
+    generator, p = stream(0, "sized"), config.model.inputs
+    names = [f"c{c}" for c in range(len(sizes))]
+    return _built(config, build_store(
+        names, [None] * len(names), [torch.randn(n, p, generator=generator) for n in sizes], None,
+        [torch.ones(n) for n in sizes],
+    ))  # fmt: skip
 
 
 def initial(model: str) -> Params:

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -103,14 +103,15 @@ def synthetic_store(
     groups: int = 2,
     seed: int = 0,
     ragged: bool = True,
+    sizes: Sequence[int] | None = None,
 ) -> ClientStore:
     """Clients of opposed groups: the chosen response is the one that the group's own direction
-    prefers."""
+    prefers. `sizes`: their numbers of pairs, if these differ by more than `ragged` makes them."""
     generator = stream(seed, "synthetic")
     directions = torch.linalg.qr(torch.randn(inputs, inputs, generator=generator))[0]
     differences, commons, orders, names = [], [], [], []
     for k in range(clients):
-        n = pairs - (k % 3 if ragged else 0)
+        n = pairs - (k % 3 if ragged else 0) if sizes is None else sizes[k]
         x = torch.randn(n, inputs, generator=generator)
         group = k % groups
         direction = directions[group // 2] * (1 if group % 2 == 0 else -1)

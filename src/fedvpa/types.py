@@ -17,12 +17,16 @@ class PairBatch(NamedTuple):
     `difference` is h(x, chosen) - h(x, rejected) and `common` their mean (kept only for rewards
     that read more than the difference). `order` is +1 where the chosen response was shown as option
     A and -1 as option B (only the `additive` reward reads it); `mask` is False on padding.
+
+    With an `owner` the rows are blocks, in the order of their clients: so many of a client's pairs
+    each, and the client's index (see `fedvpa.functional.segments`).
     """
 
     difference: Float[Tensor, "*b n p"]
     common: Float[Tensor, "*b n p"] | None
     order: Float[Tensor, "*b n"]
     mask: Bool[Tensor, "*b n"]
+    owner: Int[Tensor, "b"] | None = None
 
 
 class Posterior(NamedTuple):

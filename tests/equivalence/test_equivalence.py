@@ -16,6 +16,7 @@ from fedvpa.errors import BadInputError, CheckpointError, NonFiniteUpdateError
 from fedvpa.experiment.build import build_method
 from fedvpa.federated.algorithm import sample_cohort
 from fedvpa.federated.batch import ClientStore
+from fedvpa.federated.simulation import CLIENT, Chunk, Simulation, build_simulation
 from fedvpa.methods import METHODS
 from fedvpa.types import ServerState
 from tests.conftest import synthetic_store
@@ -82,6 +83,28 @@ def test_vectorised_equals_sequential(name: str) -> None:
     fast = train(config_of(name), store)
     assert_states_close(fast, train(config_of(name, backend="sequential"), store), 2e-4)
     assert_states_close(fast, train(config_of(name, chunk=2, workers=2), store), 2e-4)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_clients_of_very_different_sizes_equal_sequential_ones(name: str) -> None:
+    sizes = [1, 60, 3, 7, 2, 33, 5, 16]
+    store = synthetic_store(clients=len(sizes), sizes=sizes)
+    config = config_of(name, cohort=0, rounds=3)
+    found = build_simulation(config).chunks(range(len(sizes)), sizes, 100)
+    assert any(0 < chunk.width < max(sizes) for chunk in found)
+    slow = config_of(name, cohort=0, rounds=3, backend="sequential")
+    assert_states_close(train(config, store), train(slow, store), 2e-4)
+
+
+def test_chunks_hold_everybody_once_and_cost_alike() -> None:
+    sizes = [1 + (7 * i) % 40 for i in range(300)] + [900, 2000]
+    cohort = list(range(0, 604, 2))
+    chunks = Simulation().chunks(cohort, sizes, 4000)
+    assert sorted(c for chunk in chunks for c in chunk.clients) == cohort
+    of = dict(zip(cohort, sizes))
+    costs = [sum(CLIENT + of[c] for c in chunk.clients) for chunk in chunks]
+    assert max(costs) < 1.3 * min(costs)
+    assert Simulation().chunks([5, 3, 8], [4, 4, 4], 100) == [Chunk([5, 3, 8])]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -226,7 +249,7 @@ def test_withheld_choices_are_not_trained_on_until_the_anchors_are_fitted_and_th
     store = synthetic_store(clients=12, pairs=15)
     _, clients = build_method(config, store)
     everyone = torch.arange(len(store))
-    pairs, held = clients.divided(everyone, 1)
+    pairs, held = clients.withheld.divided(everyone, 1)
     assert held.sum(-1).tolist() == [round(0.2 * int(n)) for n in store.sizes]
     assert not (held & ~pairs.mask).any()
     other = store.difference.clone()

@@ -148,7 +148,7 @@ def test_context_and_target_are_disjoint_real_pairs(
         assert torch.equal(used, expected)
         assert (target.sum(-1) >= 1).all()
     alone = local_draws(seed, 0, names[:1], torch.tensor(sizes[:1]), 3, DrawSizes(1, 2))
-    assert torch.equal(alone.order[0], draws.order[0, :, : sizes[0]])
+    assert torch.equal(alone.order, draws.order[:, : sizes[0]])
     assert torch.equal(alone.latent[:, :, 0], draws.latent[:, :, 0])
 
 

@@ -20,7 +20,7 @@ from torch.nn.functional import logsigmoid
 from fedvpa.data.content import Policy, seen_before
 from fedvpa.evaluation.statistics import share
 from fedvpa.federated.algorithm import Predictor, SharedBeside
-from fedvpa.federated.batch import ClientStore, first_pairs, select, trimmed, widths
+from fedvpa.federated.batch import ClientStore, first_pairs, like_sized, select, trimmed, widths
 from fedvpa.federated.content import Divider
 from fedvpa.federated.random import stream
 from fedvpa.functional.preference import expected_calibration_error
@@ -274,17 +274,8 @@ def shares(infer: Callable[[PairBatch], Tensor], context: PairBatch) -> Float[Te
 def _blocks(batch: PairBatch) -> list[Int[Tensor, "b"]]:
     """Users by the number of their pairs, as many side by side as `NUMBERS` allow, the largest of
     them with at most twice the pairs of the smallest."""
-    size = widths(batch)
-    order, inputs = size.argsort(stable=True).tolist(), batch.difference.shape[-1]
-    out: list[list[int]] = []
-    for u in order:
-        n = int(size[u])
-        fits = out and n <= 2 * int(size[out[-1][0]]) + 8
-        if fits and (len(out[-1]) + 1) * n * inputs <= NUMBERS:
-            out[-1].append(u)
-        else:
-            out.append([u])
-    return [torch.tensor(block) for block in out]
+    inputs = batch.difference.shape[-1]
+    return like_sized(widths(batch), 2.0, lambda size: NUMBERS // max(1, size * inputs))
 
 
 def reversed_labels(context: PairBatch) -> PairBatch:

@@ -3,8 +3,8 @@ chunk is formed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fedvpa.types import PairBatch
+
+SLACK = 8
+"""Pairs by which rows of like size may differ in any case."""
 
 
 class Roster(NamedTuple):
@@ -58,9 +61,11 @@ class ClientStore:
         clients = torch.as_tensor(clients)
         sizes = self.sizes[clients]
         column = torch.arange(int(sizes.max()) if sizes.numel() else 0)
-        row = self.offset[clients].unsqueeze(-1) + column
+        return self._row(self.offset[clients], column), column < sizes.unsqueeze(-1)
+
+    def _row(self, begin: Int[Tensor, "b"], column: Int[Tensor, "n"]) -> Int[Tensor, "b n"]:
         last = max(0, self.difference.shape[0] - 1)
-        return row.clamp_max(last), column < sizes.unsqueeze(-1)
+        return (begin.unsqueeze(-1) + column).clamp_max(last)
 
     @property
     def owner(self) -> Int[Tensor, "rows"]:
@@ -69,7 +74,31 @@ class ClientStore:
 
     def batch(self, clients: Int[Tensor, "c"] | Sequence[int]) -> PairBatch:
         """The pairs of some clients, [c, n], padded with zeros to the largest of them."""
-        row, mask = self.rows(clients)
+        return self._batch(*self.rows(clients))
+
+    def blocks(self, clients: Int[Tensor, "c"] | Sequence[int], width: int) -> PairBatch:
+        """The pairs of some clients in blocks of `width` pairs, [b, width], of which only a
+        client's last one is padded; an empty client has one, too."""
+        clients = torch.as_tensor(clients)
+        sizes = self.sizes[clients]
+        count = (-(-sizes // width)).clamp_min(1)
+        owner = torch.arange(len(clients)).repeat_interleave(count)
+        before = width * (torch.arange(len(owner)) - (count.cumsum(0) - count)[owner])
+        column = torch.arange(width)
+        mask = column < (sizes[owner] - before).unsqueeze(-1)
+        row = self._row(self.offset[clients][owner] + before, column)
+        return self._batch(row, mask)._replace(owner=owner)
+
+    def taking(self, rows: Int[Tensor, "taken"], sizes: Int[Tensor, "clients"]) -> ClientStore:
+        """The same clients with some of the rows, in this order, so many of each client."""
+        return replace(
+            self, difference=self.difference[rows],
+            common=None if self.common is None else self.common[rows], order=self.order[rows],
+            offset=torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)]),
+            content=None if self.content is None else self.content[rows],
+        )  # fmt: skip
+
+    def _batch(self, row: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"]) -> PairBatch:
         # filled, not multiplied by zero: a neighbour's NaN must not come through
         padding = ~mask.unsqueeze(-1)
         common = None if self.common is None else self.common[row].masked_fill_(padding, 0.0)
@@ -150,6 +179,22 @@ def widths(batch: PairBatch) -> Int[Tensor, "b"]:
     if not columns:
         return torch.zeros(users, dtype=torch.long)
     return (batch.mask * torch.arange(1, columns + 1)).amax(-1)
+
+
+def like_sized(
+    sizes: Int[Tensor, "b"], ratio: float, most: Callable[[int], int]
+) -> list[Int[Tensor, "_"]]:
+    """Rows in groups of like size, by size: a group's largest has at most `ratio` times the pairs
+    of its smallest (and a few more), and a group as many rows as `most` of that size."""
+    out: list[list[int]] = []
+    least = 0
+    for row, size in zip(*(x.tolist() for x in reversed(sizes.sort(stable=True)))):
+        if out and size <= ratio * least + SLACK and len(out[-1]) < most(size):
+            out[-1].append(row)
+        else:
+            out.append([row])
+            least = size
+    return [torch.tensor(group) for group in out]
 
 
 def first_pairs(batch: PairBatch, size: int) -> PairBatch:

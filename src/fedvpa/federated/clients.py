@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -20,9 +21,8 @@ from fedvpa.config import Config, settings_read
 from fedvpa.errors import BadInputError
 from fedvpa.federated.accounting import Privacy, privacy_of
 from fedvpa.federated.aggregators import RobustMean, bounded, robust_of
-from fedvpa.federated.batch import ClientStore, Roster, first_pairs, select
+from fedvpa.federated.batch import ClientStore, Roster
 from fedvpa.federated.components import Moments, assignments, moments, summed_moments
-from fedvpa.federated.episodes import local_draws
 from fedvpa.federated.local import (
     LocalSettings,
     build_local,
@@ -37,20 +37,14 @@ from fedvpa.federated.population import modes_of, summed_scores
 from fedvpa.federated.priors import build_prior
 from fedvpa.federated.release import clipped_latent
 from fedvpa.federated.robust import robust_moments
-from fedvpa.federated.simulation import Simulation, build_simulation
+from fedvpa.federated.simulation import Chunk, Simulation, best_width, build_simulation
 from fedvpa.federated.variational import contract_of
+from fedvpa.federated.withheld import Withheld
 from fedvpa.functional.preference import mean_choice_loss
 from fedvpa.selector.heads import DirectionalHead
 from fedvpa.selector.predictor import VariationalPredictor
 from fedvpa.selector.selector import Selector, build_selector
 from fedvpa.types import PairBatch, Params, Population, Posterior
-
-WITHHELD = 0.2
-"""Share of a client's pairs by which the number of components is chosen."""
-SMALLEST_DIVIDED = 4
-"""Clients with fewer pairs withhold none."""
-BLOCK = 1000
-"""Clients whose answers are computed side by side, outside of training."""
 
 
 @dataclass(frozen=True)
@@ -124,35 +118,39 @@ class SimulatedClients:
             NonFiniteUpdateError: a client's update holds NaN or Inf.
         """
         per_client = sum(value.numel() for value in broadcast.params.values())
-        chunks = self._chunks(cohort, per_client)
-        answers = self.simulation.map(lambda c: self._round(broadcast, c, tables), chunks)
+        store = self.withheld.trained_on(broadcast.round + 1)
+        chunks = self._chunks(cohort, store.sizes[torch.tensor(cohort)].tolist(), per_client)
+        answers = self.simulation.map(lambda c: self._round(broadcast, store, c, tables), chunks)
         for chunk, update in zip(chunks, answers):
-            yield torch.tensor(chunk), update
+            yield torch.tensor(chunk.clients), update
 
-    def _chunks(self, cohort: Sequence[int], per_client: int) -> list[list[int]]:
-        return self.simulation.chunks(cohort, per_client)
+    def _chunks(self, cohort: Sequence[int], sizes: list[int], per_client: int) -> list[Chunk]:
+        found = self.simulation.chunks(cohort, sizes, per_client)
+        # a context of one pair has no need of blocks
+        return [c._replace(width=0) for c in found] if self.objective.single_pair else found
 
-    def _round(self, broadcast: Broadcast, chunk: Sequence[int], tables: Params) -> Update:
-        """Train these clients side by side from the broadcast parameters."""
+    def _round(
+        self, broadcast: Broadcast, store: ClientStore, chunk: Chunk, tables: Params
+    ) -> Update:
+        """Train these clients side by side from the broadcast parameters, on the pairs of
+        `store`."""
         # 1. The clients' own pairs; those that are withheld do not take part at all.
-        clients, names = torch.tensor(chunk), [self.store.names[c] for c in chunk]
-        pairs, held = self.divided(clients, broadcast.round + 1)
-        if held.any():
-            kept = pairs.mask & ~held
-            pairs = first_pairs(pairs._replace(mask=kept), int(kept.sum(-1).max()))
+        clients = torch.tensor(chunk.clients)
+        names, count = [store.names[c] for c in chunk.clients], len(chunk.clients)
+        pairs = store.blocks(clients, chunk.width) if chunk.width else store.batch(clients)
         # 2. Where each client stands under the model that was sent.
         with torch.no_grad():
             before = self.selector.posterior(broadcast.params, pairs, pairs.mask)
         private, labelled = self._labels(broadcast, before, tables["label"][clients])
         loss = self.objective.given(self._context(broadcast, clients, pairs, private["label"]))
         # 3. The local steps; the logits of the mixture's weights are trained, and stay.
-        start = self._stacked(broadcast.trainable, len(chunk))
+        start = self._stacked(broadcast.trainable, count)
         if "prior_logit" in tables and broadcast.prior is not None:
             start[PRIOR_LOGIT] = tables["prior_logit"][clients]
         fixed = {n: v for n, v in broadcast.params.items() if n in broadcast.fixed}
         result = train_locally(
             loss, start, pairs, names, broadcast.round, self.local,
-            fixed=self._stacked(fixed, len(chunk)), check_each_step=self.simulation.debug,
+            fixed=self._stacked(fixed, count), check_each_step=self.simulation.debug,
         )  # fmt: skip
         trained = dict(result.params)
         logit = trained.pop(PRIOR_LOGIT, None)
@@ -172,7 +170,7 @@ class SimulatedClients:
         require_finite(dict(posterior._asdict()), names, broadcast.round)
         self._check(trained, names, broadcast.round)
         update = Update(
-            trained, result.losses, torch.ones(len(chunk)), private,
+            trained, result.losses, torch.ones(count), private,
             posterior if self.contract.posterior else None,
             self.store.sizes[clients].float(),
             self._own_moments(broadcast, posterior), labelled,
@@ -234,31 +232,10 @@ class SimulatedClients:
             pull_weight=self.schedule.pull_weight if pulled else 0.0,
         )
 
-    def divided(
-        self, clients: Int[Tensor, "c"], round_number: int
-    ) -> tuple[PairBatch, Bool[Tensor, "c n"]]:
-        """The clients' pairs, and which of them are kept out of training until the anchors are
-        fitted: a fifth, drawn once, where the number of anchors has yet to be found. Withheld
-        pairs come last."""
-        pairs = self.store.batch(clients)
-        if self.withhold_until is None or round_number > self.withhold_until:
-            return pairs, torch.zeros_like(pairs.mask)
-        sizes = pairs.mask.sum(-1)
-        names = [self.store.names[c] for c in clients.tolist()]
-        order = local_draws(self.local.seed, -1, names, sizes, 1).order[:, 0]
-        withheld = (WITHHELD * sizes).round().long().clamp_min(1)
-        kept = sizes - torch.where(sizes < SMALLEST_DIVIDED, 0, withheld)
-        column = torch.arange(order.shape[-1])
-        held = (column >= kept.unsqueeze(-1)) & (column < sizes.unsqueeze(-1))
-        return select(pairs, order, column < sizes.unsqueeze(-1)), held
-
-    def _blocks(self, withhold: bool) -> Iterator[tuple[PairBatch, Bool[Tensor, "c n"]]]:
-        """All clients in blocks: their pairs, and which of them are withheld (none unless
-        asked)."""
-        last = self.withhold_until or 0
-        for at in range(0, len(self.store), BLOCK):
-            clients = torch.arange(at, min(at + BLOCK, len(self.store)))
-            yield self.divided(clients, last if withhold else last + 1)
+    @cached_property
+    def withheld(self) -> Withheld:
+        """Which pairs are kept from training."""
+        return Withheld(self.store, self.local.seed, self.withhold_until)
 
     @torch.no_grad()
     def posteriors(
@@ -267,10 +244,9 @@ class SimulatedClients:
         """Every client's posterior from all of its pairs, or without the withheld ones."""
         parts = [
             self.selector.posterior(params, pairs, pairs.mask & ~held)
-            for pairs, held in self._blocks(withhold)
+            for pairs, held in self.withheld.blocks(withhold)
         ]
-        found = Posterior(torch.cat([p.mean for p in parts]), torch.cat([p.log_var for p in parts]))
-        return torch.arange(len(self.store)), found
+        return torch.arange(len(self.store)), Posterior(*map(self.withheld.in_order, zip(*parts)))
 
     @torch.no_grad()
     def moments(
@@ -290,7 +266,7 @@ class SimulatedClients:
         """Mean log-probability of every client's withheld choices under each population, and who
         withheld any."""
         parts, counted = [], []
-        for pairs, held in self._blocks(withhold=True):
+        for pairs, held in self.withheld.blocks(withhold=True):
             context = pairs._replace(mask=pairs.mask & ~held)
             nobody = torch.full((pairs.mask.shape[0],), -1)
             columns = []
@@ -300,7 +276,7 @@ class SimulatedClients:
                 columns.append(-mean_choice_loss(margin, held.float()))
             parts.append(torch.stack(columns, -1))
             counted.append(held.any(-1))
-        return torch.cat(parts), torch.cat(counted)
+        return self.withheld.in_order(parts), self.withheld.in_order(counted)
 
     def scores(self, params: Params, populations: Sequence[Population]) -> Scores:
         """Sums of the log-probabilities of all clients' withheld choices."""
@@ -312,16 +288,16 @@ class SimulatedClients:
         """The component of the greatest responsibility given all of a client's pairs."""
         labels = [
             self.selector.responsibilities(params, population, pairs, pairs.mask).argmax(-1)
-            for pairs, _ in self._blocks(withhold=False)
+            for pairs, _ in self.withheld.blocks(withhold=False)
         ]
-        return {"label": torch.cat(labels)}
+        return {"label": self.withheld.in_order(labels)}
 
 
 class PooledClients(SimulatedClients):
     """Clients whose pairs lie in one place: one model takes every step on all of them at once."""
 
-    def _chunks(self, cohort: Sequence[int], per_client: int) -> list[list[int]]:
-        return [list(cohort)]
+    def _chunks(self, cohort: Sequence[int], sizes: list[int], per_client: int) -> list[Chunk]:
+        return [Chunk(list(cohort), 0 if self.objective.single_pair else best_width(sizes, 0))]
 
     def _stacked(self, params: Params, clients: int) -> Params:
         return stack(params, 1)

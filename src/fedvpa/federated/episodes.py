@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fedvpa.federated.batch import select
+from fedvpa.federated.batch import like_sized
 from fedvpa.federated.random import stream
+from fedvpa.functional.segments import summed
 from fedvpa.types import PairBatch
 
 
@@ -33,10 +34,11 @@ NO_NOISE = DrawSizes()
 
 
 class LocalDraws(NamedTuple):
-    """Noise for E local steps of c clients: order of the pairs, latent noise, uniform noise for the
-    Gumbel weights."""
+    """Noise for E local steps of c clients: the order of each client's pairs (all clients' pairs
+    lie one after the other, and so do they here), latent noise, uniform noise for the Gumbel
+    weights."""
 
-    order: Int[Tensor, "c e n"]
+    order: Int[Tensor, "e rows"]
     latent: Float[Tensor, "e s c d"]
     gumbel: Float[Tensor, "e c k"]
 
@@ -45,93 +47,107 @@ def local_draws(
     seed: int, round_number: int, names: Sequence[str], sizes: Int[Tensor, "c"], steps: int,
     draws: DrawSizes = NO_NOISE,
 ) -> LocalDraws:  # fmt: skip
-    """Draw for every client from its own stream; padding pairs come last in the order."""
+    """Draw for every client from its own stream."""
     samples, latent, components = draws
-    width = int(sizes.max())
-    keys = torch.full((len(names), steps, width), 2.0)
+    order = torch.empty(steps, int(sizes.sum()), dtype=torch.long)
     noise = torch.empty(len(names), steps, samples, latent)
     uniform = torch.empty(len(names), steps, components)
-    for c, name in enumerate(names):
-        generator = stream(seed, "local", round_number, name)
-        n = int(sizes[c])
-        keys[c, :, :n] = torch.rand(steps, n, generator=generator)
-        if latent:
-            torch.randn(steps, samples, latent, generator=generator, out=noise[c])
-        if components:
-            torch.rand(steps, components, generator=generator, out=uniform[c])
+    first = sizes.cumsum(0) - sizes
+    # clients of like size are sorted side by side
+    for group in like_sized(sizes, 2.0, lambda size: len(names)):
+        own, begin = sizes[group], first[group]
+        width = int(own.max())
+        keys = torch.full((len(group), steps, width), 2.0)  # padding comes last
+        for i, c in enumerate(group.tolist()):
+            generator = stream(seed, "local", round_number, names[c])
+            n = int(own[i])
+            keys[i, :, :n] = torch.rand(steps, n, generator=generator)
+            if latent:
+                torch.randn(steps, samples, latent, generator=generator, out=noise[c])
+            if components:
+                torch.rand(steps, components, generator=generator, out=uniform[c])
+        place = begin.unsqueeze(-1) + torch.arange(width)
+        real = torch.arange(width) < own.unsqueeze(-1)
+        rank = keys.argsort(-1) + begin.view(-1, 1, 1)
+        order[:, place[real]] = rank.transpose(0, 1)[:, real]
     return LocalDraws(
-        keys.argsort(-1),
-        noise.permute(1, 2, 0, 3).contiguous(),
-        uniform.transpose(0, 1).contiguous(),
+        order, noise.permute(1, 2, 0, 3).contiguous(), uniform.transpose(0, 1).contiguous()
     )
 
 
 class Episode(NamedTuple):
-    """Pairs [c, n] of one step; `context` and `target` mark disjoint subsets of them.
+    """Pairs of one step; `context` and `target` mark disjoint subsets of them.
 
-    `rows` says which of the clients' pairs these are (None: all of them, in place).
+    `rows` says where in the table of all the clients' pairs these are (None: all of them, in
+    place).
     """
 
     pairs: PairBatch
-    context: Bool[Tensor, "c n"]
-    target: Bool[Tensor, "c n"]
-    rows: Int[Tensor, "c n"] | None = None
+    context: Bool[Tensor, "b n"]
+    target: Bool[Tensor, "b n"]
+    rows: Int[Tensor, "b n"] | None = None
 
-    def of(self, table: Float[Tensor, "c _ m"]) -> Float[Tensor, "c n m"]:
+    def of(self, table: Float[Tensor, "_ _ m"]) -> Float[Tensor, "b n m"]:
         """The rows of a table of all the clients' pairs that belong to this step's pairs."""
-        return (
-            table
-            if self.rows is None
-            else table.gather(1, self.rows.unsqueeze(-1).expand(-1, -1, table.shape[-1]))
-        )
+        return table if self.rows is None else table.flatten(0, 1)[self.rows]
 
 
 class Episodes:
     """The steps' episodes: a fresh random batch of each client's pairs, split into context and
-    target."""
+    target.
+
+    Args:
+        pairs: all the clients' pairs, a row per client or in blocks.
+        order: of each client's pairs in every step (see `LocalDraws`).
+        batch_size: pairs of a client per step (0: all).
+        context_share: the context's share of them; at least one pair is a target.
+    """
 
     def __init__(
-        self, pairs: PairBatch, order: Int[Tensor, "c e n"], batch_size: int, context_share: float
+        self, pairs: PairBatch, order: Int[Tensor, "e rows"], batch_size: int, context_share: float
     ) -> None:
-        sizes = pairs.mask.sum(-1)
-        clients, steps, width = order.shape
-        self._gather = 0 < batch_size < width
-        self._batch = min(batch_size, width) if batch_size else width
-        count = sizes.clamp_max(self._batch)
+        sizes = summed(pairs.mask.sum(-1), pairs.owner)
+        largest = int(sizes.max()) if sizes.numel() else 0
+        self._gather = 0 < batch_size < largest
+        count = sizes.clamp_max(batch_size) if batch_size else sizes
         context = torch.round(count * context_share).long()
         context = torch.where(
             count > 1, context.clamp_min(1).minimum(count - 1), torch.zeros_like(count)
         )
-        position = torch.arange(self._batch)
-        is_context = position < context.unsqueeze(-1)
-        is_target = (position >= context.unsqueeze(-1)) & (position < count.unsqueeze(-1))
-        # the batches of all steps are picked at once, one after the other along the pairs
-        if self._gather:
-            self._context, self._target, self._rows = (
-                is_context,
-                is_target,
-                order[:, :, : self._batch],
-            )
-            kept = (is_context | is_target).unsqueeze(1).expand(-1, steps, -1).reshape(clients, -1)
-            self._pairs = select(pairs, self._rows.reshape(clients, -1), kept)
+        # where in the table of pairs, which has padding, each pair lies
+        cell = pairs.mask.flatten().nonzero().squeeze(-1)
+        first = sizes.cumsum(0) - sizes
+        if self._gather:  # the batches of all steps are picked at once
+            position = torch.arange(batch_size)
+            self._context = position < context.unsqueeze(-1)
+            real = position < count.unsqueeze(-1)
+            self._target = real & ~self._context
+            place = (first.unsqueeze(-1) + position).clamp_max(max(0, order.shape[-1] - 1))
+            self._rows = cell[order[:, place]] if len(cell) else place.expand(len(order), -1, -1)
+            self._pairs = _picked(pairs, self._rows, real)
         else:  # all pairs: they are marked where they lie, and nothing is moved
-            self._pairs = pairs
-            marks = (
-                is_context.unsqueeze(1).expand_as(order),
-                is_target.unsqueeze(1).expand_as(order),
-            )
-            empty = torch.zeros_like(order, dtype=torch.bool)
-            self._context, self._target = (empty.scatter(-1, order, mark) for mark in marks)
+            owner = torch.arange(len(sizes)).repeat_interleave(sizes)
+            early = torch.arange(len(owner)) - first[owner] < context[owner]
+            marked = torch.zeros(len(order), pairs.mask.numel(), dtype=torch.bool)
+            marked.scatter_(-1, cell[order], early.expand_as(order))
+            self._pairs, self._context = pairs, marked.view(-1, *pairs.mask.shape)
 
     def __getitem__(self, step: int) -> Episode:
         if not self._gather:
-            return Episode(self._pairs, self._context[:, step], self._target[:, step])
-        begin, end = step * self._batch, (step + 1) * self._batch
+            context = self._context[step]
+            return Episode(self._pairs, context, self._pairs.mask & ~context)
         p = self._pairs
         batch = PairBatch(
-            p.difference[:, begin:end],
-            None if p.common is None else p.common[:, begin:end],
-            p.order[:, begin:end],
-            p.mask[:, begin:end],
+            p.difference[step], None if p.common is None else p.common[step], p.order[step], p.mask
         )
-        return Episode(batch, self._context, self._target, self._rows[:, step])
+        return Episode(batch, self._context, self._target, self._rows[step])
+
+
+def _picked(pairs: PairBatch, rows: Int[Tensor, "e c m"], real: Bool[Tensor, "c m"]) -> PairBatch:
+    """Pairs of a table by their places in it; those that are not `real` are zeros."""
+
+    def of(value: Float[Tensor, "b n p"]) -> Float[Tensor, "e c m p"]:
+        return value.flatten(0, 1)[rows].masked_fill_(~real.unsqueeze(-1), 0.0)
+
+    common = None if pairs.common is None else of(pairs.common)
+    return PairBatch(of(pairs.difference), common, pairs.order.flatten()[rows] * real, real)

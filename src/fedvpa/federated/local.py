@@ -19,6 +19,7 @@ from fedvpa.config import Config
 from fedvpa.errors import NonFiniteUpdateError
 from fedvpa.federated.episodes import Episodes, local_draws
 from fedvpa.federated.objective import Loss
+from fedvpa.functional.segments import summed
 from fedvpa.types import PairBatch, Params, Posterior
 
 logger = logging.getLogger("fedvpa")
@@ -58,7 +59,8 @@ def train_locally(
     check_each_step: bool = False,
 ) -> LocalResult:
     """Run the local steps of c clients side by side; `params` hold a leading client axis (see
-    `stack`), and so do those that the loss reads but no step changes (`fixed`).
+    `stack`), and so do those that the loss reads but no step changes (`fixed`). `pairs` are a row
+    per client, or blocks with an owner.
 
     The clients' losses are summed before the backward pass: they share no parameter, so each one's
     gradient is its own, and an element-wise optimiser on the stack is c separate optimisers. Where
@@ -69,7 +71,7 @@ def train_locally(
             client, round and step.
     """
     # 1. All randomness of the round, each client's from a stream of its own.
-    sizes = pairs.mask.sum(-1)
+    sizes = summed(pairs.mask.sum(-1), pairs.owner)
     draws = local_draws(settings.seed, round_number, names, sizes, settings.steps, loss.draws)
     episodes = Episodes(pairs, draws.order, settings.batch_size, settings.context_share)
     # 2. Local copies that gradients flow to.

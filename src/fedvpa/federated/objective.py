@@ -14,6 +14,7 @@ from fedvpa.federated.messages import PRIOR_LOGIT, PROTOTYPES
 from fedvpa.federated.priors import Prior
 from fedvpa.functional.preference import mean_choice_loss
 from fedvpa.functional.prototypes import orthonormality_loss, pull_loss
+from fedvpa.functional.segments import spread
 from fedvpa.selector.heads import DirectionalHead
 from fedvpa.selector.reward import SharedReward
 from fedvpa.selector.selector import Selector
@@ -112,19 +113,26 @@ class VariationalLoss:
         if context.anchors is not None and context.evidence is not None:
             evidence = episode.of(context.evidence)
             share = selector.combine(
-                context.anchors, evidence, posterior.mean.detach(), episode.context
-            )
+                context.anchors, evidence, posterior.mean.detach(), episode.context,
+                episode.pairs.owner,
+            )  # fmt: skip
             z = share @ context.anchors.mean
-            recon = mean_choice_loss(selector.margin(params, z, episode.pairs), target)
+            recon = self._recon(params, z, episode, target)
             pull = (posterior.mean - z).square().sum(-1)
             return self._total(params, recon + self._decay(params, z), None, pull)
         z = posterior.mean + (0.5 * posterior.log_var).exp() * noise
-        recon = mean_choice_loss(selector.margin(params, z, episode.pairs), target).mean(0)
+        recon = self._recon(params, z, episode, target).mean(0)
         if self.of.reward_decay:
             recon = recon + self._decay(params, z).mean(0)
         logit = params.get(PRIOR_LOGIT)
         kl = self.of.prior.kl(posterior, context.prior, logit, context.client, noise, uniform)
         return self._total(params, recon, kl, self._pull(params, z, context.label))
+
+    def _recon(
+        self, params: Params, z: Float[Tensor, "*s c d"], episode: Episode, target: Tensor
+    ) -> Float[Tensor, "*s c"]:
+        margin = self.of.selector.margin(params, z, episode.pairs)
+        return mean_choice_loss(margin, target, episode.pairs.owner)
 
     def _total(
         self, params: Params, recon: Tensor, kl: Tensor | None, pull: Tensor | None
@@ -203,5 +211,7 @@ class RewardLoss:
     ) -> dict[str, Float[Tensor, "c"]]:
         """Loss of one step; it reads no noise."""
         weight = (episode.context | episode.target).to(episode.pairs.difference.dtype)
-        loss = mean_choice_loss(self.reward.margin(params, episode.pairs), weight)
+        owner = episode.pairs.owner
+        margin = self.reward.margin(spread(params, owner), episode.pairs)
+        loss = mean_choice_loss(margin, weight, owner)
         return {"recon": loss, "loss": loss}

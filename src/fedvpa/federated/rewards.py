@@ -28,7 +28,7 @@ from fedvpa.federated.reward_predictors import (
     GroupPredictor,
     SharedPredictor,
 )
-from fedvpa.federated.simulation import Simulation, build_simulation
+from fedvpa.federated.simulation import Chunk, Simulation, build_simulation
 from fedvpa.functional.preference import mean_choice_loss
 from fedvpa.parts import resolve
 from fedvpa.selector.reward import SharedReward
@@ -63,21 +63,24 @@ class RewardClients:
             NonFiniteUpdateError: a client's update holds NaN or Inf.
         """
         per_client = sum(value[0].numel() for value in state.params.values())
-        chunks = self.simulation.chunks(cohort, per_client)
+        sizes = self.store.sizes[torch.tensor(cohort)].tolist()
+        chunks = self.simulation.chunks(cohort, sizes, per_client)
         answers = self.simulation.map(lambda chunk: self._round(state, chunk), chunks)
         for chunk, (trained, losses) in zip(chunks, answers):
-            index = torch.tensor(chunk)
+            index = torch.tensor(chunk.clients)
             yield index, trained, losses, self.store.sizes[index].float()
 
     def _round(
-        self, state: ServerState, chunk: Sequence[int]
+        self, state: ServerState, chunk: Chunk
     ) -> tuple[Params, dict[str, Float[Tensor, "c"]]]:
         """Train these clients side by side, each from its own selector."""
-        index, names = torch.tensor(chunk), [self.store.names[c] for c in chunk]
+        index, names = torch.tensor(chunk.clients), [self.store.names[c] for c in chunk.clients]
+        store = self.store
+        pairs = store.blocks(index, chunk.width) if chunk.width else store.batch(index)
         own = state.clients["assignment"][index]
         start = {name: value[own] for name, value in state.params.items()}
         result = train_locally(
-            RewardLoss(self.reward), start, self.store.batch(index), names, state.round, self.local,
+            RewardLoss(self.reward), start, pairs, names, state.round, self.local,
             check_each_step=self.simulation.debug,
         )  # fmt: skip
         require_finite(result.params, names, state.round)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+
+from fedvpa.functional.segments import summed
 
 LOG_VAR_BOUND = 8.0
 """Log-variances are kept within this bound: exp(8) and its inverse are far from the limits of
@@ -46,13 +48,15 @@ def gaussian_kl(
 
 
 def product_of_experts(
-    mean: Float[Tensor, "*b n d"], log_var: Float[Tensor, "*b n d"], weight: Float[Tensor, "*b n"]
-) -> tuple[Float[Tensor, "*b d"], Float[Tensor, "*b d"]]:
+    mean: Float[Tensor, "*b n d"], log_var: Float[Tensor, "*b n d"], weight: Float[Tensor, "*b n"],
+    owner: Int[Tensor, "b"] | None = None,
+) -> tuple[Float[Tensor, "*c d"], Float[Tensor, "*c d"]]:  # fmt: skip
     """Product of Gaussian experts and N(0, I): precisions add, so that the variance shrinks with
     every pair (M1, `poe`).
 
-    `weight` switches experts off (0) or on (1); with none on the result is N(0, I).
+    `weight` switches experts off (0) or on (1); with none on the result is N(0, I). With an `owner`
+    of every row, experts of all rows of one owner are multiplied.
     """
     precision = (-log_var).exp() * weight.unsqueeze(-1)
-    total = 1 + precision.sum(-2)
-    return (precision * mean).sum(-2) / total, -total.log()
+    total = 1 + summed(precision.sum(-2), owner)
+    return summed((precision * mean).sum(-2), owner) / total, -total.log()

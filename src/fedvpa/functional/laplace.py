@@ -61,8 +61,12 @@ def laplace(
         step = torch.cholesky_solve(slope.unsqueeze(-1), factor).squeeze(-1)
         along = step @ design.mT
         tried = _objective(margin + along, z + step, weight, centre, precision)
-        if (tried < value).any():  # a full step overshoots where choices are nearly certain
-            step, along, tried = _shortened(margin, z, step, along, weight, centre, precision)
+        over = tried < value  # a full step overshoots where choices are nearly certain
+        if over.any():  # the others' step must not depend on who is computed beside them
+            short = _shortened(margin, z, step, along, weight, centre, precision)
+            row = over.unsqueeze(-1)
+            step, along = torch.where(row, short[0], step), torch.where(row, short[1], along)
+            tried = torch.where(over, short[2], tried)
         z, margin, value = z + step, margin + along, tried
     # 2. Curvature and evidence at the modes.
     factor = torch.linalg.cholesky(_hessian(margin, design, weight, precision))

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+from fedvpa.functional.segments import summed_last
 
 
 def choice_log_likelihood(
@@ -18,10 +20,13 @@ def choice_log_likelihood(
 
 
 def mean_choice_loss(
-    margin: Float[Tensor, "*b n"], weight: Float[Tensor, "*#b n"]
-) -> Float[Tensor, "*b"]:
-    """Negative log-likelihood per pair; 0 where no pair has weight."""
-    return -choice_log_likelihood(margin, weight) / weight.sum(-1).clamp_min(1)
+    margin: Float[Tensor, "*b n"], weight: Float[Tensor, "*#b n"],
+    owner: Int[Tensor, "b"] | None = None,
+) -> Float[Tensor, "*c"]:  # fmt: skip
+    """Negative log-likelihood per pair; 0 where no pair has weight. With an `owner` of every row,
+    one number per owner."""
+    total = summed_last(choice_log_likelihood(margin, weight), owner)
+    return -total / summed_last(weight.sum(-1), owner).clamp_min(1)
 
 
 def predictive_margin(

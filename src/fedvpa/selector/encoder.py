@@ -22,12 +22,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fedvpa.functional.gaussian import bounded_log_var, product_of_experts
+from fedvpa.functional.segments import largest, spread, spread_rows, summed
 from fedvpa.selector.layers import linear, linear_params, mlp, mlp_params
 from fedvpa.types import Params, Posterior
+
+PARTS = ("weight", "bias")
 
 
 @dataclass(frozen=True)
@@ -58,34 +61,53 @@ class Encoder:
         return params
 
     def __call__(
-        self, params: Params, difference: Float[Tensor, "*b n p"], context: Bool[Tensor, "*b n"]
-    ) -> Posterior:
+        self, params: Params, difference: Float[Tensor, "*b n p"], context: Bool[Tensor, "*b n"],
+        owner: Int[Tensor, "b"] | None = None,
+    ) -> Posterior:  # fmt: skip
         """Posterior [*b, d] given the pairs that `context` marks; with none it is the encoder's own
         prior guess.
 
-        The parameters' leading axes are those of the data, or absent.
+        The parameters' leading axes are those of the data, or absent. Where the rows of the data
+        are blocks with an `owner`, the posterior is that of every owner, and so are the parameters.
         """
-        hidden = mlp(params, "encoder", difference, len(self.hidden))
+        own = params
+        if owner is not None and params["encoder.mean.weight"].dim() > 2:
+            own = spread({n: v for n, v in params.items() if n in self._each}, owner)
+        hidden = mlp(own, "encoder", difference, len(self.hidden))
         even = hidden.abs() if self.odd else hidden  # what a swap of labels leaves alone
         weight = context.to(hidden.dtype)
         if self.pooling == "poe":
-            raw = self._log_var(params, even)
-            return Posterior(
-                *product_of_experts(linear(params, "encoder.mean", hidden), raw, weight)
-            )
+            raw = self._log_var(own, even)
+            mean = linear(own, "encoder.mean", hidden)
+            return Posterior(*product_of_experts(mean, raw, weight, owner))
         if self.pooling == "attention":
             score = (
-                (even @ params["encoder.query"].unsqueeze(-1))
-                .squeeze(-1)
-                .masked_fill(~context, -1e30)
+                (even @ own["encoder.query"].unsqueeze(-1)).squeeze(-1).masked_fill(~context, -1e30)
             )
-            weight = torch.softmax(score, -1) * weight  # an empty context leaves no weight
+            weight = _softmax(score, owner) * weight  # an empty context leaves no weight
         else:
-            weight = weight / (weight.sum(-1, keepdim=True) + self.shrinkage).clamp_min(1)
+            count = spread_rows(summed(weight.sum(-1, keepdim=True), owner), owner)
+            weight = weight / (count + self.shrinkage).clamp_min(1)
         row = weight.unsqueeze(-2)
-        mean = linear(params, "encoder.mean", row @ hidden).squeeze(-2)
-        log_var = self._log_var(params, row @ even).squeeze(-2)
+        mean = linear(params, "encoder.mean", summed(row @ hidden, owner)).squeeze(-2)
+        log_var = self._log_var(params, summed(row @ even, owner)).squeeze(-2)
         return Posterior(mean, log_var)
+
+    @property
+    def _each(self) -> frozenset[str]:
+        """Parameters that are read for every pair (the heads of pooled features are not)."""
+        layers = {f"encoder.{i}.{part}" for i in range(len(self.hidden)) for part in PARTS}
+        heads = {f"encoder.{head}.{part}" for head in ("mean", "log_var") for part in PARTS}
+        return frozenset(layers | {"encoder.query"} | (heads if self.pooling == "poe" else set()))
 
     def _log_var(self, params: Params, even: Float[Tensor, "*b n w"]) -> Float[Tensor, "*b n d"]:
         return bounded_log_var(linear(params, "encoder.log_var", even))
+
+
+def _softmax(score: Float[Tensor, "*b n"], owner: Int[Tensor, "b"] | None) -> Float[Tensor, "*b n"]:
+    """Over the pairs of a row, or of all rows of an owner."""
+    if owner is None:
+        return torch.softmax(score, -1)
+    most = largest(score.amax(-1), owner)
+    each = (score - most[owner].unsqueeze(-1)).exp()
+    return each / summed(each.sum(-1), owner)[owner].unsqueeze(-1)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fedvpa.config import Config
+from fedvpa.functional.segments import spread, spread_rows, summed
 from fedvpa.selector.encoder import Encoder
 from fedvpa.selector.heads import Head, build_head
 from fedvpa.types import PairBatch, Params, Population, Posterior
@@ -31,21 +32,29 @@ class Selector:
         self, params: Params, batch: PairBatch, context: Bool[Tensor, "*b n"]
     ) -> Posterior:
         """q(z | context)."""
-        return self.encoder(params, batch.difference, context)
+        return self.encoder(params, batch.difference, context, batch.owner)
 
     def margin(
         self, params: Params, z: Float[Tensor, "*#b d"], batch: PairBatch
     ) -> Float[Tensor, "... n"]:
-        """r(chosen, z) - r(rejected, z)."""
-        return self.reward.margin(params, z, batch)
+        """r(chosen, z) - r(rejected, z); parameters and z are each client's own, and where the
+        batch holds blocks, those of the blocks' owners."""
+        owner = batch.owner
+        if owner is not None:
+            params = spread({n: v for n, v in params.items() if n.startswith("reward.")}, owner)
+        return self.reward.margin(params, spread_rows(z, owner), batch)
 
     def component_margins(
         self, params: Params, population: Population, batch: PairBatch
     ) -> Float[Tensor, "*b n m"]:
-        """Margin of every pair under the centre of every component."""
+        """Margin of every pair under the centre of every component; of blocks, too, since
+        everybody's parameters are the same."""
         users = batch.mask.shape[:-1]
         return torch.stack(
-            [self.margin(params, centre.expand(*users, -1), batch) for centre in population.mean],
+            [
+                self.reward.margin(params, centre.expand(*users, -1), batch)
+                for centre in population.mean
+            ],
             -1,
         )
 
@@ -64,15 +73,17 @@ class Selector:
     ) -> Float[Tensor, "*b m"]:
         """Posterior over the population's components given a context (see `combine`)."""
         mean = self.posterior(params, batch, context).mean
-        return self.combine(population, self.evidence(params, population, batch), mean, context)
+        evidence = self.evidence(params, population, batch)
+        return self.combine(population, evidence, mean, context, batch.owner)
 
     def combine(
         self,
         population: Population,
         evidence: Float[Tensor, "*b n m"],
-        mean: Float[Tensor, "*b d"],
+        mean: Float[Tensor, "*c d"],
         context: Bool[Tensor, "*b n"],
-    ) -> Float[Tensor, "*b m"]:
+        owner: Int[Tensor, "b"] | None = None,
+    ) -> Float[Tensor, "*c m"]:
         r"""Bayes' rule over the components: r_m ~ w_m N(mu; c_m, v I)^rho prod_context p(choice | z
         = c_m).
 
@@ -80,9 +91,11 @@ class Selector:
         tempered by rho (`latent_evidence`); v is the components' mean variance. With an empty
         context r = w.
         """
-        likelihood = (evidence * context.to(evidence.dtype).unsqueeze(-1)).sum(-2)
+        known = context.to(evidence.dtype)
+        likelihood = summed((evidence * known.unsqueeze(-1)).sum(-2), owner)
         squared = (mean.unsqueeze(-2) - population.mean).square().sum(-1)
-        density = -0.5 * squared / population.variance.mean() * context.any(-1, keepdim=True)
+        some = summed(known.sum(-1, keepdim=True), owner) > 0
+        density = -0.5 * squared / population.variance.mean() * some
         return torch.softmax(
             population.weight.log() + self.latent_evidence * density + likelihood, -1
         )

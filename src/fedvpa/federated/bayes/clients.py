@@ -20,7 +20,7 @@ from torch.nn.functional import logsigmoid
 from fedvpa.config import Config
 from fedvpa.data.content import Policy
 from fedvpa.errors import NonFiniteUpdateError
-from fedvpa.federated.batch import ClientStore, Roster
+from fedvpa.federated.batch import ClientStore, Roster, like_sized
 from fedvpa.federated.bayes.messages import Judged, Outline, Slopes, added, judged
 from fedvpa.federated.bayes.models import Models
 from fedvpa.federated.components import Moments, summed_moments
@@ -112,18 +112,13 @@ class BayesClients:
         """The cohort in chunks of clients of like size, by size; each of bounded memory."""
         if self.simulation.backend == "sequential":
             return [[c] for c in cohort]
-        sizes = self.store.sizes
-        out: list[list[int]] = []
-        for c in sorted(cohort, key=lambda c: (int(sizes[c]), c)):
-            n = int(sizes[c])
-            least = int(sizes[out[-1][0]]) if out else 0
-            fits = out and n <= LIKE * least + 8
-            room = len(out[-1]) < (self.simulation.chunk or len(cohort)) if out else False
-            if fits and room and (len(out[-1]) + 1) * n * numbers_per_pair <= MOST_NUMBERS:
-                out[-1].append(c)
-            else:
-                out.append([c])
-        return out
+        index = torch.as_tensor(cohort)
+        room = self.simulation.chunk or len(index)
+        groups = like_sized(
+            self.store.sizes[index], LIKE,
+            lambda size: min(room, MOST_NUMBERS // max(1, size * numbers_per_pair)),
+        )  # fmt: skip
+        return [index[group].tolist() for group in groups]
 
     def _chunk(self, clients: list[int], by_prompt: bool) -> Chunk:
         row, mask = self.store.rows(clients)
