@@ -16,9 +16,19 @@ from fedvpa.evaluation.protocol import given_trial, split_trials
 from fedvpa.experiment.build import build_method
 from fedvpa.federated.batch import ClientStore, build_store
 from fedvpa.federated.bayes.choice import Option, chosen, verdict
+from fedvpa.federated.bayes.joined import (
+    joined,
+    joined_slopes,
+    joined_widths,
+    parted,
+    parted_slopes,
+    parted_widths,
+    sizes_of,
+)
 from fedvpa.federated.bayes.messages import judged
-from fedvpa.federated.bayes.models import Structure, structures
+from fedvpa.federated.bayes.models import KINDS, Models, Structure, Width, groups_of, structures
 from fedvpa.federated.content import Divider, folds_of
+from fedvpa.federated.exchanges import EXCHANGES, layout
 from fedvpa.functional.laplace import (
     at_centres,
     laplace,
@@ -180,10 +190,10 @@ def test_trials_tell_what_was_judged_before(content: Any) -> None:
 def test_all_clients_agree_on_the_fold_of_a_prompt() -> None:
     content = repeating().content
     assert content is not None
-    fold = folds_of(content, len(content), 3, by_prompt=True)
+    fold = folds_of(content, torch.arange(len(content)), 3, by_prompt=True)
     for prompt in content[:, 0].unique():
         assert fold[content[:, 0] == prompt].unique().numel() == 1
-    by_response = folds_of(content, len(content), 3, by_prompt=False)
+    by_response = folds_of(content, torch.arange(len(content)), 3, by_prompt=False)
     assert (by_response == -1).any()
     kept = by_response >= 0
     assert (content[kept, 1] % 3 == by_response[kept]).all()
@@ -191,28 +201,66 @@ def test_all_clients_agree_on_the_fold_of_a_prompt() -> None:
 
 def test_the_smallest_width_within_one_error_is_taken_and_only_below_a_shared_reward() -> None:
     wide, shared = Structure("directions", 2, 0.01), Structure("shared", 1, 0.01)
-    given = [Option(shared, 0.0), Option(wide, 0.0), Option(wide, 0.5), Option(wide, 1.0)]
+    given = [Option(shared, Width(0.0), 0), *(Option(wide, Width(w), 1) for w in (0.0, 0.5, 1.0))]
     pairs = torch.full((50,), 10.0)
     noise = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)) * 0.5
     base = torch.tensor([-6.0, -6.0, -5.5, -5.49]) + 0 * noise[:, :1]
-    found = verdict(judged(base + noise, base, pairs))
+    found = verdict(judged(base + noise, base, pairs, 3))
     assert chosen(given, found) == 2
     worse = torch.tensor([-5.0, -6.0, -5.5, -5.49]) + 0 * noise[:, :1]
-    assert given[chosen(given, verdict(judged(worse, worse, pairs)))].structure == shared
+    assert given[chosen(given, verdict(judged(worse, worse, pairs, 0)))].structure == shared
     # by pair: a client of many pairs counts for many
     one = verdict(
-        judged(torch.tensor([[-1.0], [-30.0]]), torch.ones(2, 1), torch.tensor([1.0, 99.0]))
+        judged(torch.tensor([[-1.0], [-30.0]]), torch.ones(2, 1), torch.tensor([1.0, 99.0]), 0)
     )
     assert float(one.nll) == pytest.approx(0.31)
 
 
 def test_what_is_tried_fits_the_data() -> None:
-    few = structures("auto", "auto", "auto", latent=16, inputs=8, pairs=54, clients=6)
-    assert max(s.order for s in few if s.kind == "groups") == 2
+    few = structures("auto", "auto", "auto", latent=16, inputs=8, pairs=54)
+    assert {s.kind for s in few} == {"shared", "directions"}
     assert max(s.order for s in few) <= 8
     assert min(s.ridge for s in few) > 1e-3
-    four = structures("groups", 4, 0.01, latent=16, inputs=8, pairs=900, clients=40)
-    assert [s.kind for s in four] == ["shared", "groups"]
+    assert list(groups_of(16, clients=6)) == [2]
+    four = structures("groups", 4, 0.01, latent=16, inputs=8, pairs=900)
+    assert [(s.kind, s.order) for s in four] == [("shared", 1), ("directions", 8)]
+
+
+def test_models_and_sums_travel_and_come_back() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=generator)
+
+    def model(kind: str, order: int) -> Models:
+        m = order if kind == "groups" else 1
+        size = torch.tensor([m, order, KINDS.index(kind)]).expand(4, 3)
+        return Models(
+            random(4, 6), random(4, order, 6), random(4, m, order), random(4, m), random(4, m),
+            torch.tensor([-1, 0, 1, 2]), size, torch.zeros(4), torch.ones(4, 6),
+        )  # fmt: skip
+
+    models = [model("shared", 1), model("directions", 3), model("groups", 2)]
+    sent = joined(models)
+    sizes = sizes_of([m.structure for m in models], 4, 6)
+    asked = {f.name: f for f in EXCHANGES["slopes"].request}
+    for name, value in sent.items():
+        assert value.shape == tuple(sizes.get(s, 3) for s in asked[name].shape.split()), name
+    for one, other in zip(models, parted(sent)):
+        assert all(torch.equal(a, b) for a, b in zip(one, other))
+    store = synthetic_store(clients=5, pairs=9, inputs=6)
+    _, clients = build_method(build_config({"model": {"inputs": 6, "latent": 6}}), store)
+    ((_, sums),) = clients.slopes(models, range(5), 0, True)
+    reply = joined_slopes(sums)
+    shapes = {n: shape for n, (shape, _) in layout(EXCHANGES["slopes"].reply, sizes).items()}
+    assert {name: tuple(value.shape) for name, value in reply.items()} == shapes
+    for one, other in zip(sums, parted_slopes(reply, models)):
+        assert all(torch.equal(a, b) for a, b in zip(one, other))
+    widths = [[Width(0.0)], [Width(0.5), Width(1.0)], [Width(1.0, 0.0)]]
+    assert parted_widths(joined_widths(widths)) == widths
+    for name, value in (("size", sent["size"] * 1000), ("weight", sent["weight"][:, :2])):
+        with pytest.raises(ValueError, match="models"):
+            parted(sent | {name: value})
 
 
 def trained(store: ClientStore, **population: Any) -> tuple[Any, ServerState]:
@@ -267,7 +315,7 @@ def test_clients_may_count_alike_and_features_that_are_not_finite_name_their_cli
             build_config(config, {"federation": {"aggregation": way}}), store
         )
         state, _ = algorithm.apply(algorithm.init(store.roster), clients, range(9))
-        found[way] = state.params["reward.weight"]
+        found[way] = state.params["shared.weight"]
     assert not torch.equal(found["samples"], found["uniform"])
     broken = store.difference.clone()
     broken[25] = torch.nan

@@ -70,12 +70,13 @@ class Sides(NamedTuple):
 
 
 def folds_of(
-    content: Int[Tensor, "rows 3"] | None, rows: int, folds: int, by_prompt: bool
+    content: Int[Tensor, "rows 3"] | None, place: Int[Tensor, "rows"], folds: int, by_prompt: bool
 ) -> Int[Tensor, "rows"]:
     """The fold of every row, on which all clients agree without a word: a hash of its prompt, or of
-    its responses where prompts are few (-1: they fall into two folds, and the row is left out)."""
+    its responses where prompts are few (-1: they fall into two folds, and the row is left out).
+    Where no two rows share a content, rows are dealt by their `place` among their client's."""
     if content is None:
-        return torch.arange(rows) % folds
+        return place % folds
     if by_prompt:
         return content[:, 0] % folds
     chosen, rejected = content[:, 1] % folds, content[:, 2] % folds

@@ -3,7 +3,9 @@
 `EXCHANGES` is the table. From it follow the names and shapes of packed messages, the checks of
 replies, the scales of secure sums, the payload manifest, and the table in docs/federation.md. A
 shape is given by the names of its sizes: d (latent dimensions), m (components or modes), k (peers),
-t (starts of a fit), h (width of the features), p (whitened inputs).
+t (starts of a fit), h (width of the features), p (whitened inputs); of models that are searched, n
+models of t folds, with o dimensions, u components, v numbers of centres and w widths over all of
+them, and s starts of a fit.
 """
 
 from __future__ import annotations
@@ -71,8 +73,8 @@ _POPULATIONS = Field("population*/*", "m d + 2 m", "populations to judge, at mos
 EVERY_ROUND, ONCE, FITTED = "every round", "once", "when the population is fitted"
 
 
-def _moments(shape: str, prefix: str = "", given: str = "") -> tuple[Field, ...]:
-    wide = f"{shape} d".strip()
+def _moments(shape: str, prefix: str = "", given: str = "", wide: str = "d") -> tuple[Field, ...]:
+    wide = f"{shape} {wide}".strip()
     return (
         Field(f"{prefix}weight", shape, "share of each component", bound=1.0, given=given),
         Field(f"{prefix}total", wide, "posterior mean, by component", given=given),
@@ -86,6 +88,17 @@ def _moments(shape: str, prefix: str = "", given: str = "") -> tuple[Field, ...]
         Field(f"{prefix}variance", wide, "posterior variance, by component", given=given),
     )
 
+
+_BY_PROMPT = Field("by_prompt", "", "whether folds are by prompt, or by response", _INDEX)
+_MODELS = (
+    Field("fold", "t", "the fold that is kept from each model (-1: none)", _INDEX),
+    Field("size", "n 3", "components, dimensions and kind of each model", _INDEX),
+    Field("weight", "n t p", "rewards under z = 0"),
+    Field("bilinear", "t o p", "effect of z on the rewards"),
+    Field("mean", "t v", "centres of the components"),
+    Field("variance", "t u", "variances of the components"),
+    Field("share", "t u", "weights of the components"),
+)
 
 EXCHANGES: dict[str, Exchange] = {
     "hello": Exchange(ONCE),
@@ -155,6 +168,61 @@ EXCHANGES: dict[str, Exchange] = {
             Field("clients", "", "whether any choice was withheld", _WIDE, bound=1.0),
             Field("total", "t", "log-probability of the withheld choices", _WIDE),
             Field("outer", "t t", "products of these log-probabilities", _WIDE, bound=1024.0),
+        ),
+    ),
+    "outline": Exchange(
+        ONCE,
+        request=(Field("fold", "t", "the fold that is left out of each sum", _INDEX), _BY_PROMPT),
+        reply=(
+            Field("pairs", "t", "number of pairs", bound=4096.0),
+            Field("total", "t p", "sum over pairs of dh", bound=4096.0),
+            Field("counted", "t", "number of pairs, if they can be halved", bound=4096.0),
+            Field("halves", "t 2 p", "means of two halves, times that", bound=4096.0),
+            Field("cross", "t p p", "product of these means, times that", bound=4096.0),
+            Field("square", "t p", "sum over pairs of dh^2", bound=4096.0),
+            Field("clients", "", "one", bound=1.0),
+            Field("several", "", "whether there are two prompts or more", bound=1.0),
+        ),
+    ),
+    "slopes": Exchange(
+        EVERY_ROUND,
+        request=(*_MODELS, _BY_PROMPT),
+        reply=(
+            Field("weight", "n t p", "gradient of the rewards under z = 0", bound=1024.0),
+            Field("bilinear", "t o p", "gradient of the effect of z", bound=1024.0),
+            Field("targets", "n t", "number of targets", bound=4096.0),
+            Field("loss", "n t", "nats of the targets", bound=4096.0),
+            Field("share", "t u", "share of each component", bound=1.0),
+            Field("mode", "t v", "posterior mean, by component"),
+            Field("divergence", "n t", "divergence from the prior", bound=1024.0),
+            Field("clients", "n t", "whether any pair is read", bound=1.0),
+        ),
+    ),
+    "clusters": Exchange(
+        FITTED,
+        request=(*_MODELS, _BY_PROMPT, Field("centre", "s m d", "centres to try")),
+        reply=_moments("s m"),
+    ),
+    "judge": Exchange(
+        FITTED,
+        request=(
+            *_MODELS,
+            _BY_PROMPT,
+            Field("options", "n", "number of widths of each model", _INDEX),
+            Field("width", "w 2", "factors on the effect of z, and on the spread of groups"),
+            Field("reference", "", "the option that differences are from", _INDEX),
+        ),
+        reply=(
+            Field("clients", "", "whether there are targets", _WIDE, bound=1.0),
+            Field("pairs", "", "number of targets", _WIDE, bound=4096.0),
+            Field("squares", "", "square of their number", _WIDE, bound=float(1 << 24)),
+            Field("total", "w", "log-probability of the targets", _WIDE, bound=4096.0),
+            Field("correct", "w", "targets that are right", _WIDE, bound=4096.0),
+            Field(
+                "gap", "w", "difference from the reference's log-probability", _WIDE, bound=1024.0
+            ),
+            Field("cross", "w", "this, times the number of targets", _WIDE, bound=float(1 << 20)),
+            Field("square", "w", "square of this difference", _WIDE, bound=float(1 << 16)),
         ),
     ),
     "settle": Exchange(FITTED, request=(_PARAMS, _POPULATIONS)),

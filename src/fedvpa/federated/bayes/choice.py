@@ -10,34 +10,34 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedvpa.federated.bayes.messages import Judged
-from fedvpa.federated.bayes.models import GROUP_WIDTHS, WIDTHS, Structure
+from fedvpa.federated.bayes.models import EFFECTS, GROUP_EFFECTS, SPREADS, Kind, Structure, Width
 
 
 class Option(NamedTuple):
-    """A structure at a width."""
+    """A structure at a width, and which of the models that are compared it is."""
 
     structure: Structure
-    width: float
+    width: Width
+    model: int = 0
 
 
-def widths_of(structure: Structure, width: float | Literal["auto"], last: bool) -> Sequence[float]:
+def widths_of(structure: Structure, effect: float | Literal["auto"], last: bool) -> Sequence[Width]:
     """Widths at which a structure is judged; groups are points until the `last` time."""
     if structure.kind == "shared":
-        return (0.0,)
-    if width != "auto":
-        return (width,)
-    if structure.kind == "groups":
-        return GROUP_WIDTHS if last else (0.0,)
-    return WIDTHS
+        return (Width(0.0),)
+    if structure.kind == "directions":
+        return [Width(e) for e in (EFFECTS if effect == "auto" else (effect,))]
+    effects = GROUP_EFFECTS if effect == "auto" else (effect,)
+    return [Width(e, s) for e in effects for s in (SPREADS if last else (0.0,))]
 
 
 class Verdict(NamedTuple):
-    """Mean negative log-likelihood per held-out pair of each option (nats), and of the differences
-    between options the standard errors, clients being drawn at random."""
+    """Mean negative log-likelihood per held-out pair of each option (nats), and the standard error
+    of its difference from the reference, clients being drawn at random."""
 
     nll: Float[Tensor, "t"]
     accuracy: Float[Tensor, "t"]
-    error: Float[Tensor, "t t"]
+    error: Float[Tensor, "t"]
     clients: float
     pairs: float
 
@@ -46,41 +46,46 @@ def verdict(found: Judged) -> Verdict:
     """From the sums over clients.
 
     The variance of a ratio of sums over k clients (Cochran, 1977, eq. 6.13): sum (d_i - n_i D)^2 /
-    N^2 for differences d_i of n_i pairs, with k / (k - 1).
+    N^2 for differences d_i of n_i pairs and their mean D per pair, with k / (k - 1).
     """
     n, k = found.pairs.clamp_min(1), found.clients
-    nll = -found.total / n
-    square = found.outer.diagonal()
-    squared = square.unsqueeze(0) + square.unsqueeze(1) - 2 * found.outer
-    # d = s_b - s_a, its mean D per pair
-    gap = (found.total.unsqueeze(0) - found.total.unsqueeze(1)) / n
-    cross = found.cross.unsqueeze(0) - found.cross.unsqueeze(1)
-    spread = squared - 2 * gap * cross + gap.square() * found.squares
+    gap = found.gap / n
+    spread = found.square - 2 * gap * found.cross + gap.square() * found.squares
     correction = k / (k - 1).clamp_min(1)
     error = (spread.clamp_min(0) * correction).sqrt() / n
-    return Verdict(nll, found.correct / n, error, float(k), float(found.pairs))
+    return Verdict(-found.total / n, found.correct / n, error, float(k), float(found.pairs))
 
 
-def best_options(given: Sequence[Option], found: Verdict, count: int) -> list[Structure]:
-    """Structures of the least loss, each at its best width, in order; and the best shared reward,
-    which does not count."""
-    ranked = list(dict.fromkeys(given[i].structure for i in found.nll.argsort().tolist()))
-    shared = next(s for s in ranked if s.kind == "shared")
-    return [*[s for s in ranked if s.kind != "shared"][:count], shared]
+def best_models(given: Sequence[Option], found: Verdict, count: int) -> list[int]:
+    """Personal models of the least loss, each at its best width, in the order of their loss; and
+    the best shared reward, if there is one, which does not count."""
+    ranked = list(dict.fromkeys(given[i].model for i in found.nll.argsort().tolist()))
+    kind = {option.model: option.structure.kind for option in given}
+    shared = [m for m in ranked if kind[m] == "shared"]
+    return [*[m for m in ranked if kind[m] != "shared"][:count], *shared[:1]]
 
 
 def chosen(given: Sequence[Option], found: Verdict) -> int:
-    """The option of the least loss; of one wide component the smallest width that is within one
-    standard error of it, which does the least harm, and still below a shared reward."""
+    """The option that is served; errors are of differences from the least loss, which is
+    optimistic, as the least of many, so that what is simpler wins within the error.
+
+    1. A shared reward within one standard error of the least loss: z then does no harm.
+    2. Groups within one (Breiman et al., 1984, sec. 3.4.3), and of these the fewest within two.
+    3. The directions of the least loss, at the least effect within one.
+    """
     best = int(found.nll.argmin())
-    structure = given[best].structure
-    if structure.kind != "directions":
-        return best
-    shared = min(float(found.nll[i]) for i, o in enumerate(given) if o.structure.kind == "shared")
-    within = [
-        i for i, option in enumerate(given)
-        if option.structure == structure
-        and float(found.nll[i] - found.nll[best]) <= float(found.error[best, i])
-        and (float(found.nll[i]) < shared or i == best)
-    ]  # fmt: skip
-    return min(within, key=lambda i: given[i].width)
+
+    def within(kind: Kind, errors: float) -> list[int]:
+        return [
+            i for i, option in enumerate(given) if option.structure.kind == kind
+            and float(found.nll[i] - found.nll[best]) <= errors * float(found.error[i])
+        ]  # fmt: skip
+
+    if shared := within("shared", 1.0):
+        return min(shared, key=lambda i: float(found.nll[i]))
+    if within("groups", 1.0):
+        groups = within("groups", 2.0)
+        return min(groups, key=lambda i: (given[i].structure.order, float(found.nll[i])))
+    model = given[best].model
+    least = [i for i in within("directions", 1.0) if given[i].model == model]
+    return min(least, key=lambda i: given[i].width)

@@ -22,7 +22,7 @@ from fedvpa.data.content import Policy
 from fedvpa.errors import NonFiniteUpdateError
 from fedvpa.federated.batch import ClientStore, Roster, like_sized
 from fedvpa.federated.bayes.messages import Judged, Outline, Slopes, added, judged
-from fedvpa.federated.bayes.models import Models
+from fedvpa.federated.bayes.models import Models, Width
 from fedvpa.federated.components import Moments, summed_moments
 from fedvpa.federated.content import Divider, Sides, folds_of
 from fedvpa.federated.random import stream
@@ -39,10 +39,9 @@ from fedvpa.functional.laplace import (
     sampled_slope,
 )
 from fedvpa.functional.mixture import gumbel_noise, gumbel_softmax_log_weight
-from fedvpa.types import Params
+from fedvpa.selector.bayes import WEIGHT, BayesPredictor, BayesSelector
+from fedvpa.types import Params, Population
 
-SHRINKAGE = 4.0
-"""A client's mean difference is taken as if so many more pairs of zeros had been seen."""
 MOST_CONTEXT = 0.9
 """The context's share of a client's pairs is drawn from 0 to this."""
 MOST_NUMBERS = 1 << 21
@@ -103,8 +102,9 @@ class BayesClients:
 
     @cached_property
     def _fold(self) -> dict[bool, Int[Tensor, "rows"]]:
-        rows = self.store.difference.shape[0]
-        return {b: folds_of(self.store.content, rows, self.folds, b) for b in (True, False)}
+        store = self.store
+        place = torch.arange(len(store.owner)) - store.offset[store.owner]
+        return {b: folds_of(store.content, place, self.folds, b) for b in (True, False)}
 
     # -- chunks
 
@@ -201,14 +201,25 @@ class BayesClients:
         return chunk.sides.dealt(key, torch.full((clients,), 0.5))
 
     @torch.no_grad()
-    def moments(self, centre: Float[Tensor, "t m p"], fold: int, by_prompt: bool) -> Moments:
-        """Moments of the clients' mean differences, without a fold, under given centres."""
-        kept = (self._fold[by_prompt] != fold).to(self.store.difference.dtype)
-        x = self.store.difference * kept.unsqueeze(-1)
-        count = torch.zeros(len(self.store)).index_add_(0, self.store.owner, kept)
-        total = torch.zeros(len(self.store), x.shape[-1]).index_add_(0, self.store.owner, x)
-        mean = total / (count + SHRINKAGE).unsqueeze(-1)
-        return summed_moments(mean, torch.zeros_like(mean), centre)
+    def moments(self, models: Models, centre: Float[Tensor, "t m d"], by_prompt: bool) -> Moments:
+        """Moments of the clients' posterior means under given centres, by one model of directions
+        and all pairs but those of its fold."""
+        numbers = models.shape[1]
+
+        def part(clients: list[int]) -> Moments:
+            chunk = self._chunk(clients, by_prompt)
+            there = chunk.sides.mask & (chunk.fold != models.fold[0])
+            x, known = chunk.difference, there.to(chunk.difference.dtype)
+            found = laplace(
+                x @ models.weight[0], x @ models.bilinear[0].mT, known, models.mean[0],
+                models.variance[0],
+            )  # fmt: skip
+            mean = found.mode.squeeze(-2)
+            variance = found.covariance.squeeze(-3).diagonal(dim1=-2, dim2=-1)
+            return summed_moments(mean, variance, centre)
+
+        everyone = self.chunks(range(len(self.store)), numbers)
+        return Moments(*added(list(self.simulation.map(part, everyone))))
 
     # -- rounds
 
@@ -232,17 +243,14 @@ class BayesClients:
         self, models: Models, chunk: Chunk, context: Tensor, target: Tensor, noise: Tensor
     ) -> Slopes:
         m, d = models.shape
-        weight, bilinear = models.weight, models.bilinear[:, :d]
-        p = weight.shape[-1]
-        mean, variance = models.mean[:, :m, :d], models.variance[:, :m]
-        log_prior = models.share[:, :m].log()
-        x = chunk.difference
+        weight, p = models.weight, models.weight.shape[-1]
+        log_prior, x = models.share.log(), chunk.difference
         dtype = x.dtype
         # 1. Pairs in latent space, once for all divisions; pairs of a model's fold are not there.
         offset = torch.einsum("cnp,tp->tcn", x, weight)
-        design = torch.einsum("cnp,tdp->tcnd", x, bilinear)
+        design = torch.einsum("cnp,tdp->tcnd", x, models.bilinear)
         there = chunk.sides.mask & (chunk.fold != models.fold.view(-1, 1, 1))
-        centre, width = mean.unsqueeze(1), variance.unsqueeze(1)
+        centre, width = models.mean.unsqueeze(1), models.variance.unsqueeze(1)
 
         def infer(known: Tensor) -> tuple[Laplace, Tensor]:
             weight = (there & known).to(dtype)
@@ -278,11 +286,10 @@ class BayesClients:
         divergence = mixture_divergence(found, share, log_prior.unsqueeze(1), centre, width)
         known = there.any(-1).to(dtype)
         share = share * known.unsqueeze(-1)
-        sums = Slopes(
+        return Slopes(
             gradient_w.sum(1), gradient_b.sum(1), targets.sum(1), loss.sum(1), share.sum(1),
             (share.unsqueeze(-1) * found.mode).sum(1), (divergence * known).sum(1), known.sum(1),
         )  # fmt: skip
-        return _padded(sums, models)
 
     def _slope(
         self, found: Laplace, log_share: Tensor, offset: Tensor, design: Tensor, noise: Tensor
@@ -305,13 +312,15 @@ class BayesClients:
 
     @torch.no_grad()
     def judge(
-        self, models: Sequence[Models], widths: Sequence[Sequence[float]], by_prompt: bool
-    ) -> Judged:
+        self, models: Sequence[Models], widths: Sequence[Sequence[Width]], by_prompt: bool,
+        reference: int,
+    ) -> Judged:  # fmt: skip
         """What every model says of the targets of its own fold, given the client's other pairs, at
         each of its widths.
 
         Models that differ in their fold alone stand side by side in one element of `models`, a
-        fold each; a client's sums are over all folds.
+        fold each; a client's sums are over all folds. Differences are from the option `reference`
+        (models and their widths counted through).
         """
         numbers = max(len(m.weight) * m.shape[1] for m in models)
         chunks = self.chunks(range(len(self.store)), numbers)
@@ -324,26 +333,23 @@ class BayesClients:
 
         parts = list(self.simulation.map(part, chunks))
         total, correct, pairs = (torch.cat([p[i] for p in parts]) for i in range(3))
-        return judged(total, correct, pairs)
+        return judged(total, correct, pairs, reference)
 
     def _judged(
-        self, models: Models, width: float, chunk: Chunk
+        self, models: Models, width: Width, chunk: Chunk
     ) -> tuple[Float[Tensor, "c"], Float[Tensor, "c"], Float[Tensor, "c"]]:
-        m, d = models.shape
-        x = chunk.difference
-        # a wide prior of another width is the same prior under another effect of z
-        scale = width if m == 1 else 1.0
+        m, x = models.shape[0], chunk.difference
         offset = torch.einsum("cnp,tp->tcn", x, models.weight)
-        design = scale * torch.einsum("cnp,tdp->tcnd", x, models.bilinear[:, :d])
+        design = width.effect * torch.einsum("cnp,tdp->tcnd", x, models.bilinear)
         mine = chunk.fold == models.fold.view(-1, 1, 1)
         there = chunk.sides.mask & ~mine
-        centre, known = models.mean[:, None, :m, :d], there.to(x.dtype)
-        spread = models.variance[:, None, :m] * (width**2 if m > 1 else 1.0)
+        centre, known = models.mean.unsqueeze(1), there.to(x.dtype)
+        spread = models.variance.unsqueeze(1) * (width.spread**2 if m > 1 else 1.0)
         found = (
-            at_centres(offset, design, known, centre) if m > 1 and not width
+            at_centres(offset, design, known, centre) if m > 1 and not width.spread
             else laplace(offset, design, known, centre, spread)
         )  # fmt: skip
-        log_share = torch.log_softmax(models.share[:, None, :m].log() + found.evidence, -1)
+        log_share = torch.log_softmax(models.share.unsqueeze(1).log() + found.evidence, -1)
         margin = mixed_log_odds(log_share, predicted(offset, design, found).log_odds)
         scored = (chunk.sides.mask & mine).to(x.dtype)
         right = (margin > 0).to(x.dtype) + 0.5 * (margin == 0).to(x.dtype)
@@ -354,32 +360,19 @@ class BayesClients:
         )
 
     @torch.no_grad()
-    def settle(self, models: Models) -> Params:
+    def settle(self, params: Params, population: Population) -> Params:
         """The component of the greatest responsibility given all of a client's pairs."""
-        label = torch.full((len(self.store),), -1)
-        for clients in self.chunks(range(len(self.store)), max(models.shape)):
-            chunk = self._chunk(clients, True)
-            m, d = models.shape
-            x = chunk.difference
-            found = laplace(
-                x @ models.weight[0], x @ models.bilinear[0, :d].T,
-                chunk.sides.mask.to(x.dtype), models.mean[0, :m, :d], models.variance[0, :m],
-            )  # fmt: skip
-            label[clients] = (models.share[0, :m].log() + found.evidence).argmax(-1)
+        label, predictor = torch.full((len(self.store),), -1), self.predictor(params, population)
+        for clients in self.chunks(range(len(self.store)), population.mean.numel()):
+            pairs = self.store.batch(clients)
+            label[clients] = predictor.responsibilities(pairs).argmax(-1)
         return {"label": label}
 
-
-def _padded(sums: Slopes, models: Models) -> Slopes:
-    """Sums in the full sizes of the models; what is not in use has none."""
-    out = Slopes(
-        torch.zeros_like(models.weight), torch.zeros_like(models.bilinear), sums.targets, sums.loss,
-        torch.zeros_like(models.share), torch.zeros_like(models.mean), sums.divergence,
-        sums.clients,
-    )  # fmt: skip
-    m, d = sums.mode.shape[1:]
-    out.weight[:], out.bilinear[:, :d] = sums.weight, sums.bilinear
-    out.share[:, :m], out.mode[:, :m, :d] = sums.share, sums.mode
-    return out
+    def predictor(self, params: Params, population: Population) -> BayesPredictor:
+        """What serves users under these parameters."""
+        return BayesPredictor(
+            BayesSelector(params[WEIGHT].numel(), self.latent), params, population
+        )
 
 
 def build(

@@ -46,28 +46,33 @@ class Slopes(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """Sums over clients of what t models (at every width) say of held-out targets.
+    """Sums over clients of what t options say of held-out targets.
 
-    A client's s holds its sums of log-probabilities and n the number of its targets; the sums of s
-    s^T, n s and n^2 give the error of means per pair, clients being what is drawn at random.
+    A client's s holds its sums of log-probabilities, d its differences from the s of the reference
+    option, and n the number of its targets; the sums of d, d^2, n d and n^2 give the error of mean
+    differences per pair, clients being what is drawn at random.
     """
 
     clients: Float[Tensor, ""]
     pairs: Float[Tensor, ""]
     squares: Float[Tensor, ""]
     total: Float[Tensor, "t"]
-    cross: Float[Tensor, "t"]
-    outer: Float[Tensor, "t t"]
     correct: Float[Tensor, "t"]
+    gap: Float[Tensor, "t"]
+    cross: Float[Tensor, "t"]
+    square: Float[Tensor, "t"]
 
 
-def judged(total: Float[Tensor, "k t"], correct: Float[Tensor, "k t"], pairs: Tensor) -> Judged:
+def judged(
+    total: Float[Tensor, "k t"], correct: Float[Tensor, "k t"], pairs: Tensor, reference: int
+) -> Judged:
     """Of k clients with so many targets each [k]; those without any do not count."""
     has = pairs > 0
     s, n = total[has].double(), pairs[has].double()
+    d = s - s[:, reference : reference + 1]
     return Judged(
-        has.sum().double(), n.sum(), n.square().sum(), s.sum(0), n @ s, s.T @ s,
-        correct[has].double().sum(0),
+        has.sum().double(), n.sum(), n.square().sum(), s.sum(0), correct[has].double().sum(0),
+        d.sum(0), n @ d, d.square().sum(0),
     )  # fmt: skip
 
 

@@ -8,12 +8,15 @@ from typing import Literal, NamedTuple
 
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fedvpa.selector.bayes import BILINEAR, WEIGHT
 from fedvpa.types import Params, Population
 
-DIRECTIONS = (2, 4, 8, 16)
+DIRECTIONS = (1, 2, 4, 8)
 """Dimensions of one wide component that are tried."""
+SCAFFOLD = 8
+"""Directions by which so many groups as the settings say are found."""
 GROUPS = (2, 3, 4, 6, 8)
 """Numbers of narrow components that are tried."""
 RIDGES = (1e-3, 3e-3, 1e-2, 3e-2)
@@ -22,17 +25,26 @@ WHITE_INPUTS, WHITE_RIDGE = 32, 1e-3
 """Inputs, and the one penalty, of candidates that count their inputs alike."""
 FEW_PAIRS = 500
 """With fewer pairs than this the weakest penalty is left out, with more the strongest."""
-WIDTHS = (0.0, 0.15, 0.25, 0.35, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
-"""Factors on a prior's standard deviation that are tried; under 0 everybody is the mean user."""
-GROUP_WIDTHS = (0.0, 1.0, 3.0, 6.0)
-"""The same of narrow components; under 0 these are points."""
+EFFECTS = (0.0, 0.15, 0.25, 0.35, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
+"""Factors on the effect of z that are tried, of one wide component; under 0 everybody is the mean
+user."""
+GROUP_EFFECTS, SPREADS = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0), (0.0, 1.0, 3.0)
+"""The same of narrow components, and factors on their spread; under 0 these are points."""
 NARROWEST = 0.05
-"""A group that was judged as a point is served at this width."""
+"""A group that was judged as a point is served with this factor on its spread."""
 ALL = -1
 """The fold of a model that reads every pair."""
 
 Kind = Literal["shared", "directions", "groups"]
 KINDS: tuple[Kind, ...] = ("shared", "directions", "groups")
+
+
+class Width(NamedTuple):
+    """Factors on the prior's standard deviations: on the effect of all of z (so that groups are
+    farther apart, too), and on the spread within a group."""
+
+    effect: float = 1.0
+    spread: float = 1.0
 
 
 class Structure(NamedTuple):
@@ -49,10 +61,10 @@ class Structure(NamedTuple):
 
 def structures(
     kind: Literal["auto", "directions", "groups"], order: int | Literal["auto"],
-    ridge: float | Literal["auto"], *, latent: int, inputs: int, pairs: int, clients: int,
+    ridge: float | Literal["auto"], *, latent: int, inputs: int, pairs: int,
 ) -> list[Structure]:  # fmt: skip
-    """What is tried: all that the settings leave open and the data can bear. A shared reward is
-    always trained beside.
+    """What is trained from the start: all that the settings leave open and the data can bear. A
+    shared reward is always trained beside; groups begin where directions find them.
 
     Args:
         kind: directions, groups, or both.
@@ -61,31 +73,33 @@ def structures(
         latent: dimensions of z, the most that an order can be.
         inputs: dimensions of the features.
         pairs: training pairs of all clients.
-        clients: a group has three clients or more.
     """
     ridges: Sequence[float] = RIDGES[1:] if pairs < FEW_PAIRS else RIDGES[:-1]
     if ridge != "auto":
         ridges = (ridge,)
     wide: Sequence[int] = [d for d in DIRECTIONS if d <= min(latent, inputs)] or [1]
-    narrow: Sequence[int] = [m for m in GROUPS if m <= min(latent, clients // 3)]
     if order != "auto":
-        wide, narrow = [order], [order]
+        wide = [min(SCAFFOLD, latent, inputs) if kind == "groups" else order]
     penalties = [(r, False) for r in ridges]
     if ridge == "auto" and pairs >= FEW_PAIRS:
         penalties.append((WHITE_RIDGE, True))
     found = []
     for r, white in penalties:
         found.append(Structure("shared", 1, r, white))
-        found += [Structure("directions", d, r, white) for d in wide if kind != "groups"]
-        found += [Structure("groups", m, r, white) for m in narrow if kind != "directions"]
+        found += [Structure("directions", d, r, white) for d in wide]
     return found
 
 
+def groups_of(latent: int, clients: int) -> Sequence[int]:
+    """Numbers of groups that so many clients can bear."""
+    return [m for m in GROUPS if m <= min(latent, clients // 3)]
+
+
 class Models(NamedTuple):
-    """The parameters of t candidates of one structure's shape, whose unused entries are zero:
-    reward w and W, centres, variances and weights of the components, the fold that is kept from
-    each, how many components and dimensions are in use and of what kind (index of `KINDS`), the
-    penalty, and the scale of each input in which it counts (0: the input is not read)."""
+    """The parameters of t candidates of one structure: reward w and W, centres, variances and
+    weights of the components, the fold that is kept from each, how many components and dimensions
+    there are and of what kind (index of `KINDS`), the penalty, and the scale of each input in which
+    it counts (0: the input is not read)."""
 
     weight: Float[Tensor, "t p"]
     bilinear: Float[Tensor, "t d p"]
@@ -103,7 +117,7 @@ class Models(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Components and dimensions in use."""
+        """Components and dimensions."""
         m, d, _ = self.size[0].tolist()
         return m, d
 
@@ -114,12 +128,12 @@ class Models(NamedTuple):
         white = bool((self.scale[0] != 1).any())
         return Structure(KINDS[kind], order, round(float(self.ridge[0]), 9), white)
 
-    def served(self, width: float) -> tuple[Params, Population]:
-        """Parameters and prior of the first one. A prior of another width is the same prior under
-        another effect of z, so that one component keeps its variance."""
-        m = self.shape[0]
-        wide = m == 1
-        params = {WEIGHT: self.weight[0], BILINEAR: self.bilinear[0] * (width if wide else 1.0)}
-        variance = self.variance[0, :m] * (1.0 if wide else max(width, NARROWEST) ** 2)
-        share = self.share[0, :m]
-        return params, Population(self.mean[0, :m], variance, share / share.sum())
+    def served(self, width: Width, latent: int) -> tuple[Params, Population]:
+        """Parameters and prior of the first one, in so many dimensions, of which the last ones do
+        nothing."""
+        m, d = self.shape
+        bilinear = pad(self.bilinear[0], (0, 0, 0, latent - d)) * width.effect
+        variance = self.variance[0] * (1.0 if m == 1 else max(width.spread, NARROWEST) ** 2)
+        share, mean = self.share[0], pad(self.mean[0], (0, latent - d))
+        params = {WEIGHT: self.weight[0], BILINEAR: bilinear}
+        return params, Population(mean, variance, share / share.sum())

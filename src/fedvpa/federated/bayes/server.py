@@ -8,37 +8,35 @@ these folds.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from fedvpa.config import Config
 from fedvpa.federated.aggregators import ServerOptimiser, build_server
 from fedvpa.federated.batch import Roster
-from fedvpa.federated.bayes.choice import Option, Verdict, best_options, chosen, verdict, widths_of
-from fedvpa.federated.bayes.clients import BayesClients
+from fedvpa.federated.bayes.choice import Option, Verdict, widths_of
+from fedvpa.federated.bayes.joined import sizes_of
 from fedvpa.federated.bayes.messages import Slopes, added
 from fedvpa.federated.bayes.models import (
     FEW_PAIRS,
     GROUPS,
     KINDS,
-    WIDTHS,
     Models,
     Structure,
+    Width,
     structures,
 )
+from fedvpa.federated.bayes.search import BEGUN, KEPT, Search
+from fedvpa.federated.bayes.side import BayesSide
 from fedvpa.federated.bayes.start import Starts, over
 from fedvpa.federated.components import ITERATIONS, RESTARTS
-from fedvpa.federated.exchanges import EVERY_ROUND, FITTED, ONCE, Payload
+from fedvpa.federated.exchanges import EVERY_ROUND, FITTED, ONCE, Payload, payload_rows
 from fedvpa.selector.bayes import BILINEAR, SHARED, WEIGHT, BayesPredictor, BayesSelector
 from fedvpa.types import Params, Population, ServerState
 
-KEPT = {0.15: 12, 0.4: 6, 1.0: 3}
-"""How many structures go on after so much of the search (successive halving: Jamieson & Talwalkar,
-2016); the last ones are trained to the end, with their folds."""
 MOST_GROUPS = max(GROUPS)
 SEARCHED = "every round of the search, at most"
 DAMPING = 1 / 3
@@ -54,16 +52,12 @@ class FederatedBayes:
     Args:
         selector: sizes.
         server: step on the mean gradient.
-        starts: what is tried.
-        width: factor on the prior's standard deviation.
-        search: rounds after which only the best structures go on.
+        search: what is tried, and what goes on.
     """
 
     selector: BayesSelector
     server: ServerOptimiser
-    starts: Starts
-    width: float | Literal["auto"] = "auto"
-    search: int = 20
+    search: Search
 
     def init(self, roster: Roster) -> ServerState:
         """Nothing is known."""
@@ -73,12 +67,12 @@ class FederatedBayes:
         return ServerState(0, params, {}, tables, {})
 
     def apply(
-        self, state: ServerState, clients: BayesClients, cohort: Sequence[int]
+        self, state: ServerState, clients: BayesSide, cohort: Sequence[int]
     ) -> tuple[ServerState, dict[str, float]]:
         """One round: gradients of the cohort, a step, and the prior's step."""
         # 1. Before the first round, starts from moments of all clients.
         if not state.components:
-            trained, by_prompt = self.starts.candidates(clients)
+            trained, by_prompt = self.search.starts.candidates(clients)
             slots = [self.server.init(_trained(models)) for models in trained]
             told = {"by_prompt": torch.tensor(int(by_prompt))}
             state = replace(state, components=_packed(trained, slots, told))
@@ -94,12 +88,17 @@ class FederatedBayes:
         for i, (models, total) in enumerate(zip(trained, sums)):
             models, slots[i] = self._stepped(models, slots[i], total)
             trained[i] = self._moved(models, total)
+        state = replace(state, round=state.round + 1, clients=tables)
+        # 4. While the search lasts, structures that are behind are left; then groups begin.
+        if (keep := self.search.kept(state.round)) is not None:
+            best = self.search.best(trained, clients, by_prompt, keep)
+            trained, slots = [trained[i] for i in best], [slots[i] for i in best]
+        if state.round == self.search.rounds:
+            begun = self.search.groups(trained, clients, by_prompt, BEGUN)
+            trained += begun
+            slots += [self.server.init(_trained(models)) for models in begun]
         components = _packed(trained, slots, state.components)
-        state = replace(state, round=state.round + 1, clients=tables, components=components)
-        # 4. While the search lasts, structures that are behind are left.
-        keep = self._kept(state.round)
-        if keep is not None and keep < len(trained) - 1:
-            state = self._narrowed(state, clients, keep)
+        state = replace(state, components=components)
         row = _row(sums)
         return self._served(state), row
 
@@ -130,63 +129,29 @@ class FederatedBayes:
         share = models.share + DAMPING * (new - models.share)
         return models._replace(share=share)
 
-    def _judged(
-        self, state: ServerState, clients: BayesClients, last: bool
-    ) -> tuple[list[Option], Verdict]:
-        """All options, and what clients say of them."""
-        trained, _ = _unpacked(state.components)
-        held = [models.at(slice(1, None)) for models in trained]
-        widths = [widths_of(models.structure, self.width, last) for models in trained]
-        by_prompt = bool(state.components["by_prompt"])
-        given = [Option(m.structure, w) for m, own in zip(trained, widths) for w in own]
-        return given, verdict(clients.judge(held, widths, by_prompt))
-
-    def _kept(self, rounds: int) -> int | None:
-        """How many structures go on after so many rounds (None: all that there are)."""
-        ends = {max(1, round(self.search * share)): keep for share, keep in KEPT.items()}
-        return ends.get(rounds)
-
-    def _narrowed(self, state: ServerState, clients: BayesClients, keep: int) -> ServerState:
-        """The best structures go on."""
-        given, found = self._judged(state, clients, last=False)
-        best = best_options(given, found, keep)
-        trained, slots = _unpacked(state.components)
-        kept = [i for s in best for i, models in enumerate(trained) if models.structure == s]
-        components = _packed([trained[i] for i in kept], [slots[i] for i in kept], state.components)
-        return replace(state, components=components)
-
-    def finalise(self, state: ServerState, clients: BayesClients) -> ServerState:
+    def finalise(self, state: ServerState, clients: BayesSide) -> ServerState:
         """Structure and width are chosen; every client notes where it belongs."""
         trained, _ = _unpacked(state.components)
-        structure = [models.structure for models in trained]
-        personal = next(i for i, s in enumerate(structure) if s.kind != "shared")
-        shared = next(i for i, s in enumerate(structure) if s.kind == "shared")
-        width, told = 1.0 if self.width == "auto" else self.width, Params()
-        if len(trained[0].fold) > 1:
-            given, found = self._judged(state, clients, last=True)
-            at = chosen(given, found)
-            told = _told(given, found, at)
-            width = given[at].width
-            ranked = best_options(given, found, 1)
-            shared = structure.index(ranked[-1])
-            # where a shared reward is as good, it is served, and z does nothing
-            personal = structure.index(given[at].structure)
-        kept = [trained[personal].at([0]), trained[shared].at([0])]
-        rest = {"by_prompt": state.components["by_prompt"], "width": torch.tensor(width)}
-        components = _packed(kept, [], rest | told)
+        by_prompt = bool(state.components["by_prompt"])
+        found = self.search.result(trained, clients, by_prompt)
+        rest = {"by_prompt": state.components["by_prompt"], "width": torch.tensor(found.width)}
+        if found.verdict is not None:
+            rest |= _told(found.given, found.verdict, found.at)
+        components = _packed([found.personal.at([0]), found.shared.at([0])], [], rest)
         state = self._served(replace(state, components=components))
-        return replace(state, clients=state.clients | clients.settle(kept[0]))
+        own = clients.settle(state.params, Population(**state.population))
+        return replace(state, clients=state.clients | own)
 
     def _served(self, state: ServerState) -> ServerState:
         """Parameters and prior of the model that is served now, and the shared reward beside it."""
         trained, _ = _unpacked(state.components)
         first = next((m for m in trained if m.structure.kind != "shared"), trained[0])
         if "width" in state.components:
-            first, width = trained[0], float(state.components["width"])
+            first, width = trained[0], Width(*state.components["width"].tolist())
         else:
-            width = GUESS if first.shape[0] == 1 else 1.0
+            width = Width(GUESS if first.shape[0] == 1 else 1.0)
         beside = next(m for m in reversed(trained) if m.structure.kind == "shared")
-        params, population = first.served(width)
+        params, population = first.served(width, self.selector.latent)
         params |= {SHARED: beside.weight[0]}
         return replace(state, params=params, population=population._asdict())
 
@@ -204,48 +169,45 @@ class FederatedBayes:
         if "width" not in components:
             return {}
         served, _ = _unpacked(components)
-        structure, width = served[0].structure, float(components["width"])
+        structure, width = served[0].structure, components["width"].tolist()
         found: dict[str, Any] = {
             "kind": structure.kind, "order": structure.order, "ridge": structure.ridge,
-            "white": structure.white, "width": width,
+            "white": structure.white, "width": width[0], "spread": width[1],
         }  # fmt: skip
         return found | ({"judged": _table(components)} if "choice/nll" in components else {})
 
     def payload(self, state: ServerState) -> list[Payload]:
         """All that travels, in sizes that a run has at the most: sums over a client's pairs up,
         models and centres down."""
-        everything = structures(
-            self.starts.kind, self.starts.order, self.starts.ridge, latent=self.selector.latent,
-            inputs=self.selector.inputs, pairs=FEW_PAIRS, clients=3 * MOST_GROUPS,
+        starts, p = self.search.starts, self.selector.inputs
+        folds = 1 + starts.folds * starts.searched
+        tried = structures(
+            starts.kind, starts.order, starts.ridge, latent=self.selector.latent, inputs=p,
+            pairs=FEW_PAIRS,
         )  # fmt: skip
-        last = sorted(everything, key=lambda s: s.order)[-max(KEPT.values()) - 1 :]
-        p, t = self.selector.inputs, self.starts.folds + 1
-        sums = Payload("outline: first moments without each fold", (t, p * p + 4 * p + 2),
-                       4 * t * (p * p + 4 * p + 2), "up", ONCE)  # fmt: skip
-        tried = (len(GROUPS) * RESTARTS, MOST_GROUPS, p)
-        centres = [
-            Payload(f"clusters: {what}", tried, 4 * factor * math.prod(tried), direction,
-                    f"at most {ITERATIONS + 2} exchanges before the first round")
-            for what, direction, factor in (("centres", "down", 1), ("moments of means", "up", 3))
-        ]  # fmt: skip
-        rounds = [
-            Payload(name, (t, size), 4 * t * size, direction, when)
-            for kept, when in ((everything, SEARCHED), (last, EVERY_ROUND))
-            for size, name, direction in (
-                (sum(_numbers(s, p) for s in kept), "models: rewards and priors", "down"),
-                (sum(_numbers(s, p) + 4 for s in kept), "slopes: gradients and shares", "up"),
-            )
-        ]
-        options = len(last) * len(WIDTHS)
-        judged = Payload("judge: log-probabilities of held-out targets", (options, options + 3),
-                         8 * options * (options + 3), "up", FITTED)  # fmt: skip
-        return [sums, *centres, *rounds, judged]
-
-
-def _numbers(structure: Structure, inputs: int) -> int:
-    """Numbers of one model: reward, W, centres, variances and weights."""
-    m = structure.order if structure.kind == "groups" else 1
-    return inputs * (1 + structure.order) + m * (structure.order + 2)
+        shared = [s for s in tried if s.kind == "shared"]
+        wide = sorted((s for s in tried if s.kind != "shared"), key=lambda s: -s.order)
+        numbers = starts.numbers(len(state.clients["seen"]))
+        groups = [Structure("groups", m, 0.0) for m in numbers]
+        last = [*shared[:1], *wide[: max(KEPT.values())], *groups[-BEGUN:]]
+        judged = [*last, *(s for s in groups for _ in wide[: max(KEPT.values())])]
+        fit = {"d": max((s.order for s in wide), default=1), "m": max(numbers, default=1)}
+        known = {"t": folds, "p": p}
+        widths = sum(len(widths_of(s, self.search.effect, last=True)) for s in judged)
+        rows = payload_rows({"outline": (ONCE, known)}, set(), {})
+        rows += payload_rows({"slopes": (SEARCHED, sizes_of(tried, folds, p))}, set(), {})
+        rows += payload_rows({"slopes": (EVERY_ROUND, sizes_of(last, folds, p))}, set(), {})
+        if numbers:
+            sizes = sizes_of(wide[:1], 1, p) | fit | {"s": len(numbers) * RESTARTS}
+            exchanges = f"at most {ITERATIONS + 2} exchanges a fold, {FITTED}"
+            rows += payload_rows({"clusters": (exchanges, sizes)}, set(), {})
+        if starts.searched:
+            sizes = sizes_of(judged, folds - 1, p) | {"w": widths}
+            rows += payload_rows({"judge": (FITTED, sizes)}, set(), {})
+        served = {"params": state.params}
+        return rows + payload_rows(
+            {"settle": (FITTED, {"m": fit["m"], "d": self.selector.latent})}, set(), served
+        )
 
 
 def _trained(models: Models) -> Params:
@@ -286,7 +248,7 @@ def _told(given: Sequence[Option], found: Verdict, at: int) -> Params:
         "choice/width": torch.tensor([o.width for o in given]),
         "choice/nll": found.nll.float(),
         "choice/accuracy": found.accuracy.float(),
-        "choice/error": found.error[at].float(),
+        "choice/error": found.error.float(),
         "choice/picked": torch.tensor(at),
         "choice/clients": torch.tensor(found.clients),
         "choice/pairs": torch.tensor(found.pairs),
@@ -304,7 +266,8 @@ def _table(components: Params) -> list[dict[str, Any]]:
         key = (kind, order, round(float(components["choice/ridge"][i]), 9), white)
         row = {
             "kind": KINDS[kind], "order": order, "ridge": key[2], "white": white,
-            "width": float(components["choice/width"][i]),
+            "width": float(components["choice/width"][i][0]),
+            "spread": float(components["choice/width"][i][1]),
             "nll": float(components["choice/nll"][i]),
             "accuracy": float(components["choice/accuracy"][i]),
             "error": float(components["choice/error"][i]), "picked": i == picked,
@@ -332,6 +295,6 @@ def build(*, config: Config, clients: int, noise: Any = None) -> FederatedBayes:
         config.seed,
     )  # fmt: skip
     return FederatedBayes(
-        BayesSelector(m.inputs, m.latent), build_server(config), starts, p.width,
-        max(1, round(p.search * rounds)),
+        BayesSelector(m.inputs, m.latent), build_server(config),
+        Search(starts, p.width, max(1, round(p.search * rounds))),
     )  # fmt: skip

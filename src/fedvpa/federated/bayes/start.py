@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fedvpa.federated.bayes.clients import BayesClients
 from fedvpa.federated.bayes.messages import Outline
-from fedvpa.federated.bayes.models import ALL, KINDS, WHITE_INPUTS, Models, Structure, structures
-from fedvpa.federated.components import fit
+from fedvpa.federated.bayes.models import (
+    ALL,
+    KINDS,
+    WHITE_INPUTS,
+    Models,
+    Structure,
+    groups_of,
+    structures,
+)
+from fedvpa.federated.bayes.side import BayesSide
+from fedvpa.federated.components import Moments, fit
 
 LOGISTIC = 4.0
 """A unit of reward moves a choice's probability by a quarter at the most; so many times a mean
@@ -51,56 +60,49 @@ class Starts:
     spread: float = 0.14
     seed: int = 0
 
-    def candidates(self, clients: BayesClients) -> tuple[list[Models], bool]:
-        """Candidates at their starts, and whether folds are by prompt: directions from the
-        covariance between clients, groups from clusters of the clients' mean differences."""
+    def candidates(self, clients: BayesSide) -> tuple[list[Models], bool]:
+        """Candidates at their starts, and whether folds are by prompt: a shared reward, and
+        directions from the covariance between clients. Groups come later (see `groups`)."""
         everything = clients.outline(True, torch.tensor([ALL]))
         by_prompt = bool(2 * everything.several >= everything.clients)
         tried = structures(
             self.kind, self.order, self.ridge, latent=self.latent,
             inputs=self.inputs, pairs=int(everything.pairs[0]),
-            clients=int(everything.clients),
         )  # fmt: skip
-        searched = self.searches_width or sum(s.kind != "shared" for s in tried) > 1
-        fold = torch.tensor([ALL, *range(self.folds)] if searched else [ALL])
+        fold = torch.tensor([ALL, *range(self.folds)] if self.searched else [ALL])
         outline = clients.outline(by_prompt, fold)
-        numbers = sorted({s.order for s in tried if s.kind == "groups"})
-        centres = self._centres(clients, numbers, fold, by_prompt) if numbers else {}
-        trained = [
-            self._groups(s, fold, outline, centres[s.order]) if s.kind == "groups"
-            else self._directions(s, fold, outline)
-            for s in tried
-        ]  # fmt: skip
-        return trained, by_prompt
+        return [self._directions(s, fold, outline) for s in tried], by_prompt
 
-    def _centres(
-        self, clients: BayesClients, numbers: Sequence[int], fold: Tensor, by_prompt: bool
-    ) -> dict[int, Tensor]:
-        """Centres [t, m, p] of each number of clusters: found on all pairs, then the means without
-        each fold."""
+    @property
+    def searched(self) -> bool:
+        """Whether anything is left to be chosen."""
+        return self.searches_width or "auto" in (self.kind, self.order, self.ridge)
 
-        def ask(centre: Tensor, withhold: bool = False) -> Any:
-            return clients.moments(centre, ALL, by_prompt)
+    def numbers(self, clients: int) -> Sequence[int]:
+        """Numbers of groups that are tried."""
+        if self.kind == "directions":
+            return ()
+        return (self.order,) if self.order != "auto" else groups_of(self.latent, clients)
 
-        found = fit(ask, self.inputs, numbers, self.seed)
-        out = {}
-        for number in numbers:
-            centre = found[number].total / found[number].weight.clamp_min(1e-9).unsqueeze(-1)
-            each = []
-            for f in fold.tolist():
-                own = clients.moments(centre.unsqueeze(0), f, by_prompt)
-                held = own.weight[0].unsqueeze(-1)
-                each.append(torch.where(held > 0.5, own.total[0] / held.clamp_min(1), centre))
-            out[number] = torch.stack(each)
-        return out
+    def groups(
+        self, clients: BayesSide, found: Models, by_prompt: bool, numbers: Sequence[int]
+    ) -> list[Models]:
+        """Candidates of groups, from clusters of the clients' posterior means under trained
+        directions (every fold has its own): their rewards there."""
+        each: dict[int, list[Moments]] = {number: [] for number in numbers}
+        for t in range(len(found.fold)):
+            ask = partial(clients.moments, found.at([t]), by_prompt=by_prompt)
+            clusters = fit(ask, found.shape[1], numbers, self.seed)
+            for number, own in clusters.items():
+                each[number].append(own)
+        return [self._groups(found, number, own) for number, own in each.items()]
 
     def _blank(self, structure: Structure, fold: Tensor, outline: Outline) -> Models:
-        t, (p, d) = len(fold), (self.inputs, self.latent)
-        m = structure.order if structure.kind == "groups" else 1
-        size = torch.tensor([m, structure.order, KINDS.index(structure.kind)]).expand(t, 3)
+        t, (p, d) = len(fold), (self.inputs, structure.order)
+        size = torch.tensor([1, d, KINDS.index(structure.kind)]).expand(t, 3)
         return Models(
-            torch.zeros(t, p), torch.zeros(t, d, p), torch.zeros(t, m, d), torch.ones(t, m),
-            torch.full((t, m), 1 / m), fold, size.clone(),
+            torch.zeros(t, p), torch.zeros(t, d, p), torch.zeros(t, 1, d), torch.ones(t, 1),
+            torch.ones(t, 1), fold, size.clone(),
             torch.full((t,), structure.ridge), self._scale(structure, outline),
         )  # fmt: skip
 
@@ -112,16 +114,21 @@ class Starts:
         read = (torch.arange(scale.shape[-1]) < WHITE_INPUTS) & (scale > LEAST_SCALE)
         return torch.where(read, scale, 0.0)
 
-    def _groups(
-        self, structure: Structure, fold: Tensor, outline: Outline, centre: Tensor
-    ) -> Models:
-        """Narrow components at orthogonal centres; the rewards there are along the clusters'."""
-        blank, m = self._blank(structure, fold, outline), structure.order
-        blank.mean[:, :, :m] = self.radius * torch.eye(m)
-        blank.variance[:] = self.spread**2
-        towards = over(centre, blank.scale.square().unsqueeze(-2))
-        blank.bilinear[:, :m] = 0.5 * LOGISTIC / self.radius * towards
-        return blank
+    def _groups(self, found: Models, number: int, clusters: Sequence[Moments]) -> Models:
+        """Narrow components; the change of coordinates that makes their centres orthogonal leaves
+        every reward as it was (M6)."""
+        t, p = found.weight.shape
+        weight = torch.stack([own.weight for own in clusters])
+        centre = torch.stack([own.total for own in clusters]) / weight.clamp_min(1).unsqueeze(-1)
+        reward = found.weight.unsqueeze(-2) + centre @ found.bilinear
+        size = torch.tensor([number, number, KINDS.index("groups")]).expand(t, 3)
+        return Models(
+            torch.zeros(t, p), reward / self.radius,
+            self.radius * torch.eye(number).expand(t, -1, -1).clone(),
+            torch.full((t, number), self.spread**2),
+            (weight + 1) / (weight + 1).sum(-1, keepdim=True), found.fold, size.clone(),
+            found.ridge, found.scale,
+        )  # fmt: skip
 
     def _directions(self, structure: Structure, fold: Tensor, outline: Outline) -> Models:
         """One wide component along the leading directions in which clients differ."""
@@ -140,7 +147,7 @@ class Starts:
             largest = vectors.abs().argmax(0)
             vectors = vectors * vectors[largest, torch.arange(d)].sign()
             spread = values.clamp_min(SMALLEST).sqrt()
-            blank.bilinear[t, :d] = over((0.7 * spread * vectors).T.float(), scale)
+            blank.bilinear[t] = over((0.7 * spread * vectors).T.float(), scale)
         return blank
 
 
