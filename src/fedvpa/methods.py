@@ -56,6 +56,7 @@ class Method:
         paper: the same under ``--preset paper``.
         latent: whether it infers a latent preference.
         networked: whether it runs as a federation across machines.
+        summed: whether all that its server asks for are sums over clients.
         role: `monolithic` or `oracle`: closure counts from the best of the first to the second.
         published: what it is under ``--preset paper``, where that is built of other parts.
     """
@@ -71,6 +72,7 @@ class Method:
     paper: dict[str, Any] = field(default_factory=dict)
     latent: bool = False
     networked: bool = False
+    summed: bool = False
     role: str = ""
     published: Method | None = None
 
@@ -120,6 +122,8 @@ METHODS: dict[str, Method] = {
             },
         },
         latent=True,
+        networked=True,
+        summed=True,
         published=_PUBLISHED,
     ),
     "fedvpl+anchors": Method(

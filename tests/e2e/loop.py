@@ -21,6 +21,13 @@ TRAINING: dict[str, Any] = {
     "federation": {"rounds": 3, "local_steps": 4, "validate_every": 1, "checkpoint_every": 1},
 }  # fmt: skip
 
+BAYES: dict[str, Any] = {
+    "method": "fedvpa-gp", "prototypes": {}, "model": {"inputs": 6, "latent": 4},
+    "federation": {"rounds": 5, "validate_every": 1, "checkpoint_every": 1},
+}  # fmt: skip
+ASKED_BY_BAYES = ("outline", "slopes", "clusters", "judge")
+"""Requests of that method alone."""
+
 
 @dataclass
 class Loop:

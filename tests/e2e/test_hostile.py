@@ -26,7 +26,7 @@ from fedvpa.network.daemon import Client
 from fedvpa.network.serve import CONDUCT, serve
 from fedvpa.network.settings import ClientSettings, ServerSettings, read_settings, training_config
 from fedvpa.network.wire import Packet, WireError, pack, unpack
-from tests.e2e.loop import TRAINING, Loop, Make, Tamper
+from tests.e2e.loop import ASKED_BY_BAYES, BAYES, TRAINING, Loop, Make, Tamper
 
 BAD = 101
 """The node of client-1, which is the bad one."""
@@ -153,6 +153,17 @@ IMPLAUSIBLE: dict[str, tuple[str, Callable[[Packet], Packet], str]] = {
         "not one that a client could have"),
     "a negative loss": (
         "validate", with_tensors(nll=lambda n: -n - 1), "not one that a client could have"),
+    "two clients in one": (
+        "slopes", with_tensors(share=lambda s: 2 * s + 1), "not one that a client could have"),
+    "a gradient that drowns the others'": (
+        "slopes", with_tensors(weight=lambda w: 1e4 * (w + 0.1)), "gradient per target"),
+    "targets below nought": (
+        "slopes", with_tensors(targets=lambda t: -t - 1), "not one that a client could have"),
+    "a covariance that is none": (
+        "outline", with_tensors(cross=lambda c: c + torch.ones_like(c).triu()),
+        "not one that a client could have"),
+    "a choice that is more than certain": (
+        "judge", with_tensors(total=lambda t: -t + 1), "not one that a client could have"),
 }  # fmt: skip
 
 
@@ -161,7 +172,8 @@ def test_numbers_that_no_client_could_have_do_not_count(
     name: str, make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     kind, change, reason = IMPLAUSIBLE[name]
-    path, loop = make(min_clients=3)
+    bayes = BAYES if kind in ASKED_BY_BAYES else None
+    path, loop = make(training=bayes, min_clients=3)
     loop.tamper = answering(kind, change)
     result = run(path, loop)
     assert result["left_out"] == ["client-1"]
@@ -196,7 +208,8 @@ def test_structured_noise_at_the_door_is_one_kind_of_error(data: st.DataObject) 
 @pytest.mark.parametrize("kind", sorted(EXCHANGES))
 def test_answers_of_another_shape_to_every_request_are_refused(kind: str, make: Make) -> None:
     """Every tensor of every reply, in turn: another shape, another type, NaN, missing."""
-    path, loop = make(min_clients=3, min_replies=3)
+    bayes = BAYES if kind in ASKED_BY_BAYES else None
+    path, loop = make(training=bayes, min_clients=3, min_replies=3)
     chance = random.Random(kind)
 
     def spoil(node: int, request: Packet, reply: Packet) -> Packet:
@@ -213,7 +226,7 @@ def test_answers_of_another_shape_to_every_request_are_refused(kind: str, make: 
 
     loop.tamper = spoil
     result = run(path, loop)
-    assert result["rounds"] == 3
+    assert result["rounds"] == (3 if bayes is None else 5)
     state = json.loads((path.parent / "run" / "history.json").read_text())
     assert all(row["loss"] is not None for row in state)
 

@@ -27,7 +27,7 @@ from fedvpa.network.reach import CohortError
 from fedvpa.network.serve import serve
 from fedvpa.network.settings import ClientSettings, ServerSettings, read_settings, training_config
 from fedvpa.network.wire import Packet, WireError, pack, unpack
-from tests.e2e.loop import TRAINING, Loop, Make, Tamper
+from tests.e2e.loop import BAYES, TRAINING, Loop, Make, Tamper
 
 
 def state_of(path: Path) -> Any:
@@ -70,6 +70,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "weights": "sample-size"},
         "federation": TRAINING["federation"] | {"aggregation": "samples", "cohort": 3},
     },
+    "fedvpa-gp": BAYES,
+    "fedvpa-gp, groups given": BAYES | {"population": {"structure": "groups", "order": 2,
+    "ridge": 0.01, "width": 1.0}},
+    "fedvpa-gp, sampled, of three": BAYES | {"population": {"samples": 2}, "federation":
+    BAYES["federation"] | {"cohort": 3}},
     "robust": {"federation": TRAINING["federation"] | {"aggregator": "trimmed-mean",
     "max_norm": 0.05}},
 }  # fmt: skip
@@ -322,6 +327,69 @@ def test_secure_sums_give_the_same_and_the_server_sees_no_single_reply(make: Mak
     for key, value in there.params.items():
         torch.testing.assert_close(value, here.params[key], atol=2e-4, rtol=2e-3)
     assert all(not reply.tensors for reply in loop.sent)  # in the clear: greetings and thanks alone
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_the_mixture_prior_is_found_from_sums_alone(
+    secure: bool, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, loop = make(6, training=BAYES, secure=secure)
+    caplog.set_level("INFO", "fedvpa")
+    serve(path, loop)
+    there, here = state_of(path), simulated(path, loop)
+    for key, value in there.params.items():
+        torch.testing.assert_close(value, here.params[key], atol=2e-4, rtol=2e-3)
+    assert {kind for _, kind in loop.asked} >= {"outline", "slopes", "clusters", "judge", "settle"}
+    manifest = json.loads((path.parent / "run" / "manifest.json").read_text())
+    up = [row for row in manifest if row["direction"] == "up" and "gradient" in row["name"]]
+    most = max(sum(r["bytes"] for r in up if r["when"] == when) for when in {r["when"] for r in up})
+    for (_, kind), reply in zip(loop.asked, loop.sent):
+        assert all(may_hold(kind, name) for name in reply.tensors)
+        if kind == "slopes" and not secure:
+            gradients = (reply.tensors["weight"], reply.tensors["bilinear"])
+            assert sum(4 * v.numel() for v in gradients) <= most
+    if secure:  # in the clear: greetings and thanks alone
+        assert all(not reply.tensors for reply in loop.sent)
+    # each client notes for itself where it belongs, and has no such requests as another method's
+    saved = list((path.parent / "clients" / "client-0" / "state").rglob("settled.safetensors"))
+    assert len(saved) == 1
+    asked = pack(Packet({"kind": "train", "round": 9}, {}))
+    assert unpack(loop.clients[100].answer(asked)).header["code"] == "unknown-request"
+    other, elsewhere = make(6)
+    (path.parent / "run").rename(path.parent / "first")
+    for name in read_settings(other, ServerSettings).clients:
+        (path.parent / "clients" / name / "state").rename(path.parent / f"state-{name}")
+    serve(other, elsewhere)
+    asked = pack(Packet({"kind": "outline"}, {"fold": torch.tensor([-1])}))
+    assert unpack(elsewhere.clients[100].answer(asked)).header["code"] == "unknown-request"
+
+
+def test_a_search_that_stops_goes_on_where_it_was(make: Make) -> None:
+    path, loop = make(training=BAYES)
+    fail = {"slopes": 2, "judge": 1}
+    asked: dict[str, int] = {}
+
+    def lose(node: int, request: Packet, reply: Packet) -> Packet | str:
+        kind = request.header["kind"]
+        if node == 101 and kind in fail:
+            asked[kind] = asked.get(kind, 0) + 1
+            # both attempts
+            if asked[kind] in (fail[kind], fail[kind] + 1):
+                return "no reply within 1 s"
+        return reply
+
+    loop.tamper = lose
+    stops = 0
+    for _ in range(5):
+        try:
+            serve(path, loop)
+            break
+        except CohortError:
+            stops += 1
+    assert stops == 2
+    there, here = state_of(path), simulated(path, loop)
+    for key, value in there.params.items():
+        torch.testing.assert_close(value, here.params[key], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.slow

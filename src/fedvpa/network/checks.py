@@ -94,6 +94,10 @@ def sensible(kind: str, found: Params, client: str) -> None:
         total = found["total"]
         fine = bool((total <= 0).all()) and _like(found["outer"], torch.outer(total, total))
         fine = fine and float(found["clients"]) in (0.0, 1.0)
+    elif kind == "clusters":
+        fine = _one_hot(found["weight"]) and _of_one_latent(found)
+    elif kind in ("outline", "slopes", "judge"):
+        fine = _of_one_client(kind, found)
     elif kind == "validate":
         counted, accuracy, nll = (float(found[name]) for name in ("clients", "accuracy", "nll"))
         fine = counted in (0.0, 1.0) and 0 <= accuracy <= counted and nll >= 0
@@ -105,6 +109,27 @@ def sensible(kind: str, found: Params, client: str) -> None:
         raise WireError(
             f"client '{client}': its answer to '{kind}' is not one that a client could have"
         )
+
+
+def _of_one_client(kind: str, found: Params) -> bool:
+    """Whether sums over pairs are those of one client: counts, and what is bounded by them."""
+    if kind == "outline":
+        pairs, counted = found["pairs"], found["counted"]
+        fine = bool(((pairs >= 0) & (pairs <= MOST_PAIRS) & (counted >= 0)).all())
+        fine = fine and bool((counted <= pairs).all() and (found["square"] >= 0).all())
+        fine = fine and float(found["clients"]) == 1.0 and float(found["several"]) in (0.0, 1.0)
+        return fine and _like(found["cross"], found["cross"].mT)
+    if kind == "slopes":
+        known, share = found["clients"], found["share"]
+        fine = bool(((known == 0) | (known == 1)).all() and (found["loss"] >= 0).all())
+        fine = fine and bool(((share >= 0) & (share <= 1 + 1e-5)).all())
+        targets = found["targets"]
+        return fine and bool(((targets >= 0) & (targets <= MOST_PAIRS)).all())
+    n, total, gap = found["pairs"], found["total"], found["gap"]
+    fine = 0 <= float(n) <= MOST_PAIRS and float(found["clients"]) == float(n > 0)
+    fine = fine and bool((total <= 0).all() and (found["correct"] <= n).all())
+    fine = fine and _like(found["squares"], n.square()) and _like(found["cross"], n * gap)
+    return fine and _like(found["square"], gap.square())
 
 
 def _one_hot(weight: Float[Tensor, "*t m"]) -> bool:
@@ -159,6 +184,11 @@ def _sizes(
         yield "second moment per pair", 0.0, moment
         feature = {p: float(t["total"].norm()) * per_pair[p] for p, t in told.items()}
         yield "feature per pair", 0.0, feature
+        return
+    if kind == "slopes":
+        most = {p: t["targets"].amax().clamp_min(1.0) for p, t in told.items()}
+        steep = {p: float(t["weight"].norm() / most[p]) for p, t in told.items()}
+        yield "gradient per target", 1.0, steep
         return
     some = next(iter(told.values()), {})
     # the prior of a latent is the unit normal distribution, which hardly ever is as large as this

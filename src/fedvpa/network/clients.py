@@ -30,9 +30,8 @@ MOST_TIMES_MEDIAN = 5.0
 their pairs."""
 
 
-class NetworkedClients(Reach):
-    """The clients of a federation; the server's side of a method reads them as it does simulated
-    ones."""
+class Networked(Reach):
+    """The clients of a federation: what every method asks them."""
 
     def fit_whitening(self) -> Whitener:
         """From the sums of everybody who is connected; handed out to them."""
@@ -49,6 +48,26 @@ class NetworkedClients(Reach):
             found = self._sum("whitening", {}, {}, shapes)
         m = self.config.model
         return self.hand_out(Whitener.from_sums(WhiteningSums(**found), m.inputs, m.white))
+
+    def settle(self, params: Params, population: Population) -> Params:
+        """Every client notes its component for itself: nothing comes back."""
+        self._everybody("settle", {}, under("params", params) | numbered([population]), {})
+        return {}
+
+    def validate(self, params: Params, population: Population | None) -> dict[str, float]:
+        """Mean accuracy and NLL of the clients on pairs that they hold out."""
+        tensors = under("params", params) | ({} if population is None else numbered([population]))
+        found = self._sum("validate", {}, tensors, self._layout("validate"))
+        return Validation(**found).row()
+
+    def _layout(self, kind: str, **sizes: int) -> Layout:
+        """Names, shapes and types of a reply."""
+        known = {"d": self.config.model.latent, "h": self.features.width}
+        return layout(EXCHANGES[kind].reply, known | sizes)
+
+
+class NetworkedClients(Networked):
+    """The clients of a federation, as the server's side of a variational selector reads them."""
 
     def train(
         self, broadcast: Broadcast, cohort: Sequence[int], tables: Params
@@ -129,19 +148,3 @@ class NetworkedClients(Reach):
         return Scores(
             **self._sum("scores", {}, tensors, self._layout("scores", t=len(populations)))
         )
-
-    def settle(self, params: Params, population: Population) -> Params:
-        """Every client notes its component for itself: nothing comes back."""
-        self._everybody("settle", {}, under("params", params) | numbered([population]), {})
-        return {}
-
-    def validate(self, params: Params, population: Population | None) -> dict[str, float]:
-        """Mean accuracy and NLL of the clients on pairs that they hold out."""
-        tensors = under("params", params) | ({} if population is None else numbered([population]))
-        found = self._sum("validate", {}, tensors, self._layout("validate"))
-        return Validation(**found).row()
-
-    def _layout(self, kind: str, **sizes: int) -> Layout:
-        """Names, shapes and types of a reply."""
-        known = {"d": self.config.model.latent, "h": self.features.width}
-        return layout(EXCHANGES[kind].reply, known | sizes)

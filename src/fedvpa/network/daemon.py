@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -29,7 +29,7 @@ from fedvpa.data.partition import ClientPairs, split_off, without_duplicates
 from fedvpa.data.reading import read_pairs
 from fedvpa.errors import BadInputError, FedvpaError
 from fedvpa.evaluation.protocol import validation
-from fedvpa.experiment.build import build_clients, needs_common
+from fedvpa.experiment.build import build_algorithm, build_clients, needs_common
 from fedvpa.experiment.dataset import to_store
 from fedvpa.features.cache import FeatureCache
 from fedvpa.features.whitening import Whitener, WhiteningSums
@@ -38,6 +38,7 @@ from fedvpa.federated.exchanges import EXCHANGES, may_hold
 from fedvpa.federated.messages import PROTOTYPES, broadcast_of, reply_of, section, under
 from fedvpa.files import write_atomically
 from fedvpa.foreign import harmless
+from fedvpa.network.answers import BayesAnswers, SelectorAnswers
 from fedvpa.network.codes import RefusedError, as_code
 from fedvpa.network.records import populations_of
 from fedvpa.network.serve import describe, travels
@@ -45,10 +46,10 @@ from fedvpa.network.settings import ClientSettings
 from fedvpa.network.wire import Packet, flatten, pack, subject, unpack
 from fedvpa.parts import REFERENCE
 from fedvpa.records import PreferencePair
-from fedvpa.selector.predictor import VariationalPredictor
-from fedvpa.types import Params
+from fedvpa.types import Params, ServerState
 
 logger = logging.getLogger("fedvpa")
+S = TypeVar("S")
 
 READING_SECONDS = 20.0
 """How long a greeting waits for features; less than the server's timeout."""
@@ -56,7 +57,7 @@ IN_THE_CLEAR = frozenset(kind for kind, e in EXCHANGES.items() if e.tells_nothin
 """Requests whose answers say nothing of a client's pairs."""
 
 
-class Client:
+class Client(SelectorAnswers, BayesAnswers):
     """Answers requests (bytes in, bytes out). Its state is one file, replaced atomically before an
     answer leaves."""
 
@@ -69,7 +70,7 @@ class Client:
         self._index, self._columns, self._clients = 0, 0, 1
         self._features: tuple[ClientPairs, ClientPairs, list[Tensor], str] | None = None
         self._reading: Future[tuple[ClientPairs, ClientPairs, list[Tensor], str]] | None = None
-        self._side: tuple[str, SimulatedClients, SimulatedClients] | None = None
+        self._side: tuple[str, Any, Any] | None = None
         self._one_at_a_time = Lock()
         self._told = ""
 
@@ -250,7 +251,7 @@ class Client:
     def _on_train(self, packet: Packet) -> Packet:
         """One local round. Asked for the same round again, it starts from the same private state
         and answers the same."""
-        side, number = self._sides()[0], packet.header["round"]
+        side, number = self._side_of(SimulatedClients), packet.header["round"]
         if type(number) is not int:  # True and 1.5 would be other names of a round
             raise RefusedError("unread", "a round that is no whole number")
         fixed = (PROTOTYPES,) if self._known().prototypes.kind == "fixed" else ()
@@ -263,21 +264,6 @@ class Client:
         self._save_tables(number, tables, tables | update.private)
         return Packet({"round": number}, sent)
 
-    def _on_posterior(self, packet: Packet) -> Packet:
-        _, found = self._sides()[0].posteriors(
-            section(packet.tensors, "params"), withhold=packet.header["withhold"]
-        )
-        return Packet({}, {k: v[0] for k, v in found._asdict().items()})
-
-    def _on_moments(self, packet: Packet) -> Packet:
-        side, params = self._sides()[0], section(packet.tensors, "params")
-        found = side.moments(params, packet.tensors["centre"], withhold=packet.header["withhold"])
-        return Packet({}, dict(found._asdict()))
-
-    def _on_scores(self, packet: Packet) -> Packet:
-        found = self._sides()[0].scores(section(packet.tensors, "params"), populations_of(packet))
-        return Packet({}, dict(found._asdict()))
-
     def _on_settle(self, packet: Packet) -> Packet:
         """Note which component this client belongs to; the answer stays here."""
         own = self._sides()[0].settle(section(packet.tensors, "params"), populations_of(packet)[0])
@@ -288,13 +274,9 @@ class Client:
         """Accuracy and negative log-likelihood on the pairs that this client holds out of training;
         zeros if it has none."""
         train, held = self._sides()
-        populations = populations_of(packet)
-        predictor = VariationalPredictor(
-            train.selector,
-            section(packet.tensors, "params"),
-            populations[0] if populations else None,
-            self._known().inference.kind,
-        )
+        population = {k: v for p in populations_of(packet)[:1] for k, v in p._asdict().items()}
+        reached = ServerState(0, section(packet.tensors, "params"), {}, {}, population)
+        predictor = build_algorithm(self._known(), self._clients).predictor(reached)
         found = validation(predictor, train.store, held.store, torch.full((1,), -1))
         return Packet({}, dict(found._asdict()))
 
@@ -335,7 +317,13 @@ class Client:
             self._features = (train, held, parts, table.signature)
         return self._features
 
-    def _sides(self) -> tuple[SimulatedClients, SimulatedClients]:
+    def _side_of(self, kind: type[S]) -> S:
+        side = self._sides()[0]
+        if not isinstance(side, kind):
+            raise RefusedError("unknown-request", f"{self._known().method} has no such request")
+        return side
+
+    def _sides(self) -> tuple[Any, Any]:
         """The client's side of the algorithm over its training pairs, and over those it holds
         out."""
         config, digest = self._known(), self._whitening_digest()

@@ -28,12 +28,14 @@ from fedvpa.experiment.train import Journal, manifest, run_rounds, told
 from fedvpa.features.cache import FeatureCache
 from fedvpa.features.whitening import Whitener
 from fedvpa.federated.accounting import privacy_of
-from fedvpa.federated.algorithm import sample_cohort
+from fedvpa.federated.algorithm import Algorithm, sample_cohort
 from fedvpa.federated.batch import Roster
+from fedvpa.federated.messages import Contract
 from fedvpa.federated.release import PrivateRelease, secret_noise
-from fedvpa.federated.variational import FederatedVariational, build
+from fedvpa.federated.variational import FederatedVariational
 from fedvpa.files import make_folder, write_atomically
-from fedvpa.network.clients import NetworkedClients
+from fedvpa.network.bayes import NetworkedBayes
+from fedvpa.network.clients import Networked, NetworkedClients
 from fedvpa.network.conduct import Conduct
 from fedvpa.network.settings import ServerSettings, read_settings, training_config
 from fedvpa.network.transport import Expected, Transport
@@ -71,7 +73,8 @@ def serve(
     paths = RunPaths(make_folder(settings_path.parent / settings.run, private=True))
     status = Status(paths.root / "status.json", config.federation.rounds)
     try:
-        clients = NetworkedClients(
+        kind = NetworkedBayes if config.entry.summed else NetworkedClients
+        clients = kind(
             settings, config, transport, bound=bound or {},
             features=features or expected_features(settings, config),
             conduct=Conduct.read(paths.root / CONDUCT),
@@ -138,14 +141,17 @@ def expected_features(settings: ServerSettings, config: Config) -> Expected:
 
 
 def _serve(
-    settings: ServerSettings, config: Config, paths: RunPaths, clients: NetworkedClients,
+    settings: ServerSettings, config: Config, paths: RunPaths, clients: Networked,
     status: Status,
 ) -> dict[str, Any]:  # fmt: skip
     # 1. The run's own name, its algorithm, and clients that are connected and have the whitening.
     started = time.perf_counter()
     identity = _identity(paths, settings, config, clients.features.signature)
-    algorithm = build(config=config, clients=len(settings.clients), noise=secret_noise)
-    clients.join(identity["run"], algorithm.contract, algorithm.prior.columns)
+    algorithm = build_algorithm(config, len(settings.clients), noise=secret_noise)
+    if isinstance(algorithm, FederatedVariational):
+        clients.join(identity["run"], algorithm.contract, algorithm.prior.columns)
+    else:
+        clients.join(identity["run"], Contract(), 0)
     status.say("waiting", round=0)
     fingerprint = _fingerprint(config, settings, identity["run"])
     whitener = _whitened(config, paths, clients, fingerprint)
@@ -213,9 +219,7 @@ def _say(lines: Sequence[str]) -> None:
         logger.info("%s", line)
 
 
-def _whitened(
-    config: Config, paths: RunPaths, clients: NetworkedClients, identity: str
-) -> Whitener:
+def _whitened(config: Config, paths: RunPaths, clients: Networked, identity: str) -> Whitener:
     """The whitening of the run, made in its first attempt, once enough clients are there."""
     if paths.whitening.is_file():
         clients.whitener = Whitener.read(paths.whitening, identity, config.model.inputs)
@@ -228,10 +232,10 @@ def _whitened(
     return clients.whitener
 
 
-def _with_losses(
-    algorithm: FederatedVariational, ledger: Ledger, state: ServerState
-) -> FederatedVariational:
+def _with_losses(algorithm: Algorithm, ledger: Ledger, state: ServerState) -> Algorithm:
     """The algorithm whose accounting knows of releases that a crash undid."""
+    if not isinstance(algorithm, FederatedVariational):
+        return algorithm
     if not isinstance(algorithm.release, PrivateRelease):
         return algorithm
     lost = ledger.lost(state.round)
@@ -240,9 +244,7 @@ def _with_losses(
     return replace(algorithm, release=algorithm.release.with_lost(lost, lost_fits))
 
 
-def _cohorts(
-    config: Config, clients: NetworkedClients, ledger: Ledger
-) -> Callable[[int], list[int]]:
+def _cohorts(config: Config, clients: Networked, ledger: Ledger) -> Callable[[int], list[int]]:
     """Draws the clients of a round among those who are connected."""
     privacy = privacy_of(config, len(clients))
 
@@ -259,7 +261,7 @@ def _cohorts(
     return cohort
 
 
-def _validate(config: Config, clients: NetworkedClients, reached: ServerState) -> dict[str, float]:
+def _validate(config: Config, clients: Networked, reached: ServerState) -> dict[str, float]:
     if config.privacy.enabled:
         return {}  # it would be a release that nobody accounts for
     population = Population(**reached.population) if reached.population else None

@@ -157,7 +157,7 @@ def training_config(settings: ServerSettings) -> Config:
     }
     given = {"method": DEPLOYED} | given
     # nobody's latent is shown to anybody, unless asked for
-    if method(given["method"]).latent:
+    if method(given["method"]).latent and not method(given["method"]).summed:
         given = merged({"prior": {"kind": "components"}}, given)
     config = build_config(given)
     if not config.entry.networked:
@@ -174,7 +174,7 @@ def training_config(settings: ServerSettings) -> Config:
                 f"{name}: {getattr(settings, name)}, but there are {len(settings.clients)} clients"
             )
     f = config.federation
-    summed = (
+    summed = config.entry.summed or (
         config.prior.kind == "components"
         and f.aggregation == "uniform"
         and f.aggregator == "mean"

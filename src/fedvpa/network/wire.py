@@ -35,6 +35,10 @@ MOST_NUMBERS = 1 << 34
 """Entries of one tensor."""
 
 
+BY_ROUND = frozenset({"train", "slopes"})
+"""Requests whose answer is that of a round, whatever else they hold."""
+
+
 class Packet(NamedTuple):
     """One request or reply."""
 
@@ -82,7 +86,7 @@ def subject(identity: str, packet: Packet) -> str:
     request of this kind has."""
     kind = str(packet.header["kind"])
     about = hashlib.sha256(f"{identity}|{kind}|".encode())
-    if kind == "train":
+    if kind in BY_ROUND:
         about.update(str(packet.header["round"]).encode())
         return about.hexdigest()
     about.update(str(bool(packet.header.get("withhold"))).encode())

@@ -13,6 +13,10 @@ from fedvpa.federated.bayes.messages import Judged
 from fedvpa.federated.bayes.models import EFFECTS, GROUP_EFFECTS, SPREADS, Kind, Structure, Width
 
 
+PRACTICAL = 0.005
+"""Nats per pair by which fewer groups may be worse: nobody would notice."""
+
+
 class Option(NamedTuple):
     """A structure at a width, and which of the models that are compared it is."""
 
@@ -70,7 +74,8 @@ def chosen(given: Sequence[Option], found: Verdict) -> int:
     optimistic, as the least of many, so that what is simpler wins within the error.
 
     1. A shared reward within one standard error of the least loss: z then does no harm.
-    2. Groups within one (Breiman et al., 1984, sec. 3.4.3), and of these the fewest within two.
+    2. Groups within one (Breiman et al., 1984, sec. 3.4.3), and of these the fewest within two and
+       `PRACTICAL` of the best ones.
     3. The directions of the least loss, at the least effect within one.
     """
     best = int(found.nll.argmin())
@@ -83,9 +88,10 @@ def chosen(given: Sequence[Option], found: Verdict) -> int:
 
     if shared := within("shared", 1.0):
         return min(shared, key=lambda i: float(found.nll[i]))
-    if within("groups", 1.0):
-        groups = within("groups", 2.0)
-        return min(groups, key=lambda i: (given[i].structure.order, float(found.nll[i])))
+    if groups := within("groups", 1.0):
+        most = PRACTICAL + min(float(found.nll[i]) for i in groups)
+        few = [i for i in within("groups", 2.0) if float(found.nll[i]) <= most]
+        return min(few, key=lambda i: (given[i].structure.order, float(found.nll[i])))
     model = given[best].model
     least = [i for i in within("directions", 1.0) if given[i].model == model]
     return min(least, key=lambda i: given[i].width)
