@@ -15,7 +15,7 @@ from fedvpa.errors import BadInputError, NonFiniteUpdateError
 from fedvpa.evaluation.protocol import given_trial, split_trials
 from fedvpa.experiment.build import build_method
 from fedvpa.federated.batch import ClientStore, build_store
-from fedvpa.federated.bayes.choice import Option, chosen, verdict
+from fedvpa.federated.bayes.choice import Option, Verdict, chosen, verdict
 from fedvpa.federated.bayes.joined import (
     joined,
     joined_slopes,
@@ -214,6 +214,24 @@ def test_the_smallest_width_within_one_error_is_taken_and_only_below_a_shared_re
         judged(torch.tensor([[-1.0], [-30.0]]), torch.ones(2, 1), torch.tensor([1.0, 99.0]), 0)
     )
     assert float(one.nll) == pytest.approx(0.31)
+
+
+def test_simpler_structures_win_where_they_are_practically_the_same() -> None:
+    shared, wide = Structure("shared", 1, 0.01), Structure("directions", 4, 0.01)
+    two, six = Structure("groups", 2, 0.01), Structure("groups", 6, 0.01)
+    given = [Option(s, Width(), i) for i, s in enumerate((shared, wide, two, six))]
+
+    def kind(*loss: float, error: float = 0.004) -> Structure:
+        errors = torch.full((4,), error)
+        found = Verdict(torch.tensor(loss), torch.ones(4), errors, 40.0, 900.0)
+        return given[chosen(given, found)].structure
+
+    assert kind(0.69, 0.62, 0.625, 0.621) == two  # within two errors of the best groups
+    assert kind(0.69, 0.62, 0.64, 0.621) == six
+    assert kind(0.69, 0.62, 0.64, 0.63) == wide
+    assert kind(0.69, 0.67, 0.6705, 0.669) == wide  # there is little to be gained
+    assert kind(0.69, 0.67, 0.64, 0.66) == two
+    assert kind(0.623, 0.62, 0.62, 0.62) == shared
 
 
 def test_what_is_tried_fits_the_data() -> None:

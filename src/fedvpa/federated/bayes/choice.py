@@ -12,9 +12,11 @@ from torch import Tensor
 from fedvpa.federated.bayes.messages import Judged
 from fedvpa.federated.bayes.models import EFFECTS, GROUP_EFFECTS, SPREADS, Kind, Structure, Width
 
-
-PRACTICAL = 0.005
-"""Nats per pair by which fewer groups may be worse: nobody would notice."""
+LITTLE = 0.04
+"""Where z takes less than this share off a shared reward's loss, people differ by degree at most."""
+SAME, PRACTICAL = 0.1, 0.005
+"""What is simpler may lose this share of the gain over a shared reward, and so many nats per pair
+at the most: nobody would notice."""
 
 
 class Option(NamedTuple):
@@ -71,27 +73,38 @@ def best_models(given: Sequence[Option], found: Verdict, count: int) -> list[int
 
 def chosen(given: Sequence[Option], found: Verdict) -> int:
     """The option that is served; errors are of differences from the least loss, which is
-    optimistic, as the least of many, so that what is simpler wins within the error.
+    optimistic, as the least of many, so that what is simpler wins within the error (Breiman et al.,
+    1984, sec. 3.4.3).
 
     1. A shared reward within one standard error of the least loss: z then does no harm.
-    2. Groups within one (Breiman et al., 1984, sec. 3.4.3), and of these the fewest within two and
-       `PRACTICAL` of the best ones.
-    3. The directions of the least loss, at the least effect within one.
+    2. Directions within one, where there is `LITTLE` to be gained; they are the wider prior.
+    3. Groups within one that are practically the same, and of these the fewest within two.
+    4. Else the kind of the least loss. Of directions, those of the least loss among them, at the
+       least effect within one standard error.
     """
     best = int(found.nll.argmin())
+    loss = found.nll.tolist()
 
     def within(kind: Kind, errors: float) -> list[int]:
         return [
             i for i, option in enumerate(given) if option.structure.kind == kind
-            and float(found.nll[i] - found.nll[best]) <= errors * float(found.error[i])
+            and loss[i] - loss[best] <= errors * float(found.error[i])
         ]  # fmt: skip
 
     if shared := within("shared", 1.0):
-        return min(shared, key=lambda i: float(found.nll[i]))
-    if groups := within("groups", 1.0):
-        most = PRACTICAL + min(float(found.nll[i]) for i in groups)
-        few = [i for i in within("groups", 2.0) if float(found.nll[i]) <= most]
-        return min(few, key=lambda i: (given[i].structure.order, float(found.nll[i])))
-    model = given[best].model
-    least = [i for i in within("directions", 1.0) if given[i].model == model]
+        return min(shared, key=loss.__getitem__)
+    beside = [loss[i] for i, option in enumerate(given) if option.structure.kind == "shared"]
+    gain = min(beside) - loss[best] if beside else 0.0
+    little = bool(beside) and gain < LITTLE * min(beside)
+    same = min(PRACTICAL, SAME * gain) if beside else PRACTICAL
+    groups, directions = within("groups", 1.0), within("directions", 1.0)
+    if directions and little:
+        groups = []
+    groups = [i for i in groups if loss[i] - loss[best] <= same or not directions]
+    if groups:
+        most = same + min(loss[i] for i in groups)
+        few = [i for i in within("groups", 2.0) if loss[i] <= most]
+        return min(few, key=lambda i: (given[i].structure.order, loss[i]))
+    model = given[min(directions, key=loss.__getitem__)].model
+    least = [i for i in directions if given[i].model == model]
     return min(least, key=lambda i: given[i].width)
