@@ -6,6 +6,7 @@ To add a method, write a builder and add one entry here. "Set but would not be r
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -189,8 +190,9 @@ METHODS: dict[str, Method] = {
     ),
 }  # fmt: skip
 
-DEPLOYED = "fedvpl+anchors"
-"""The method of a federation across machines, and of plans for privacy, unless another is named."""
+DEPLOYED, PRIVATE = "fedvpa-gp", "fedvpl+anchors"
+"""The method of a federation across machines, and of one with differential privacy, unless another
+is named."""
 
 PAPER: dict[str, Any] = {
     "model": {
@@ -204,6 +206,12 @@ PAPER: dict[str, Any] = {
     },
 }  # fmt: skip
 """The published settings, ``--preset paper``; each method adds its own `Method.paper`."""
+
+
+def deployed(settings: Mapping[str, Any]) -> str:
+    """The method of a federation with these settings."""
+    private = settings.get("privacy", {}).get("enabled", False)
+    return str(settings.get("method") or (PRIVATE if private else DEPLOYED))
 
 
 def entry_of(name: str, preset: str = "default") -> Method:

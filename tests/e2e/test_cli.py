@@ -336,7 +336,10 @@ def test_a_federation_s_project_is_whole_or_is_not_written(
         (["--client", "a=nowhere"], "a file or folder that exists"),
         ([*named, "--client", f"a={pairs}"], "'a' is given twice"),
         (["--client", f"a b={pairs}"], "letters, digits"),
-        ([*named, "--secure", "--prior.kind", "peers"], "secure: only sums"),
+        (
+            [*named, "--secure", "--method", "fedvpl+mix", "--prior.kind", "peers"],
+            "secure: only sums",
+        ),
         ([*named, "--rounds", "0"], "federation.rounds"),
     ):
         assert main(["federation", "init", str(tmp_path / "f"), *arguments]) == 2
@@ -346,7 +349,12 @@ def test_a_federation_s_project_is_whole_or_is_not_written(
         main(["federation", "init", str(tmp_path / "f"), *named, "--rounds", "7", "--quiet"]) == 0
     )
     settings = yaml.safe_load((tmp_path / "f" / "server.yaml").read_text())
-    assert settings["training"] == {"method": "fedvpl+anchors", "federation": {"rounds": 7}}
+    assert settings["training"] == {"method": "fedvpa-gp", "federation": {"rounds": 7}}
+    private = ["--privacy.enabled", "true", "--public", str(pairs), "--modes", "2", "--quiet"]
+    noise = ["--privacy.fit_noise", "0.1", "--prior.kind", "components"]
+    assert main(["federation", "init", str(tmp_path / "p"), *named, *private, *noise]) == 0
+    settings = yaml.safe_load((tmp_path / "p" / "server.yaml").read_text())
+    assert settings["training"]["method"] == "fedvpl+anchors"
     public = ["--public", str(pairs), "--validation-share", "0.2", "--quiet"]
     assert main(["federation", "init", str(tmp_path / "g"), *named, *public]) == 0
     written = yaml.safe_load((tmp_path / "g" / "server.yaml").read_text())["training"]

@@ -437,12 +437,15 @@ def test_the_run_serves_a_user_like_any_other(make: Make, pair_file: Path) -> No
         ({"clients": ["a", "a"]}, "'a' is named twice"),
         ({"min_replies": 9}, "min_replies: 9, but there are 4 clients"),
         (
-            {"secure": True, "training": {"prior": {"kind": "peers"}}},
+            {"secure": True, "training": {"method": "fedvpl+mix", "prior": {"kind": "peers"}}},
             "secure: only sums over clients are known",
         ),
         ({"rounds": 3}, "rounds: unknown setting"),
         (
-            {"secure": True, "training": {"federation": {"aggregator": "median"}}},
+            {
+                "secure": True,
+                "training": {"method": "fedvpl", "federation": {"aggregator": "median"}},
+            },
             "secure: only sums",
         ),
     ],

@@ -148,10 +148,7 @@ def _serve(
     started = time.perf_counter()
     identity = _identity(paths, settings, config, clients.features.signature)
     algorithm = build_algorithm(config, len(settings.clients), noise=secret_noise)
-    if isinstance(algorithm, FederatedVariational):
-        clients.join(identity["run"], algorithm.contract, algorithm.prior.columns)
-    else:
-        clients.join(identity["run"], Contract(), 0)
+    clients.join(identity["run"], *_promised(algorithm))
     status.say("waiting", round=0)
     fingerprint = _fingerprint(config, settings, identity["run"])
     whitener = _whitened(config, paths, clients, fingerprint)
@@ -230,6 +227,13 @@ def _whitened(config: Config, paths: RunPaths, clients: Networked, identity: str
         write_atomically(paths.whitening, whitener.to_bytes(identity))
     assert clients.whitener is not None
     return clients.whitener
+
+
+def _promised(algorithm: Algorithm) -> tuple[Contract, int]:
+    """What clients send in every round, and the columns of their tables of private logits."""
+    if isinstance(algorithm, FederatedVariational):
+        return algorithm.contract, algorithm.prior.columns
+    return Contract(), 0
 
 
 def _with_losses(algorithm: Algorithm, ledger: Ledger, state: ServerState) -> Algorithm:

@@ -20,7 +20,7 @@ from fedvpa.config import (
     read_yaml,
 )
 from fedvpa.errors import BadInputError
-from fedvpa.methods import DEPLOYED, method
+from fedvpa.methods import deployed, method
 
 logger = logging.getLogger("fedvpa")
 
@@ -155,7 +155,7 @@ def training_config(settings: ServerSettings) -> Config:
     given = settings.training | {
         "data": {"source": FEDERATION, "clients": len(settings.clients), **data}
     }
-    given = {"method": DEPLOYED} | given
+    given = {"method": deployed(given)} | given
     # nobody's latent is shown to anybody, unless asked for
     if method(given["method"]).latent and not method(given["method"]).summed:
         given = merged({"prior": {"kind": "components"}}, given)

@@ -42,7 +42,9 @@ def init(parser: argparse.ArgumentParser, asked: Asked) -> None:
     simulated = {"federation.backend", "federation.chunk", "federation.workers"}
     asked = asked.otherwise(DEPLOYED)
     shown = settings_readable(asked.method) - trial - simulated
-    given = {"method": asked.method} | (COMPONENTS if method(asked.method).latent else {})
+    entry = method(asked.method)
+    prior = COMPONENTS if entry.latent and not entry.summed else {}
+    given = {"method": asked.method} | prior
     add_settings(parser, asked, shown, skip=("out", "tracker"), given=given)
     add_common(parser)
 

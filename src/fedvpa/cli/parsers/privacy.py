@@ -8,14 +8,14 @@ from typing import Any
 from fedvpa.cli.options import Asked, add_common, add_json, add_settings
 from fedvpa.config import leaf_settings
 from fedvpa.errors import BadInputError
-from fedvpa.methods import DEPLOYED
+from fedvpa.methods import PRIVATE
 
 READ = ("data.clients", "federation.rounds", "federation.cohort", "prior.kind", "prototypes.kind",
         "prototypes.modes")  # fmt: skip
 """Settings that decide what a run releases, and how often, beside those of privacy."""
 
 WHAT_IT_TAKES: dict[str, Any] = {
-    "method": DEPLOYED,
+    "method": PRIVATE,
     "prior": {"kind": "components"},
     "prototypes": {"modes": 2},
     "data": {"public": "personas"},
@@ -29,7 +29,7 @@ def plan(parser: argparse.ArgumentParser, asked: Asked) -> None:
     parser.add_argument("--epsilon", type=float, required=True, help="target, for the whole run")
     skip = ("out", "tracker", "privacy.noise", "privacy.enabled", "privacy.budget")
     shown = [name for name in leaf_settings() if name.startswith("privacy.") or name in READ]
-    asked = asked.otherwise(DEPLOYED)
+    asked = asked.otherwise(PRIVATE)
     add_settings(parser, asked, shown, skip=skip, basic=shown, given=WHAT_IT_TAKES)
     add_json(parser, "the plan")
     add_common(parser)

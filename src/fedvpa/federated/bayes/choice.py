@@ -13,7 +13,7 @@ from fedvpa.federated.bayes.messages import Judged
 from fedvpa.federated.bayes.models import EFFECTS, GROUP_EFFECTS, SPREADS, Kind, Structure, Width
 
 LITTLE = 0.04
-"""Where z takes less than this share off a shared reward's loss, people differ by degree at most."""
+"""Where z takes less than this share off a shared reward's loss, people differ by degree."""
 SAME, PRACTICAL = 0.1, 0.005
 """What is simpler may lose this share of the gain over a shared reward, and so many nats per pair
 at the most: nobody would notice."""
