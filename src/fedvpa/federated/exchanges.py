@@ -222,7 +222,7 @@ EXCHANGES: dict[str, Exchange] = {
                 "gap", "w", "difference from the reference's log-probability", _WIDE, bound=1024.0
             ),
             Field("cross", "w", "this, times the number of targets", _WIDE, bound=float(1 << 20)),
-            Field("square", "w", "square of this difference", _WIDE, bound=float(1 << 16)),
+            Field("square", "w", "square of this difference", _WIDE, bound=float(1 << 18)),
         ),
     ),
     "settle": Exchange(FITTED, request=(_PARAMS, _POPULATIONS)),
