@@ -474,6 +474,12 @@ def test_settings_of_an_older_project_are_read(
         read_settings(tmp_path / "client.yaml", ClientSettings)
 
 
+def test_latents_are_summed_unless_asked_for_otherwise() -> None:
+    for training in ({"preset": "paper"}, {"method": "fedvpl"}, {"method": "fedvpl+mix"}):
+        found = training_config(ServerSettings(clients=("a", "b"), training=training))
+        assert found.prior.kind == "components", training
+
+
 def test_broken_blobs_are_one_kind_of_error() -> None:
     good = pack(Packet({"kind": "x"}, {"a": torch.ones(2)}))
     assert torch.equal(unpack(good).tensors["a"], torch.ones(2))

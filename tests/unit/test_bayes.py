@@ -27,7 +27,7 @@ from fedvpa.federated.bayes.joined import (
 )
 from fedvpa.federated.bayes.messages import judged
 from fedvpa.federated.bayes.models import KINDS, Models, Structure, Width, groups_of, structures
-from fedvpa.federated.content import Divider, folds_of
+from fedvpa.federated.content import ALL, STRADDLES, Divider, folds_of, outside
 from fedvpa.federated.exchanges import EXCHANGES, layout
 from fedvpa.functional.laplace import (
     at_centres,
@@ -194,7 +194,12 @@ def test_all_clients_agree_on_the_fold_of_a_prompt() -> None:
     for prompt in content[:, 0].unique():
         assert fold[content[:, 0] == prompt].unique().numel() == 1
     by_response = folds_of(content, torch.arange(len(content)), 3, by_prompt=False)
-    assert (by_response == -1).any()
+    assert (by_response == STRADDLES).any()
+    # a model of everything reads what touches two folds, a model without a fold does not
+    assert outside(by_response, torch.tensor(ALL)).all()
+    for f in range(3):
+        read = content[outside(by_response, torch.tensor(f)), 1:]
+        assert not (read % 3 == f).any()
     kept = by_response >= 0
     assert (content[kept, 1] % 3 == by_response[kept]).all()
 
@@ -341,6 +346,34 @@ def test_clients_may_count_alike_and_features_that_are_not_finite_name_their_cli
     algorithm, clients = build_method(build_config(config), spoilt)
     with pytest.raises(NonFiniteUpdateError, match="client-1"):
         algorithm.apply(algorithm.init(store.roster), clients, range(9))
+
+
+def test_settings_that_leave_little_open_are_served_or_refused() -> None:
+    store = synthetic_store(clients=4, pairs=12)
+    _, few = trained(store, structure="groups")
+    assert few.population["mean"].shape[0] == 2
+    _, wide = trained(
+        synthetic_store(clients=6, pairs=12, inputs=8), structure="directions", order=8
+    )
+    assert wide.params["reward.bilinear"].shape == (8, 8)
+    algorithm, state = trained(store, samples=2)
+    assert algorithm.predictor(state).shared_margin(store.batch(range(4))).isfinite().all()
+    with pytest.raises(BadInputError, match="1 group is one reward"):
+        trained(store, structure="groups", order=1)
+
+
+def test_a_shared_reward_has_no_effect_of_z_where_latents_are_sampled() -> None:
+    store = synthetic_store(clients=6, pairs=12)
+    given = {"model": {"inputs": 8, "latent": 8}, "population": {"samples": 2}}
+    algorithm, clients = build_method(build_config(given), store)
+    state, _ = algorithm.apply(algorithm.init(store.roster), clients, range(6))
+    shared = [
+        state.components[name.replace("size", "bilinear")]
+        for name, size in state.components.items()
+        if name.endswith("/size") and int(size[0, 2]) == KINDS.index("shared")
+    ]
+    assert shared
+    assert not any(value.any() for value in shared)
 
 
 def test_users_of_one_reward_get_one_reward() -> None:

@@ -12,6 +12,9 @@ from torch import Tensor
 from fedvpa.data.content import Policy, units_of
 from fedvpa.federated.batch import ClientStore
 
+ALL, STRADDLES = -1, -2
+"""The fold that a model of every pair leaves out; the fold of a row that touches two."""
+
 
 @dataclass(frozen=True)
 class Divider:
@@ -69,15 +72,22 @@ class Sides(NamedTuple):
         return left & right & self.mask, ~left & ~right & self.mask
 
 
+def outside(fold: Int[Tensor, "*r"], left_out: Int[Tensor, "*t"]) -> Bool[Tensor, "..."]:
+    """Which rows a model reads from which a fold is left out (`ALL`: none is); rows that touch two
+    folds are no part of any other."""
+    return (left_out == ALL) | ((fold != left_out) & (fold != STRADDLES))
+
+
 def folds_of(
     content: Int[Tensor, "rows 3"] | None, place: Int[Tensor, "rows"], folds: int, by_prompt: bool
 ) -> Int[Tensor, "rows"]:
     """The fold of every row, on which all clients agree without a word: a hash of its prompt, or of
-    its responses where prompts are few (-1: they fall into two folds, and the row is left out).
-    Where no two rows share a content, rows are dealt by their `place` among their client's."""
+    its responses where prompts are few (`STRADDLES`: they fall into two folds, and the row is read
+    by a model of everything alone). Where no two rows share a content, rows are dealt by their
+    `place` among their client's."""
     if content is None:
         return place % folds
     if by_prompt:
         return content[:, 0] % folds
     chosen, rejected = content[:, 1] % folds, content[:, 2] % folds
-    return torch.where(chosen == rejected, chosen, -1)
+    return torch.where(chosen == rejected, chosen, STRADDLES)

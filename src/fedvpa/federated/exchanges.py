@@ -190,8 +190,8 @@ EXCHANGES: dict[str, Exchange] = {
         reply=(
             Field("weight", "n t p", "gradient of the rewards under z = 0", bound=1024.0),
             Field("bilinear", "t o p", "gradient of the effect of z", bound=1024.0),
-            Field("targets", "n t", "number of targets", bound=4096.0),
-            Field("loss", "n t", "nats of the targets", bound=4096.0),
+            Field("targets", "n t", "number of targets", bound=16384.0),
+            Field("loss", "n t", "nats of the targets", bound=16384.0),
             Field("share", "t u", "share of each component", bound=1.0),
             Field("mode", "t v", "posterior mean, by component"),
             Field("divergence", "n t", "divergence from the prior", bound=1024.0),
@@ -221,8 +221,8 @@ EXCHANGES: dict[str, Exchange] = {
             Field(
                 "gap", "w", "difference from the reference's log-probability", _WIDE, bound=1024.0
             ),
-            Field("cross", "w", "this, times the number of targets", _WIDE, bound=float(1 << 20)),
-            Field("square", "w", "square of this difference", _WIDE, bound=float(1 << 18)),
+            Field("cross", "w", "this, times the number of targets", _WIDE, bound=float(1 << 22)),
+            Field("square", "w", "square of this difference", _WIDE, bound=float(1 << 20)),
         ),
     ),
     "settle": Exchange(FITTED, request=(_PARAMS, _POPULATIONS)),

@@ -7,7 +7,6 @@ one in the clear, where each answer is checked, or as secure sums.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -22,7 +21,8 @@ from fedvpa.network.clients import Networked
 from fedvpa.network.wire import Packet, WireError
 from fedvpa.types import Params
 
-T = TypeVar("T")
+LARGEST_LATENT, MOST_ROUNDING = 1e3, 1e-3
+"""No posterior mean of a sane client is larger; shares add up to one but for this."""
 
 
 class NetworkedBayes(Networked):
@@ -59,6 +59,13 @@ class NetworkedBayes(Networked):
                 )
             sent = expected(packet.tensors, shapes, names[place])
             sensible("slopes", sent, names[place])
+            for own in parted_slopes(sent, models):
+                whole = (own.share.sum(-1) - own.clients).abs() <= MOST_ROUNDING
+                near = own.mode.abs() <= LARGEST_LATENT * own.share.unsqueeze(-1) + MOST_ROUNDING
+                if not (whole.all() and near.all()):
+                    raise WireError(
+                        f"client '{names[place]}': its shares or latents are not one client's"
+                    )
             return Packet(packet.header, sent)
 
         for place, packet in self._answers("slopes", header, cohort, tensors, check=check):

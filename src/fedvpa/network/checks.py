@@ -118,6 +118,9 @@ def _of_one_client(kind: str, found: Params) -> bool:
         fine = bool(((pairs >= 0) & (pairs <= MOST_PAIRS) & (counted >= 0)).all())
         fine = fine and bool((counted <= pairs).all() and (found["square"] >= 0).all())
         fine = fine and float(found["clients"]) == 1.0 and float(found["several"]) in (0.0, 1.0)
+        # Cauchy and Schwarz: a sum is bounded by its squares
+        most = pairs.unsqueeze(-1) * found["square"]
+        fine = fine and bool((found["total"].square() <= most * (1 + 1e-3) + 1e-3).all())
         return fine and _like(found["cross"], found["cross"].mT)
     if kind == "slopes":
         known, share = found["clients"], found["share"]
@@ -127,7 +130,9 @@ def _of_one_client(kind: str, found: Params) -> bool:
         return fine and bool(((targets >= 0) & (targets <= MOST_PAIRS)).all())
     n, total, gap = found["pairs"], found["total"], found["gap"]
     fine = 0 <= float(n) <= MOST_PAIRS and float(found["clients"]) == float(n > 0)
-    fine = fine and bool((total <= 0).all() and (found["correct"] <= n).all())
+    right = found["correct"]
+    fine = fine and bool((total <= 0).all() and ((right >= 0) & (right <= n)).all())
+    fine = fine and _like(gap - total, (gap - total)[:1].expand_as(total))
     fine = fine and _like(found["squares"], n.square()) and _like(found["cross"], n * gap)
     return fine and _like(found["square"], gap.square())
 
@@ -187,8 +192,9 @@ def _sizes(
         return
     if kind == "slopes":
         most = {p: t["targets"].amax().clamp_min(1.0) for p, t in told.items()}
-        steep = {p: float(t["weight"].norm() / most[p]) for p, t in told.items()}
-        yield "gradient per target", 1.0, steep
+        for name in ("weight", "bilinear"):
+            steep = {p: float(t[name].norm() / most[p]) for p, t in told.items()}
+            yield f"gradient per target ({name})", 1.0, steep
         return
     some = next(iter(told.values()), {})
     # the prior of a latent is the unit normal distribution, which hardly ever is as large as this

@@ -20,7 +20,7 @@ from fedvpa.config import (
     read_yaml,
 )
 from fedvpa.errors import BadInputError
-from fedvpa.methods import deployed, method
+from fedvpa.methods import deployed, entry_of
 
 logger = logging.getLogger("fedvpa")
 
@@ -157,7 +157,8 @@ def training_config(settings: ServerSettings) -> Config:
     }
     given = {"method": deployed(given)} | given
     # nobody's latent is shown to anybody, unless asked for
-    if method(given["method"]).latent and not method(given["method"]).summed:
+    entry = entry_of(given["method"], str(given.get("preset", "default")))
+    if entry.latent and not entry.summed:
         given = merged({"prior": {"kind": "components"}}, given)
     config = build_config(given)
     if not config.entry.networked:

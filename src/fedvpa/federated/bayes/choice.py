@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -59,7 +60,9 @@ def verdict(found: Judged) -> Verdict:
     spread = found.square - 2 * gap * found.cross + gap.square() * found.squares
     correction = k / (k - 1).clamp_min(1)
     error = (spread.clamp_min(0) * correction).sqrt() / n
-    return Verdict(-found.total / n, found.correct / n, error, float(k), float(found.pairs))
+    nll = (-found.total / n).nan_to_num(torch.inf, torch.inf)  # a candidate that diverged is last
+    error = error.nan_to_num(0.0, 0.0)
+    return Verdict(nll, found.correct / n, error, float(k), float(found.pairs))
 
 
 def best_models(given: Sequence[Option], found: Verdict, count: int) -> list[int]:

@@ -24,7 +24,7 @@ from fedvpa.federated.batch import ClientStore, Roster, like_sized
 from fedvpa.federated.bayes.messages import Judged, Outline, Slopes, added, judged
 from fedvpa.federated.bayes.models import Models, Width
 from fedvpa.federated.components import Moments, summed_moments
-from fedvpa.federated.content import Divider, Sides, folds_of
+from fedvpa.federated.content import Divider, Sides, folds_of, outside
 from fedvpa.federated.random import stream
 from fedvpa.federated.simulation import Simulation, build_simulation
 from fedvpa.functional.laplace import (
@@ -162,7 +162,7 @@ class BayesClients:
             chunk = self._chunk(clients, by_prompt)
             x, mask = chunk.difference, chunk.sides.mask
             first, second = self._halves(chunk)
-            kept = mask & (chunk.fold != folds.view(-1, 1, 1))
+            kept = mask & outside(chunk.fold, folds.view(-1, 1, 1))
             a, b = (kept & half for half in (first, second))
             count = [side.sum(-1).to(x.dtype) for side in (a, b)]
             mean = [
@@ -208,7 +208,7 @@ class BayesClients:
 
         def part(clients: list[int]) -> Moments:
             chunk = self._chunk(clients, by_prompt)
-            there = chunk.sides.mask & (chunk.fold != models.fold[0])
+            there = chunk.sides.mask & outside(chunk.fold, models.fold[0])
             x, known = chunk.difference, there.to(chunk.difference.dtype)
             found = laplace(
                 x @ models.weight[0], x @ models.bilinear[0].mT, known, models.mean[0],
@@ -249,7 +249,7 @@ class BayesClients:
         # 1. Pairs in latent space, once for all divisions; pairs of a model's fold are not there.
         offset = torch.einsum("cnp,tp->tcn", x, weight)
         design = torch.einsum("cnp,tdp->tcnd", x, models.bilinear)
-        there = chunk.sides.mask & (chunk.fold != models.fold.view(-1, 1, 1))
+        there = chunk.sides.mask & outside(chunk.fold, models.fold.view(-1, 1, 1))
         centre, width = models.mean.unsqueeze(1), models.variance.unsqueeze(1)
 
         def infer(known: Tensor) -> tuple[Laplace, Tensor]:
@@ -342,7 +342,7 @@ class BayesClients:
         offset = torch.einsum("cnp,tp->tcn", x, models.weight)
         design = width.effect * torch.einsum("cnp,tdp->tcnd", x, models.bilinear)
         mine = chunk.fold == models.fold.view(-1, 1, 1)
-        there = chunk.sides.mask & ~mine
+        there = chunk.sides.mask & outside(chunk.fold, models.fold.view(-1, 1, 1))
         centre, known = models.mean.unsqueeze(1), there.to(x.dtype)
         spread = models.variance.unsqueeze(1) * (width.spread**2 if m > 1 else 1.0)
         found = (

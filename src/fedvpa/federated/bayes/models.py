@@ -32,9 +32,6 @@ GROUP_EFFECTS, SPREADS = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0), (0.0, 1.0, 3.0)
 """The same of narrow components, and factors on their spread; under 0 these are points."""
 NARROWEST = 0.05
 """A group that was judged as a point is served with this factor on its spread."""
-ALL = -1
-"""The fold of a model that reads every pair."""
-
 Kind = Literal["shared", "directions", "groups"]
 KINDS: tuple[Kind, ...] = ("shared", "directions", "groups")
 
@@ -79,7 +76,7 @@ def structures(
         ridges = (ridge,)
     wide: Sequence[int] = [d for d in DIRECTIONS if d <= min(latent, inputs)] or [1]
     if order != "auto":
-        wide = [min(SCAFFOLD, latent, inputs) if kind == "groups" else order]
+        wide = [min(SCAFFOLD if kind == "groups" else order, latent, inputs)]
     penalties = [(r, False) for r in ridges]
     if ridge == "auto" and pairs >= FEW_PAIRS:
         penalties.append((WHITE_RIDGE, True))

@@ -54,7 +54,7 @@ class Search:
         self, trained: Sequence[Models], clients: BayesSide, by_prompt: bool, keep: int
     ) -> list[int]:
         """Which of the candidates go on: the best personal structures, and one shared reward."""
-        if keep >= sum(models.structure.kind != "shared" for models in trained):
+        if len(trained[0].fold) == 1:  # nothing to judge by, and nothing was left open
             return list(range(len(trained)))
         return best_models(*self._judged(trained, clients, by_prompt), keep)
 

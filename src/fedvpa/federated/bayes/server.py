@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fedvpa.config import Config
+from fedvpa.errors import BadInputError
 from fedvpa.federated.aggregators import ServerOptimiser, build_server
 from fedvpa.federated.batch import Roster
 from fedvpa.federated.bayes.choice import Option, Verdict, widths_of
@@ -112,6 +113,8 @@ class FederatedBayes:
         weight = over(sums.weight / count.view(-1, 1), scale) + ridge * start[WEIGHT]
         bilinear = over(sums.bilinear / count.view(-1, 1, 1), wide)
         bilinear = bilinear + ridge.unsqueeze(-1) * start[BILINEAR]
+        if models.structure.kind == "shared":  # z has no effect, whatever is sampled or sent
+            bilinear = torch.zeros_like(bilinear)
         found, slots = self.server.apply(start, slots, {WEIGHT: -weight, BILINEAR: -bilinear})
         return models._replace(
             weight=over(found[WEIGHT], scale), bilinear=over(found[BILINEAR], wide)
@@ -193,16 +196,22 @@ class FederatedBayes:
         judged = [*last, *(s for s in groups for _ in wide[: max(KEPT.values())])]
         fit = {"d": max((s.order for s in wide), default=1), "m": max(numbers, default=1)}
         known = {"t": folds, "p": p}
-        widths = sum(len(widths_of(s, self.search.effect, last=True)) for s in judged)
+        # the first judgement has the most models, the last one the most widths
+        widths = max(
+            sum(len(widths_of(s, self.search.effect, last=True)) for s in some)
+            for some in (tried, judged)
+        )
         rows = payload_rows({"outline": (ONCE, known)}, set(), {})
         rows += payload_rows({"slopes": (SEARCHED, sizes_of(tried, folds, p))}, set(), {})
         rows += payload_rows({"slopes": (EVERY_ROUND, sizes_of(last, folds, p))}, set(), {})
         if numbers:
             sizes = sizes_of(wide[:1], 1, p) | fit | {"s": len(numbers) * RESTARTS}
-            exchanges = f"at most {ITERATIONS + 2} exchanges a fold, {FITTED}"
+            fits = 1 + max(KEPT.values())
+            exchanges = f"{fits} times at most {ITERATIONS + 2} exchanges a fold, {FITTED}"
             rows += payload_rows({"clusters": (exchanges, sizes)}, set(), {})
         if starts.searched:
-            sizes = sizes_of(judged, folds - 1, p) | {"w": widths}
+            each = [sizes_of(some, folds - 1, p) for some in (tried, judged)]
+            sizes = {name: max(own[name] for own in each) for name in each[0]} | {"w": widths}
             rows += payload_rows({"judge": (FITTED, sizes)}, set(), {})
         served = {"params": state.params}
         return rows + payload_rows(
@@ -286,8 +295,17 @@ def _row(sums: Sequence[Slopes]) -> dict[str, float]:
 
 
 def build(*, config: Config, clients: int, noise: Any = None) -> FederatedBayes:
-    """The server's side of the settings' method."""
+    """The server's side of the settings' method.
+
+    Raises:
+        BadInputError: one group.
+    """
     p = config.population
+    if p.structure == "groups" and p.order == 1:
+        raise BadInputError(
+            "population.order: 1 group is one reward for everybody; at least 2, or --method"
+            " fedavg-btl"
+        )
     rounds = config.federation.rounds
     m, searches = config.model, p.width == "auto"
     starts = Starts(

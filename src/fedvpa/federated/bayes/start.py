@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fedvpa.federated.bayes.messages import Outline
 from fedvpa.federated.bayes.models import (
-    ALL,
     KINDS,
     WHITE_INPUTS,
     Models,
@@ -22,6 +21,7 @@ from fedvpa.federated.bayes.models import (
 )
 from fedvpa.federated.bayes.side import BayesSide
 from fedvpa.federated.components import Moments, fit
+from fedvpa.federated.content import ALL
 
 LOGISTIC = 4.0
 """A unit of reward moves a choice's probability by a quarter at the most; so many times a mean
@@ -82,7 +82,11 @@ class Starts:
         """Numbers of groups that are tried."""
         if self.kind == "directions":
             return ()
-        return (self.order,) if self.order != "auto" else groups_of(self.latent, clients)
+        if self.order != "auto":
+            return (self.order,) if self.order > 1 else ()
+        found = groups_of(self.latent, clients)
+        # who asks for groups alone gets two, however few the clients
+        return found or ((2,) if self.kind == "groups" else ())
 
     def groups(
         self, clients: BayesSide, found: Models, by_prompt: bool, numbers: Sequence[int]
