@@ -253,7 +253,7 @@ class PopulationConfig(Section):
         "auto", description="L2 penalty on the reward, per pair, in units of the first input"
     )
     width: Annotated[float, Field(ge=0, le=10)] | Literal["auto"] = Field(
-        "auto", description="factor on the prior's standard deviation (0: everybody is alike)"
+        "auto", description="factor on the effect of z (0: everybody is alike)"
     )
     folds: Annotated[int, Field(ge=2, le=20)] = Field(
         3, description="parts of the contents, by which all this is chosen"

@@ -72,13 +72,12 @@ class ClientStore:
         """The client of every row."""
         return torch.arange(len(self)).repeat_interleave(self.sizes)
 
-    def batch(self, clients: Int[Tensor, "c"] | Sequence[int]) -> PairBatch:
-        """The pairs of some clients, [c, n], padded with zeros to the largest of them."""
-        return self._batch(*self.rows(clients))
-
-    def blocks(self, clients: Int[Tensor, "c"] | Sequence[int], width: int) -> PairBatch:
-        """The pairs of some clients in blocks of `width` pairs, [b, width], of which only a
-        client's last one is padded; an empty client has one, too."""
+    def batch(self, clients: Int[Tensor, "c"] | Sequence[int], width: int = 0) -> PairBatch:
+        """The pairs of some clients, [c, n], padded with zeros to the largest of them; or in blocks
+        of `width` pairs, [b, width], of which only a client's last one is padded (an empty client
+        has one, too)."""
+        if not width:
+            return self._batch(*self.rows(clients))
         clients = torch.as_tensor(clients)
         sizes = self.sizes[clients]
         count = (-(-sizes // width)).clamp_min(1)

@@ -137,7 +137,7 @@ class SimulatedClients:
         # 1. The clients' own pairs; those that are withheld do not take part at all.
         clients = torch.tensor(chunk.clients)
         names, count = [store.names[c] for c in chunk.clients], len(chunk.clients)
-        pairs = store.blocks(clients, chunk.width) if chunk.width else store.batch(clients)
+        pairs = store.batch(clients, chunk.width)
         # 2. Where each client stands under the model that was sent.
         with torch.no_grad():
             before = self.selector.posterior(broadcast.params, pairs, pairs.mask)

@@ -75,8 +75,7 @@ class RewardClients:
     ) -> tuple[Params, dict[str, Float[Tensor, "c"]]]:
         """Train these clients side by side, each from its own selector."""
         index, names = torch.tensor(chunk.clients), [self.store.names[c] for c in chunk.clients]
-        store = self.store
-        pairs = store.blocks(index, chunk.width) if chunk.width else store.batch(index)
+        pairs = self.store.batch(index, chunk.width)
         own = state.clients["assignment"][index]
         start = {name: value[own] for name, value in state.params.items()}
         result = train_locally(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -19,16 +20,16 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 
-class Answers:
+class Answers(ABC):
     """Answers of the side of the algorithm that this client holds."""
 
+    @abstractmethod
     def _side_of(self, kind: type[S]) -> S:
         """This client's side of a method of that kind.
 
         Raises:
             RefusedError: the run's method is of another kind.
         """
-        raise NotImplementedError
 
 
 class SelectorAnswers(Answers):
@@ -62,9 +63,7 @@ class BayesAnswers(Answers):
 
     def _on_slopes(self, packet: Packet) -> Packet:
         """Gradients of one round; asked for again, they are the same."""
-        side, number = self._side_of(BayesClients), packet.header["round"]
-        if type(number) is not int:  # True and 1.5 would be other names of a round
-            raise RefusedError("unread", "a round that is no whole number")
+        side, number = self._side_of(BayesClients), round_of(packet)
         models = _asked(lambda: parted(packet.tensors))
         ((_, found),) = side.slopes(models, [0], number, _flagged(packet))
         return Packet({"round": number}, joined_slopes(found))
@@ -80,6 +79,18 @@ class BayesAnswers(Answers):
         reference = int(packet.tensors["reference"])
         found = side.judge(models, widths, _flagged(packet), reference)
         return Packet({}, found._asdict())
+
+
+def round_of(packet: Packet) -> int:
+    """The round that a request is about.
+
+    Raises:
+        RefusedError: it is no whole number: True and 1.5 would be other names of a round.
+    """
+    number = packet.header["round"]
+    if type(number) is not int:
+        raise RefusedError("unread", "a round that is no whole number")
+    return number
 
 
 def _asked(read: Callable[[], T]) -> T:

@@ -16,13 +16,10 @@ from fedvpa.federated.bayes.joined import joined, joined_widths, parted_slopes, 
 from fedvpa.federated.bayes.messages import Judged, Outline, Slopes
 from fedvpa.federated.bayes.models import Models, Width
 from fedvpa.federated.components import Moments
-from fedvpa.network.checks import expected, sensible
+from fedvpa.network.checks import checked_slopes
 from fedvpa.network.clients import Networked
-from fedvpa.network.wire import Packet, WireError
+from fedvpa.network.wire import Packet
 from fedvpa.types import Params
-
-LARGEST_LATENT, MOST_ROUNDING = 1e3, 1e-3
-"""No posterior mean of a sane client is larger; shares add up to one but for this."""
 
 
 class NetworkedBayes(Networked):
@@ -52,21 +49,7 @@ class NetworkedBayes(Networked):
         names = self.settings.clients
 
         def check(place: int, packet: Packet) -> Packet:
-            if packet.header.get("round") != round_number:
-                raise WireError(
-                    f"client '{names[place]}': answers round {packet.header.get('round')}, but this"
-                    f" is round {round_number}"
-                )
-            sent = expected(packet.tensors, shapes, names[place])
-            sensible("slopes", sent, names[place])
-            for own in parted_slopes(sent, models):
-                whole = (own.share.sum(-1) - own.clients).abs() <= MOST_ROUNDING
-                near = own.mode.abs() <= LARGEST_LATENT * own.share.unsqueeze(-1) + MOST_ROUNDING
-                if not (whole.all() and near.all()):
-                    raise WireError(
-                        f"client '{names[place]}': its shares or latents are not one client's"
-                    )
-            return Packet(packet.header, sent)
+            return checked_slopes(packet, models, shapes, round_number, names[place])
 
         for place, packet in self._answers("slopes", header, cohort, tensors, check=check):
             yield torch.tensor([place]), parted_slopes(packet.tensors, models)

@@ -3,12 +3,14 @@ belongs to this round."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fedvpa.federated.bayes.joined import parted_slopes
+from fedvpa.federated.bayes.models import Models
 from fedvpa.federated.exchanges import Layout, update_layout
 from fedvpa.federated.messages import Broadcast, Contract
 from fedvpa.network.wire import Packet, WireError
@@ -16,6 +18,8 @@ from fedvpa.types import Params
 
 LARGEST = 1e6
 """No parameter, latent or loss of a sane client is larger."""
+LARGEST_LATENT, MOST_ROUNDING = 1e3, 1e-3
+"""No posterior mean of a sane client is larger; shares add up to one but for this."""
 MOST_PAIRS = 1e6
 TIMES = 20.0
 """So many times the clients' median is plausible."""
@@ -62,11 +66,7 @@ def checked_update(
     Raises:
         WireError: naming the client and what is wrong.
     """
-    if packet.header.get("round") != broadcast.round:
-        raise WireError(
-            f"client '{client}': answers round {packet.header.get('round')}, but this is round"
-            f" {broadcast.round}"
-        )
+    of_round(packet, broadcast.round, client)
     shapes = update_layout(broadcast, contract, {"d": latent})
     found = expected(packet.tensors, shapes, client)
     for name in ("moments/weight", "labelled"):
@@ -80,6 +80,38 @@ def checked_update(
     return Packet(packet.header, found)
 
 
+def checked_slopes(
+    packet: Packet, models: Sequence[Models], shapes: Layout, round_number: int, client: str
+) -> Packet:
+    """The sums of one client for these models, if they answer this round and can be one client's.
+
+    Raises:
+        WireError: naming the client and what is wrong.
+    """
+    of_round(packet, round_number, client)
+    found = expected(packet.tensors, shapes, client)
+    sensible("slopes", found, client)
+    for own in parted_slopes(found, models):
+        whole = (own.share.sum(-1) - own.clients).abs() <= MOST_ROUNDING
+        near = own.mode.abs() <= LARGEST_LATENT * own.share.unsqueeze(-1) + MOST_ROUNDING
+        if not (whole.all() and near.all()):
+            raise WireError(f"client '{client}': its shares or latents are not one client's")
+    return Packet(packet.header, found)
+
+
+def of_round(packet: Packet, round_number: int, client: str) -> None:
+    """Refuse the answer to another round.
+
+    Raises:
+        WireError: naming the client and both rounds.
+    """
+    if packet.header.get("round") != round_number:
+        raise WireError(
+            f"client '{client}': answers round {packet.header.get('round')}, but this is round"
+            f" {round_number}"
+        )
+
+
 def sensible(kind: str, found: Params, client: str) -> None:
     """Refuse numbers of the right shape that no client could have arrived at.
 
@@ -87,15 +119,13 @@ def sensible(kind: str, found: Params, client: str) -> None:
         WireError: naming the client and what is wrong.
     """
     fine = True
-    if kind == "moments":
+    if kind in ("moments", "clusters"):
         fine = _one_hot(found["weight"]) and _of_one_latent(found)
     elif kind == "scores":
         # log-probabilities, and their products
         total = found["total"]
         fine = bool((total <= 0).all()) and _like(found["outer"], torch.outer(total, total))
         fine = fine and float(found["clients"]) in (0.0, 1.0)
-    elif kind == "clusters":
-        fine = _one_hot(found["weight"]) and _of_one_latent(found)
     elif kind in ("outline", "slopes", "judge"):
         fine = _of_one_client(kind, found)
     elif kind == "validate":

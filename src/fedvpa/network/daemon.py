@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -38,7 +38,7 @@ from fedvpa.federated.exchanges import EXCHANGES, may_hold
 from fedvpa.federated.messages import PROTOTYPES, broadcast_of, reply_of, section, under
 from fedvpa.files import write_atomically
 from fedvpa.foreign import harmless
-from fedvpa.network.answers import BayesAnswers, SelectorAnswers
+from fedvpa.network.answers import BayesAnswers, S, SelectorAnswers, round_of
 from fedvpa.network.codes import RefusedError, as_code
 from fedvpa.network.records import populations_of
 from fedvpa.network.serve import describe, travels
@@ -49,7 +49,6 @@ from fedvpa.records import PreferencePair
 from fedvpa.types import Params, ServerState
 
 logger = logging.getLogger("fedvpa")
-S = TypeVar("S")
 
 READING_SECONDS = 20.0
 """How long a greeting waits for features; less than the server's timeout."""
@@ -251,9 +250,7 @@ class Client(SelectorAnswers, BayesAnswers):
     def _on_train(self, packet: Packet) -> Packet:
         """One local round. Asked for the same round again, it starts from the same private state
         and answers the same."""
-        side, number = self._side_of(SimulatedClients), packet.header["round"]
-        if type(number) is not int:  # True and 1.5 would be other names of a round
-            raise RefusedError("unread", "a round that is no whole number")
+        side, number = self._side_of(SimulatedClients), round_of(packet)
         fixed = (PROTOTYPES,) if self._known().prototypes.kind == "fixed" else ()
         broadcast = broadcast_of(number, packet.tensors, fixed)
         tables = self._tables_before(number)

@@ -25,7 +25,7 @@ class Option(NamedTuple):
 
     structure: Structure
     width: Width
-    model: int = 0
+    model: int
 
 
 def widths_of(structure: Structure, effect: float | Literal["auto"], last: bool) -> Sequence[Width]:

@@ -32,6 +32,7 @@ GROUP_EFFECTS, SPREADS = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0), (0.0, 1.0, 3.0)
 """The same of narrow components, and factors on their spread; under 0 these are points."""
 NARROWEST = 0.05
 """A group that was judged as a point is served with this factor on its spread."""
+
 Kind = Literal["shared", "directions", "groups"]
 KINDS: tuple[Kind, ...] = ("shared", "directions", "groups")
 

@@ -63,14 +63,15 @@ class Starts:
     def candidates(self, clients: BayesSide) -> tuple[list[Models], bool]:
         """Candidates at their starts, and whether folds are by prompt: a shared reward, and
         directions from the covariance between clients. Groups come later (see `groups`)."""
-        everything = clients.outline(True, torch.tensor([ALL]))
-        by_prompt = bool(2 * everything.several >= everything.clients)
+        fold = torch.tensor([ALL, *range(self.folds)] if self.searched else [ALL])
+        outline = clients.outline(True, fold)
+        by_prompt = bool(2 * outline.several >= outline.clients)
+        if not by_prompt and self.searched:  # most clients have one prompt
+            outline = clients.outline(False, fold)
         tried = structures(
             self.kind, self.order, self.ridge, latent=self.latent,
-            inputs=self.inputs, pairs=int(everything.pairs[0]),
+            inputs=self.inputs, pairs=int(outline.pairs[0]),
         )  # fmt: skip
-        fold = torch.tensor([ALL, *range(self.folds)] if self.searched else [ALL])
-        outline = clients.outline(by_prompt, fold)
         return [self._directions(s, fold, outline) for s in tried], by_prompt
 
     @property
