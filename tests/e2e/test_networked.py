@@ -38,7 +38,7 @@ def result_of(path: Path) -> Any:
     return json.loads((path.parent / "run" / "federation.json").read_text())
 
 
-def simulated(path: Path, loop: Loop) -> Any:
+def simulated(path: Path, loop: Loop, backend: str = "vectorised") -> Any:
     """The same clients, in the simulator."""
     settings = read_settings(path, ServerSettings)
     lines = []
@@ -48,7 +48,8 @@ def simulated(path: Path, loop: Loop) -> Any:
     (path.parent / "all.jsonl").write_text("\n".join(lines) + "\n")
     here = {"data": {"source": str(path.parent / "all.jsonl"), "clients": len(settings.clients)}}
     given = training_config(settings).model_dump(exclude={"data", "out"}, exclude_unset=True)
-    train(build_config(given, here, {"out": str(path.parent / "sim")}))
+    how = {"out": str(path.parent / "sim"), "federation": {"backend": backend}}
+    train(build_config(given, here, how))
     return load_checkpoint(path.parent / "sim" / "checkpoint.safetensors").state
 
 
@@ -84,7 +85,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_equals_the_simulator(name: str, make: Make) -> None:
     path, loop = make(training=VARIANTS[name])
     serve(path, loop)
-    there, here = state_of(path), simulated(path, loop)
+    # what is sampled amplifies the order in which numbers are added: one client at a time
+    backend = "sequential" if "sampled" in name else "vectorised"
+    there, here = state_of(path), simulated(path, loop, backend)
     for section in ("params", "population", "components"):
         a, b = getattr(there, section), getattr(here, section)
         assert a.keys() == b.keys()

@@ -19,8 +19,8 @@ AGAINST = ("shared", "prior_mean", "shuffled")
 _NAMES = {
     "shared": "a shared reward", "prior_mean": "the prior mean", "shuffled": "another user's z",
 }  # fmt: skip
-ALIKE = 1e-9
-"""Differences (nats per pair) below this are none."""
+ALIKE = 1e-6
+"""Differences (nats per pair) below this are of rounding."""
 
 
 def compared_states(scores: Mapping[str, Scores]) -> dict[str, Any]:
