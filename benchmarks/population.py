@@ -1,6 +1,6 @@
 """Clients of the persona generator, for the benchmarks of privacy, attacks and robustness.
 
-The features are whitened by the pairs of other users (seed 1), which stand for public data: no
+The features are whitened by the pairs of other users (seed 10 007), which stand for public data: no
 client contributes to it.
 """
 
@@ -20,8 +20,12 @@ from fedvpa.experiment.dataset import features_of, to_store, training_data
 from fedvpa.features.cache import FeatureCache
 from fedvpa.features.whitening import Whitener
 from fedvpa.federated.batch import ClientStore
+from fedvpa.federated.bayes.server import FederatedBayes
 from fedvpa.federated.variational import FederatedVariational
 from fedvpa.types import ServerState
+
+OTHERS = 10_007
+"""Seed of the users whose pairs are public; no benchmark has clients of it."""
 
 
 @dataclass(frozen=True)
@@ -38,23 +42,25 @@ class Data:
 
 
 def configuration(clients: int, more: Mapping[str, Any] | None = None) -> Config:
-    """fedvpa-gp on personas of two groups, ten pairs each, a fifth of them held out."""
+    """A method (`fedvpl+anchors` with two components, unless `more` names another) on personas of
+    two groups, ten pairs each, a fifth of them held out."""
     data = {"clients": clients, "personas": {"groups": 2, "pairs": 10}, "validation_share": 0.2}
-    return build_config(
-        merged({"method": "fedvpl+anchors", "prototypes": {"modes": 2}, "data": data}, more or {})
-    )
+    given = dict(more or {})
+    if "method" not in given:
+        given = merged({"method": "fedvpl+anchors", "prototypes": {"modes": 2}}, given)
+    return build_config(merged({"data": data}, given))
 
 
-def prepare(clients: int, seed: int = 0) -> Data:
-    """Features come from the cache, or are computed."""
-    config = configuration(clients, {"seed": seed})
+def prepare(clients: int, seed: int = 0, more: Mapping[str, Any] | None = None) -> Data:
+    """Features, whitened as the settings say, come from the cache or are computed."""
+    config = configuration(clients, merged({"seed": seed}, more or {}))
     cache = FeatureCache(config.features)
 
     def progress(done: int, total: int, speed: float) -> None:
         sys.stderr.write(f"\rfeatures {done}/{total} {speed:.0f} tokens/s")
 
     found = training_data(config)
-    others = training_data(configuration(60, {"seed": 1}))
+    others = training_data(configuration(60, {"seed": OTHERS}))
     features, _ = features_of([*found.train, *found.validation], cache, progress)
     public, _ = features_of(others.train, cache, progress)
     whitener = Whitener.fit(torch.cat(public), config.model.inputs, config.model.white)
@@ -69,7 +75,7 @@ def prepare(clients: int, seed: int = 0) -> Data:
 
 
 def accuracy(
-    algorithm: FederatedVariational,
+    algorithm: FederatedVariational | FederatedBayes,
     state: ServerState,
     data: Data,
     clients: Sequence[int] | None = None,

@@ -6,7 +6,6 @@ To add a method, write a builder and add one entry here. "Set but would not be r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +54,8 @@ class Method:
         options: fixed keywords of the builder.
         defaults: its settings, where they differ from the built-in ones.
         paper: the same under ``--preset paper``.
+        private: the same under differential privacy, over the others.
+        bounds: settings that it reads under differential privacy.
         latent: whether it infers a latent preference.
         networked: whether it runs as a federation across machines.
         summed: whether all that its server asks for are sums over clients.
@@ -71,6 +72,8 @@ class Method:
     options: dict[str, Any] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
     paper: dict[str, Any] = field(default_factory=dict)
+    private: dict[str, Any] = field(default_factory=dict)
+    bounds: tuple[str, ...] = ()
     latent: bool = False
     networked: bool = False
     summed: bool = False
@@ -78,11 +81,17 @@ class Method:
     published: Method | None = None
 
 
+NOISED = (
+    "privacy.noise", "privacy.clip", "privacy.fit_noise", "privacy.delta", "privacy.budget",
+)  # fmt: skip
+"""Settings of differential privacy, whatever is released."""
+
 _SELECTOR: dict[str, Any] = {
     "algorithm": "fedvpa.federated.variational:build",
     "clients": "fedvpa.federated.clients:build",
     "reward": "fedvpa.selector.heads:build_head",
     "reads": (*LATENT, "privacy.enabled"),
+    "bounds": (*NOISED, "privacy.latent_clip", "privacy.variance_clip"),
     "latent": True,
     "networked": True,
 }
@@ -110,10 +119,10 @@ METHODS: dict[str, Method] = {
         "a bilinear reward under a federated mixture prior, whose order and width are chosen by "
         "held-out contents",
         "Bayes under the mixture prior",
-        algorithm="fedvpa.federated.bayes.server:build",
+        algorithm="fedvpa.federated.bayes.build:build",
         clients="fedvpa.federated.bayes.clients:build",
         reward="fedvpa.selector.heads:build_head",
-        reads=("model.latent", "population.*"),
+        reads=("model.latent", "population.*", "privacy.enabled"),
         defaults={
             "model": {"inputs": 128, "scaling": "principal"},
             "federation": {
@@ -122,6 +131,13 @@ METHODS: dict[str, Method] = {
                 "server_learning_rate": 0.05,
             },
         },
+        private={
+            "model": {"inputs": 16},
+            "population": {"structure": "directions", "order": 2, "ridge": 0.003},
+            "federation": {"aggregation": "uniform"},
+            "privacy": {"clip": 0.5, "fit_noise": 20.0},
+        },
+        bounds=(*NOISED, "privacy.gain_clip"),
         latent=True,
         networked=True,
         summed=True,
@@ -190,9 +206,8 @@ METHODS: dict[str, Method] = {
     ),
 }  # fmt: skip
 
-DEPLOYED, PRIVATE = "fedvpa-gp", "fedvpl+anchors"
-"""The method of a federation across machines, and of one with differential privacy, unless another
-is named."""
+DEFAULT = "fedvpa-gp"
+"""The method, unless another is named."""
 
 PAPER: dict[str, Any] = {
     "model": {
@@ -206,12 +221,6 @@ PAPER: dict[str, Any] = {
     },
 }  # fmt: skip
 """The published settings, ``--preset paper``; each method adds its own `Method.paper`."""
-
-
-def deployed(settings: Mapping[str, Any]) -> str:
-    """The method of a federation with these settings."""
-    private = settings.get("privacy", {}).get("enabled", False)
-    return str(settings.get("method") or (PRIVATE if private else DEPLOYED))
 
 
 def entry_of(name: str, preset: str = "default") -> Method:

@@ -46,8 +46,11 @@ def simulated(path: Path, loop: Loop, backend: str = "vectorised") -> Any:
         for pair in read_pairs(str(path.parent / "clients" / name / "pairs.jsonl")).pairs:
             lines.append(json.dumps(to_record(replace(pair, client_id=name))))
     (path.parent / "all.jsonl").write_text("\n".join(lines) + "\n")
-    here = {"data": {"source": str(path.parent / "all.jsonl"), "clients": len(settings.clients)}}
-    given = training_config(settings).model_dump(exclude={"data", "out"}, exclude_unset=True)
+    config = training_config(settings)
+    source = str(path.parent / "all.jsonl")
+    data = {"source": source, "clients": len(settings.clients), "public": config.data.public}
+    here = {"data": data}
+    given = config.model_dump(exclude={"data", "out"}, exclude_unset=True)
     how = {"out": str(path.parent / "sim"), "federation": {"backend": backend}}
     train(build_config(given, here, how))
     return load_checkpoint(path.parent / "sim" / "checkpoint.safetensors").state
@@ -410,6 +413,41 @@ def test_a_federation_of_private_clients_sends_no_loss(make: Make, pair_file: Pa
     assert not any("loss" in name for reply in loop.sent for name in reply.tensors)
     history = load_checkpoint(path.parent / "run" / "checkpoint.safetensors").history
     assert [row["epsilon"] for row in history] == sorted(row["epsilon"] for row in history)
+
+
+@pytest.mark.parametrize("lied", [False, True])
+def test_private_clients_of_the_bayes_method_answer_within_bounds(
+    lied: bool, make: Make, pair_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("dp_accounting")
+    quiet = {
+        "data": {"public": str(pair_file / "kind" / "test.jsonl")},
+        "population": {"order": 2},
+        # without noise, to compare with the simulator
+        "privacy": {"enabled": True, "noise": 0.0, "fit_noise": 0.0, "clip": 0.2},
+        "federation": BAYES["federation"] | {"rounds": 3},
+    }  # fmt: skip
+    path, loop = make(training=BAYES | quiet, min_replies=3)
+    bad = 101
+
+    def tamper(node: int, request: Packet, reply: Packet) -> Packet:
+        kind, number = request.header["kind"], request.header.get("round")
+        if not lied or (node, kind, number) != (bad, "bounded", 1):
+            return reply
+        tensors = {name: 10 * value for name, value in reply.tensors.items()}
+        return Packet(reply.header, tensors)
+
+    loop.tamper = tamper
+    serve(path, loop)
+    about_pairs = {kind for _, kind in loop.asked} - {"hello", "prepare", "settle"}
+    assert about_pairs == {"bounded", "gains"}
+    assert ("a contribution of norm" in caplog.text) == lied
+    if lied:
+        return
+    there, here = state_of(path), simulated(path, loop)
+    for section in ("params", "components"):
+        for name, value in getattr(there, section).items():
+            torch.testing.assert_close(value, getattr(here, section)[name], atol=1e-6, rtol=1e-5)
 
 
 def test_the_run_serves_a_user_like_any_other(make: Make, pair_file: Path) -> None:

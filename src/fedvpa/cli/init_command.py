@@ -13,7 +13,7 @@ from fedvpa.console import Reporter
 from fedvpa.data.memory import write_pairs
 from fedvpa.errors import BadInputError
 from fedvpa.experiment.dataset import training_data
-from fedvpa.methods import deployed
+from fedvpa.methods import DEFAULT
 from fedvpa.network.project import init_project
 from fedvpa.network.settings import ServerSettings, training_config
 
@@ -21,7 +21,7 @@ from fedvpa.network.settings import ServerSettings, training_config
 def run_init(arguments: argparse.Namespace, reporter: Reporter) -> int:
     """Write the project."""
     given = settings_given(arguments)
-    given = {"method": deployed(given)} | given
+    given = {"method": DEFAULT} | given
     pairs = _named_pairs(arguments.client)
     if bool(pairs) == arguments.trial:
         raise BadInputError(

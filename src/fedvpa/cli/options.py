@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -29,7 +29,7 @@ from fedvpa.config import (
 )
 from fedvpa.config.reads import PARTS
 from fedvpa.errors import BadInputError
-from fedvpa.methods import METHODS
+from fedvpa.methods import DEFAULT, METHODS
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -39,13 +39,8 @@ class Asked:
     """What a command line says before it is parsed: which help is wanted, and of which method."""
 
     everything: bool = False
-    method: str = "fedvpa-gp"
+    method: str = DEFAULT
     preset: str = "default"
-    named: bool = False
-
-    def otherwise(self, method: str) -> Asked:
-        """The same with another method, unless one was named."""
-        return self if self.named else replace(self, method=method)
 
     @staticmethod
     def of(arguments: Sequence[str]) -> Asked:
@@ -53,9 +48,8 @@ class Asked:
         method, preset = _value(arguments, "--method"), _value(arguments, "--preset")
         return Asked(
             "--help-all" in arguments,
-            method if method in METHODS else "fedvpa-gp",
+            method if method in METHODS else DEFAULT,
             "paper" if preset == "paper" else "default",
-            bool(method),
         )
 
 

@@ -6,16 +6,18 @@ import argparse
 from dataclasses import asdict, replace
 
 from fedvpa.cli.options import settings_given
-from fedvpa.cli.parsers.privacy import WHAT_IT_TAKES
+from fedvpa.cli.parsers.privacy import what_it_takes
 from fedvpa.config import build_config, merged
 from fedvpa.console import Reporter, emit_json
 from fedvpa.errors import BadInputError
 from fedvpa.federated.accounting import noise_for, privacy_of
+from fedvpa.methods import DEFAULT
 
 
 def run_plan(arguments: argparse.Namespace, reporter: Reporter) -> int:
     """Find the noise; show what epsilon becomes on the way."""
-    config = build_config(merged(WHAT_IT_TAKES, settings_given(arguments)))
+    given = settings_given(arguments)
+    config = build_config(merged(what_it_takes(given.get("method", DEFAULT)), given))
     privacy = privacy_of(config, config.data.made)
     assert privacy is not None
     if privacy.delta >= 1 / config.data.made:

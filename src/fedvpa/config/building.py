@@ -14,7 +14,7 @@ from fedvpa.config.reads import leaf_settings, settings_read, settings_readable,
 from fedvpa.config.sections import Config
 from fedvpa.errors import BadInputError
 from fedvpa.foreign import harmless
-from fedvpa.methods import METHODS, PAPER, entry_of, method
+from fedvpa.methods import DEFAULT, METHODS, PAPER, entry_of
 
 
 def build_config(*layers: Mapping[str, Any]) -> Config:
@@ -34,8 +34,9 @@ def build_config(*layers: Mapping[str, Any]) -> Config:
     explicit: dict[str, Any] = {}
     for layer in layers:
         explicit = merged(explicit, layer)
-    named = explicit.get("method", "fedvpa-gp"), explicit.get("preset", "default")
-    base = defaults_of(*named) if all(isinstance(name, str) for name in named) else {}
+    named = explicit.get("method", DEFAULT), explicit.get("preset", "default")
+    private = isinstance(p := explicit.get("privacy"), Mapping) and p.get("enabled") is True
+    base = defaults_of(*named, private) if all(isinstance(n, str) for n in named) else {}
     for name, value in flatten(explicit).items():
         kind = leaf_settings()[name].annotation if name in leaf_settings() else bool
         if isinstance(value, bool) and "bool" not in str(kind):
@@ -53,13 +54,14 @@ def build_config(*layers: Mapping[str, Any]) -> Config:
     return config
 
 
-def defaults_of(name: str, preset: str = "default") -> dict[str, Any]:
-    """A method's settings under a preset, where they differ from the built-in ones."""
+def defaults_of(name: str, preset: str = "default", private: bool = False) -> dict[str, Any]:
+    """A method's settings under a preset, and under differential privacy, where they differ from
+    the built-in ones."""
     if name not in METHODS:  # validation says so
         return {}
-    if preset == "paper":
-        return merged(PAPER, entry_of(name, preset).paper)
-    return dict(method(name).defaults)
+    entry = entry_of(name, preset)
+    found = merged(PAPER, entry.paper) if preset == "paper" else dict(entry.defaults)
+    return merged(found, entry.private) if private else found
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -230,16 +232,32 @@ def _check_privacy(config: Config) -> None:
     Raises:
         BadInputError: saying which setting has to be another.
     """
-    f = config.federation
-    wrong = [
-        (
-            config.prior.kind == "components",
-            "prior.kind must be components: others show every client's posterior",
-        ),
-        (
-            config.prototypes.modes != "auto",
-            "prototypes.modes must be a number: finding it reads the clients' choices",
-        ),
+    f, p = config.federation, config.population
+    if config.entry.summed:
+        wrong = [
+            (
+                p.structure == "directions",
+                "population.structure must be directions: groups are found by clusters of clients,"
+                " asked for again and again",
+            ),
+            (
+                "auto" not in (p.order, p.ridge),
+                "population.order and population.ridge must be numbers: finding them reads the"
+                " clients' choices again and again",
+            ),
+        ]
+    else:
+        wrong = [
+            (
+                config.prior.kind == "components",
+                "prior.kind must be components: others show every client's posterior",
+            ),
+            (
+                config.prototypes.modes != "auto",
+                "prototypes.modes must be a number: finding it reads the clients' choices",
+            ),
+        ]
+    wrong += [
         (
             config.data.public is not None,
             "data.public must name public pairs, by which the features are whitened",

@@ -59,7 +59,6 @@ VALUES: dict[str, dict[str, Reads]] = {
         "cyclical": ("objective.kl_warmup_rounds",),
     },
     "federation.optimiser": {"sgd": ("federation.momentum",)},
-    "privacy.enabled": {"true": ("privacy.*",)},
 }
 """Choices of a value."""
 
@@ -107,18 +106,20 @@ def settings_read(config: Config) -> set[str]:
     anchored_sums = config.prior.kind == "components" and config.prototypes.kind == "anchored"
     # anchors take the place of the KL, so a prior of components is never its other side
     silent = set(PRIORS["components"].reads) if anchored_sums else set()
-    return _closure(config.entry, lambda choice: _chosen(config, choice)) - silent
+    bounds = config.entry.bounds if config.privacy.enabled else ()
+    return _closure(config.entry, bounds, lambda choice: _chosen(config, choice)) - silent
 
 
 @lru_cache
 def settings_readable(name: str, preset: str = "default") -> set[str]:
     """Every setting that a run of this method reads with some choice of parts and values."""
-    return _closure(entry_of(name, preset), _all_of)
+    entry = entry_of(name, preset)
+    return _closure(entry, entry.bounds, _all_of)
 
 
-def _closure(entry: Method, reads_of: Any) -> set[str]:
+def _closure(entry: Method, more: Reads, reads_of: Any) -> set[str]:
     found: set[str] = set()
-    waiting = _expanded((*EVERY, *entry.reads))
+    waiting = _expanded((*EVERY, *entry.reads, *more))
     while waiting:
         found |= waiting
         chosen = [
@@ -183,6 +184,8 @@ def why_unread(config: Config, name: str) -> str:
             f" (these methods do: {', '.join(takers)})" if takers else ""
         )
     ways = []
+    if name in config.entry.bounds and not config.privacy.enabled:
+        ways.append("privacy.enabled is false; it is read where that is true")
     for choice in sorted(PARTS.keys() | VALUES.keys()):
         table: Mapping[str, Reads] = (
             {n: p.reads for n, p in PARTS[choice][1].items()} if choice in PARTS else VALUES[choice]

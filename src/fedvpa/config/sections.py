@@ -16,7 +16,7 @@ from fedvpa.config.inputs import (
     Share,
 )
 from fedvpa.errors import BadInputError
-from fedvpa.methods import Method, entry_of, method
+from fedvpa.methods import DEFAULT, Method, entry_of, method
 from fedvpa.parts import AGGREGATORS, HEADS, PRIORS, Known
 
 PriorName = Annotated[str, AfterValidator(Known("prior", PRIORS))]
@@ -300,13 +300,18 @@ class PrivacyConfig(Section):
     )
     clip: Annotated[float, Field(gt=0)] = Field(1.0, description="L2 bound of a client's update")
     fit_noise: NonNegative = Field(
-        40.0, description="noise multiplier of every sum from which components are fitted"
+        40.0,
+        description="noise multiplier of every sum from which components are fitted or a width is"
+        " chosen",
     )
     latent_clip: Annotated[float, Field(gt=0)] = Field(
         2.0, description="L2 bound of a client's posterior mean, in these sums"
     )
     variance_clip: Annotated[float, Field(gt=0)] = Field(
         4.0, description="L2 bound of a client's posterior variance, in these sums"
+    )
+    gain_clip: Annotated[float, Field(gt=0)] = Field(
+        0.5, description="L2 bound of what a client gains by each width of the prior, nats per pair"
     )
     delta: Annotated[float, Field(gt=0, lt=1)] = Field(
         1e-5, description="delta of (epsilon, delta); well under one over the number of clients"
@@ -322,7 +327,7 @@ MethodName = Annotated[str, AfterValidator(_method_name)]
 class Config(Section):
     """Everything a run depends on."""
 
-    method: MethodName = Field("fedvpa-gp", description="method to train")
+    method: MethodName = Field(DEFAULT, description="method to train")
     preset: Literal["default", "paper"] = Field(
         "default", description="paper: the published configuration"
     )

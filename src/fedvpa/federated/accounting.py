@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 from fedvpa.config import Config
 from fedvpa.errors import BadInputError, RunError
@@ -33,8 +34,9 @@ class Privacy:
 
     Noise is in multiples of the bound of what it is added to: of a round's contributions, and
     (`fit_noise`) of those to a fit; a whole run makes `fits` of them, which count from the first
-    round on. `lost_rounds` and `lost_fits` were begun before a crash and may
-    have been released: they count as if they had been.
+    round on. Where a prior is `judged` and not fitted, a fit is one sum with one bound.
+    `lost_rounds` and `lost_fits` were begun before a crash and may have been released: they count
+    as if they had been.
     """
 
     rate: float
@@ -47,6 +49,8 @@ class Privacy:
     fit_starts: int = 2
     fit_iterations: int = 3
     fits: int = 2
+    judged: bool = False
+    gain_clip: float = 0.5
     delta: float = 1e-5
     budget: float = math.inf
     moments_every_round: bool = False
@@ -67,9 +71,9 @@ class Privacy:
 
     @property
     def fit_releases(self) -> int:
-        """Sums over all clients that a fit releases: the spread, every iteration, and the
-        result."""
-        return self.fit_iterations + 2
+        """Sums over all clients that a fit releases: the spread, every iteration, and the result;
+        of a judgement, one."""
+        return 1 if self.judged else self.fit_iterations + 2
 
     def epsilon(self, rounds: int, fits: int) -> float:
         """Epsilon at `delta` of so many rounds and fits together."""
@@ -78,7 +82,7 @@ class Privacy:
             return 0.0
         if (self.noise == 0 and rounds) or (self.fit_noise == 0 and fits):
             return math.inf
-        fit = self.fit_noise / math.sqrt(MOMENT_BLOCKS * self.fit_starts)
+        fit = self.fit_noise / math.sqrt(1 if self.judged else MOMENT_BLOCKS * self.fit_starts)
         return epsilon_of(
             self.rate,
             self.noise / math.sqrt(self.blocks),
@@ -110,6 +114,14 @@ def privacy_of(config: Config, clients: int) -> Privacy | None:
     p = config.privacy
     if not p.enabled:
         return None
+    known: dict[str, Any] = {
+        "rate": min(1.0, (config.federation.cohort or clients) / clients), "clients": clients,
+        "clip": p.clip, "noise": p.noise, "fit_noise": p.fit_noise, "delta": p.delta,
+        "budget": p.budget or math.inf,
+    }  # fmt: skip
+    if config.entry.summed:
+        fits = int(config.population.width == "auto")
+        return Privacy(**known, fits=fits, judged=True, gain_clip=p.gain_clip)
     modes = 1 if config.prototypes.modes == "auto" else config.prototypes.modes
     if FLOOR * p.fit_noise * modes >= clients:
         raise BadInputError(
@@ -120,16 +132,10 @@ def privacy_of(config: Config, clients: int) -> Privacy | None:
     anchored = config.prototypes.kind == "anchored"
     summed = config.prior.kind == "components" and not anchored
     return Privacy(
-        rate=min(1.0, (config.federation.cohort or clients) / clients),
-        clients=clients,
-        clip=p.clip,
-        noise=p.noise,
+        **known,
         latent_clip=p.latent_clip,
         variance_clip=p.variance_clip,
-        fit_noise=p.fit_noise,
         fits=1 if anchored else 2,
-        delta=p.delta,
-        budget=p.budget or math.inf,
         moments_every_round=summed,
         choices_every_round=summed and config.prototypes.kind in ("learned", "fixed"),
     )

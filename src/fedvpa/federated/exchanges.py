@@ -100,6 +100,9 @@ _MODELS = (
     Field("share", "t u", "weights of the components"),
 )
 
+_OPTIONS = Field("options", "n", "number of widths of each model", _INDEX)
+_WIDTHS = Field("width", "w 2", "factors on the effect of z, and on the spread of groups")
+
 EXCHANGES: dict[str, Exchange] = {
     "hello": Exchange(ONCE),
     "scale": Exchange(
@@ -208,8 +211,8 @@ EXCHANGES: dict[str, Exchange] = {
         request=(
             *_MODELS,
             _BY_PROMPT,
-            Field("options", "n", "number of widths of each model", _INDEX),
-            Field("width", "w 2", "factors on the effect of z, and on the spread of groups"),
+            _OPTIONS,
+            _WIDTHS,
             Field("reference", "", "the option that differences are from", _INDEX),
         ),
         reply=(
@@ -224,6 +227,19 @@ EXCHANGES: dict[str, Exchange] = {
             Field("cross", "w", "this, times the number of targets", _WIDE, bound=float(1 << 22)),
             Field("square", "w", "square of this difference", _WIDE, bound=float(1 << 20)),
         ),
+    ),
+    "bounded": Exchange(
+        EVERY_ROUND,
+        request=_MODELS,
+        reply=(
+            Field("weight", "n t p", "bounded gradient of the rewards under z = 0"),
+            Field("bilinear", "t o p", "bounded gradient of the effect of z"),
+        ),
+    ),
+    "gains": Exchange(
+        FITTED,
+        request=(*_MODELS, _OPTIONS, _WIDTHS),
+        reply=(Field("gain", "w", "bounded gain over the first option, nats per target"),),
     ),
     "settle": Exchange(FITTED, request=(_PARAMS, _POPULATIONS)),
     "validate": Exchange(

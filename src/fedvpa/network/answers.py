@@ -80,6 +80,18 @@ class BayesAnswers(Answers):
         found = side.judge(models, widths, _flagged(packet), reference)
         return Packet({}, found._asdict())
 
+    def _on_bounded(self, packet: Packet) -> Packet:
+        """Bounded gradients of one round; asked for again, they are the same."""
+        side, number = self._side_of(BayesClients), round_of(packet)
+        models = _asked(lambda: parted(packet.tensors))
+        ((_, found),) = side.bounded(models, [0], number)
+        return Packet({"round": number}, found._asdict())
+
+    def _on_gains(self, packet: Packet) -> Packet:
+        side, models = self._side_of(BayesClients), _asked(lambda: parted(packet.tensors))
+        widths = _asked(lambda: parted_widths(packet.tensors))
+        return Packet({}, {"gain": side.gains(models, widths)})
+
 
 def round_of(packet: Packet) -> int:
     """The round that a request is about.

@@ -12,11 +12,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fedvpa.federated.bayes.bounded import Bounded
 from fedvpa.federated.bayes.joined import joined, joined_widths, parted_slopes, sizes_of
 from fedvpa.federated.bayes.messages import Judged, Outline, Slopes
 from fedvpa.federated.bayes.models import Models, Width
 from fedvpa.federated.components import Moments
-from fedvpa.network.checks import checked_slopes
+from fedvpa.network.checks import checked_bounded, checked_slopes, within
 from fedvpa.network.clients import Networked
 from fedvpa.network.wire import Packet
 from fedvpa.types import Params
@@ -71,6 +72,38 @@ class NetworkedBayes(Networked):
         tensors |= {"reference": torch.tensor(reference)}
         shapes = self._layout("judge", w=sum(len(own) for own in widths))
         return Judged(**self._sum("judge", {}, tensors, shapes))
+
+    def bounded(
+        self, models: Sequence[Models], cohort: Sequence[int], round_number: int
+    ) -> Iterator[tuple[Int[Tensor, "c"], Bounded]]:
+        """Sums over those of the cohort who answer; each reply is checked before it counts."""
+        tensors, header = joined(models), {"round": round_number}
+        shapes = self._layout("bounded", **self._sizes(models))
+        if self.settings.secure:
+            taken: list[int] = []
+            _, found = self._secure_sum("bounded", header, tensors, shapes, cohort, taken)
+            yield torch.tensor(taken), Bounded(**found)
+            return
+        names, clip = self.settings.clients, self.config.privacy.clip
+
+        def check(place: int, packet: Packet) -> Packet:
+            return checked_bounded(packet, shapes, round_number, clip, names[place])
+
+        for place, packet in self._answers("bounded", header, cohort, tensors, check=check):
+            yield torch.tensor([place]), Bounded(**packet.tensors)
+
+    def gains(
+        self, models: Sequence[Models], widths: Sequence[Sequence[Width]]
+    ) -> Float[Tensor, "w"]:
+        """Sum over everybody who is connected and answers."""
+        tensors = joined(models) | joined_widths(widths)
+        shapes = self._layout("gains", w=sum(len(own) for own in widths))
+        return self._sum("gains", {}, tensors, shapes)["gain"]
+
+    def _believe(self, kind: str, found: Params, client: str) -> None:
+        super()._believe(kind, found, client)
+        if kind == "gains":
+            within(found["gain"].norm(), self.config.privacy.gain_clip, client)
 
     def _sizes(self, models: Sequence[Models]) -> dict[str, int]:
         structures = [m.structure for m in models]

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fedvpa.federated.bayes.bounded import Bounded
 from fedvpa.federated.bayes.joined import parted_slopes
 from fedvpa.federated.bayes.models import Models
 from fedvpa.federated.exchanges import Layout, update_layout
@@ -97,6 +98,32 @@ def checked_slopes(
         if not (whole.all() and near.all()):
             raise WireError(f"client '{client}': its shares or latents are not one client's")
     return Packet(packet.header, found)
+
+
+def checked_bounded(
+    packet: Packet, shapes: Layout, round_number: int, clip: float, client: str
+) -> Packet:
+    """One client's bounded gradients, if they answer this round and are within the bound.
+
+    Raises:
+        WireError: naming the client and what is wrong.
+    """
+    of_round(packet, round_number, client)
+    found = expected(packet.tensors, shapes, client)
+    within(Bounded(**found).norm, clip, client)
+    return Packet(packet.header, found)
+
+
+def within(norm: Tensor, bound: float, client: str) -> None:
+    """Refuse a contribution that is longer than differential privacy presumes.
+
+    Raises:
+        WireError: naming the client and both.
+    """
+    if float(norm) > bound * (1 + MOST_ROUNDING):
+        raise WireError(
+            f"client '{client}': a contribution of norm {float(norm):g}, beyond {bound:g}"
+        )
 
 
 def of_round(packet: Packet, round_number: int, client: str) -> None:

@@ -30,6 +30,7 @@ from fedvpa.features.whitening import Whitener
 from fedvpa.federated.accounting import privacy_of
 from fedvpa.federated.algorithm import Algorithm, sample_cohort
 from fedvpa.federated.batch import Roster
+from fedvpa.federated.bayes.private import PrivateBayes
 from fedvpa.federated.messages import Contract
 from fedvpa.federated.release import PrivateRelease, secret_noise
 from fedvpa.federated.variational import FederatedVariational
@@ -163,7 +164,7 @@ def _serve(
         if found.finished:
             status.say("finished", round=state.round)
             return {"run": str(paths.root), "rounds": state.round}
-    algorithm = _with_losses(algorithm, ledger, state)
+    algorithm = _with_losses(algorithm, ledger, state, config.federation.rounds)
     # 3. What will travel is said before anything does.
     described = _described(settings, config, fingerprint, clients.features.signature)
     paths.write_json("data.json", described)
@@ -236,15 +237,19 @@ def _promised(algorithm: Algorithm) -> tuple[Contract, int]:
     return Contract(), 0
 
 
-def _with_losses(algorithm: Algorithm, ledger: Ledger, state: ServerState) -> Algorithm:
+def _with_losses(
+    algorithm: Algorithm, ledger: Ledger, state: ServerState, rounds: int
+) -> Algorithm:
     """The algorithm whose accounting knows of releases that a crash undid."""
-    if not isinstance(algorithm, FederatedVariational):
+    if not isinstance(algorithm, FederatedVariational | PrivateBayes):
         return algorithm
     if not isinstance(algorithm.release, PrivateRelease):
         return algorithm
     lost = ledger.lost(state.round)
-    # a fit may have been part of any of them
-    lost_fits = 0 if state.population or not lost else lost
+    judged = algorithm.release.privacy.judged
+    # a fit may have been part of any of them; a width is chosen after the last round
+    unfitted = state.round + 1 >= rounds if judged else not state.population
+    lost_fits = lost if unfitted else 0
     return replace(algorithm, release=algorithm.release.with_lost(lost, lost_fits))
 
 

@@ -35,7 +35,7 @@ MOST_NUMBERS = 1 << 34
 """Entries of one tensor."""
 
 
-BY_ROUND = frozenset({"train", "slopes"})
+BY_ROUND = frozenset({"train", "slopes", "bounded"})
 """Requests whose answer is that of a round, whatever else they hold."""
 
 

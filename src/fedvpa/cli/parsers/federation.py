@@ -9,7 +9,7 @@ from pathlib import Path
 from fedvpa.cli.options import Asked, add_common, add_json, add_settings
 from fedvpa.config import settings_readable
 from fedvpa.errors import BadInputError
-from fedvpa.methods import DEPLOYED, method
+from fedvpa.methods import method
 
 CLIENTS_OWN = ("data.validation_share", "data.public")
 """Of the data settings, those that clients take from the server; the rest makes a trial's pairs."""
@@ -40,7 +40,6 @@ def init(parser: argparse.ArgumentParser, asked: Asked) -> None:
     )  # fmt: skip
     trial = set() if asked.everything else {"data.split", "data.partition"}
     simulated = {"federation.backend", "federation.chunk", "federation.workers"}
-    asked = asked.otherwise(DEPLOYED)
     shown = settings_readable(asked.method) - trial - simulated
     entry = method(asked.method)
     prior = COMPONENTS if entry.latent and not entry.summed else {}

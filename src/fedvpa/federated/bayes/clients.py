@@ -7,40 +7,33 @@ through the posterior, so that all is a few products of small matrices, without 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from fedvpa.config import Config
 from fedvpa.data.content import Policy
 from fedvpa.errors import NonFiniteUpdateError
+from fedvpa.federated.accounting import Privacy, privacy_of
 from fedvpa.federated.batch import ClientStore, Roster, like_sized
+from fedvpa.federated.bayes.bounded import Bounded, bounded_gains, bounded_sum
+from fedvpa.federated.bayes.inference import Chunk, Dealt, judged_of, per_target, slopes_of
 from fedvpa.federated.bayes.messages import Judged, Outline, Slopes, added, judged
 from fedvpa.federated.bayes.models import Models, Width
 from fedvpa.federated.components import Moments, summed_moments
-from fedvpa.federated.content import Divider, Sides, folds_of, outside
+from fedvpa.federated.content import Divider, folds_of, outside
 from fedvpa.federated.random import stream
 from fedvpa.federated.simulation import Simulation, build_simulation
-from fedvpa.functional.laplace import (
-    Laplace,
-    Slope,
-    at_centres,
-    laplace,
-    mixed_log_odds,
-    mixture_divergence,
-    predicted,
-    predictive_slope,
-    sampled_slope,
-)
-from fedvpa.functional.mixture import gumbel_noise, gumbel_softmax_log_weight
+from fedvpa.functional.laplace import laplace
 from fedvpa.selector.bayes import WEIGHT, BayesPredictor, BayesSelector
 from fedvpa.types import Params, Population
+
+logger = logging.getLogger("fedvpa")
 
 MOST_CONTEXT = 0.9
 """The context's share of a client's pairs is drawn from 0 to this."""
@@ -48,16 +41,6 @@ MOST_NUMBERS = 1 << 21
 """Numbers of a chunk's padded pairs in latent space at the most, for all models together."""
 LIKE = 1.5
 """A chunk's largest client has at most so many times the pairs of its smallest."""
-
-
-class Chunk(NamedTuple):
-    """Clients of like size: whitened differences, how they are divided, and their folds."""
-
-    clients: list[int]
-    names: list[str]
-    difference: Float[Tensor, "c n p"]
-    sides: Sides
-    fold: Int[Tensor, "c n"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +58,7 @@ class BayesClients:
         steps: Newton steps in training, where a posterior need not be exact.
         latent: dimensions of z.
         alike: whether clients count the same (else by the number of their targets).
+        privacy: bounds of their contributions.
     """
 
     store: ClientStore
@@ -87,6 +71,7 @@ class BayesClients:
     steps: int = 2
     latent: int = 16
     alike: bool = False
+    privacy: Privacy | None = None
 
     def __len__(self) -> int:
         return len(self.store)
@@ -120,12 +105,18 @@ class BayesClients:
         )  # fmt: skip
         return [index[group].tolist() for group in groups]
 
-    def _chunk(self, clients: list[int], by_prompt: bool) -> Chunk:
+    def _chunk(self, clients: list[int], by_prompt: bool, silent: bool = False) -> Chunk:
+        """Their pairs; what is not finite is an error, or (`silent`: whether a round is stopped
+        must not depend on one client) counts as 0."""
         row, mask = self.store.rows(clients)
         difference = self.store.difference[row].masked_fill(~mask.unsqueeze(-1), 0.0)
         names = [self.store.names[c] for c in clients]
         finite = difference.flatten(1).isfinite().all(1)
-        if not finite.all():
+        if silent and not finite.all():
+            bad = [name for name, good in zip(names, finite.tolist()) if not good]
+            logger.warning("features of '%s' are NaN or Inf; it answers nothing", bad[0])
+            difference = difference.masked_fill(~finite.view(-1, 1, 1), 0.0)
+        elif not finite.all():
             raise NonFiniteUpdateError(
                 f"client '{names[int((~finite).nonzero()[0])]}' has features that are NaN or Inf;"
                 " nothing was applied (look at its pairs, and at the backbone's number type)"
@@ -133,9 +124,7 @@ class BayesClients:
         sides = self._divider.sides(self.store, torch.tensor(clients))
         return Chunk(clients, names, difference, sides, self._fold[by_prompt][row])
 
-    def _draws(
-        self, chunk: Chunk, round_number: int
-    ) -> tuple[Bool[Tensor, "s c n"], Bool[Tensor, "s c n"], Tensor]:
+    def _dealt(self, chunk: Chunk, round_number: int) -> Dealt:
         """Contexts and targets of the round, and the seeds of the samples; each client's from a
         stream of its own."""
         clients, units = chunk.sides.exists.shape
@@ -148,7 +137,7 @@ class BayesClients:
             key[:, c, :count] = torch.rand(self.splits, count, generator=generator)
             if self.samples:
                 noise[:, :, c] = torch.randn(noise[:, :, c].shape, generator=generator)
-        return *chunk.sides.dealt(key, share), noise
+        return Dealt(*chunk.sides.dealt(key, share), noise)
 
     # -- before the first round
 
@@ -227,86 +216,56 @@ class BayesClients:
         self, models: Sequence[Models], cohort: Sequence[int], round_number: int, by_prompt: bool
     ) -> Iterator[tuple[Int[Tensor, "c"], list[Slopes]]]:
         """Chunks of the cohort with their sums, a `Slopes` per element of `models`."""
-        numbers = max(len(m.weight) * m.shape[1] for m in models)
-        chunks = self.chunks(cohort, numbers)
 
         def part(clients: list[int]) -> list[Slopes]:
-            chunk = self._chunk(clients, by_prompt)
-            context, target, noise = self._draws(chunk, round_number)
-            return [self._slopes(m, chunk, context, target, noise) for m in models]
+            return [
+                Slopes(*(v.sum(1) for v in found))
+                for found in self._slopes(models, self._chunk(clients, by_prompt), round_number)
+            ]
 
+        chunks = self.chunks(cohort, _numbers(models))
         for clients, found in zip(chunks, self.simulation.map(part, chunks)):
             yield torch.tensor(clients), found
 
-    @torch.no_grad()
-    def _slopes(
-        self, models: Models, chunk: Chunk, context: Tensor, target: Tensor, noise: Tensor
-    ) -> Slopes:
-        m, d = models.shape
-        weight, p = models.weight, models.weight.shape[-1]
-        log_prior, x = models.share.log(), chunk.difference
-        dtype = x.dtype
-        # 1. Pairs in latent space, once for all divisions; pairs of a model's fold are not there.
-        offset = torch.einsum("cnp,tp->tcn", x, weight)
-        design = torch.einsum("cnp,tdp->tcnd", x, models.bilinear)
-        there = chunk.sides.mask & outside(chunk.fold, models.fold.view(-1, 1, 1))
-        centre, width = models.mean.unsqueeze(1), models.variance.unsqueeze(1)
+    def _slopes(self, models: Sequence[Models], chunk: Chunk, round_number: int) -> list[Slopes]:
+        """A row per client of the chunk, for every element of `models`."""
+        dealt = self._dealt(chunk, round_number)
+        found = [slopes_of(m, chunk, dealt, samples=self.samples, steps=self.steps) for m in models]
+        return [per_target(each) for each in found] if self.alike else found
 
-        def infer(known: Tensor) -> tuple[Laplace, Tensor]:
-            weight = (there & known).to(dtype)
-            # groups are narrow: in training, points
-            found = (
-                laplace(offset, design, weight, centre, width, self.steps) if m == 1
-                else at_centres(offset, design, weight, centre)
-            )  # fmt: skip
-            return found, torch.log_softmax(log_prior.unsqueeze(1) + found.evidence, -1)
+    # -- the same within bounds
 
-        # 2. Gradients of the targets of each division.
-        gradient_w = torch.zeros(len(weight), x.shape[0], p)
-        gradient_b = torch.zeros(len(weight), x.shape[0], d, p)
-        targets, loss = torch.zeros(len(weight), x.shape[0]), torch.zeros(len(weight), x.shape[0])
-        for s in range(self.splits):
-            found, log_share = infer(context[s])
-            slope = self._slope(found, log_share, offset, design, noise[s])
-            scored = (there & target[s]).to(dtype)
-            gradient_w += torch.einsum("tcn,cnp->tcp", slope.offset * scored, x)
-            gradient_b += (slope.design * scored.unsqueeze(-1)).mT @ x
-            targets += scored.sum(-1)
-            loss += (slope.loss * scored).sum(-1)
-        if self.alike:  # every client counts the same, whatever the number of its pairs
-            count = targets.clamp_min(1.0)
-            gradient_w, gradient_b = (
-                gradient_w / count[..., None],
-                gradient_b / count[..., None, None],
-            )
-            loss, targets = loss / count, (targets > 0).to(dtype)
-        # 3. What the population step reads: the posterior given all pairs.
-        found, log_share = infer(chunk.sides.mask)
-        share = log_share.exp()
-        divergence = mixture_divergence(found, share, log_prior.unsqueeze(1), centre, width)
-        known = there.any(-1).to(dtype)
-        share = share * known.unsqueeze(-1)
-        return Slopes(
-            gradient_w.sum(1), gradient_b.sum(1), targets.sum(1), loss.sum(1), share.sum(1),
-            (share.unsqueeze(-1) * found.mode).sum(1), (divergence * known).sum(1), known.sum(1),
-        )  # fmt: skip
+    def bounded(
+        self, models: Sequence[Models], cohort: Sequence[int], round_number: int
+    ) -> Iterator[tuple[Int[Tensor, "c"], Bounded]]:
+        """Chunks of the cohort with the sums of their bounded gradients."""
 
-    def _slope(
-        self, found: Laplace, log_share: Tensor, offset: Tensor, design: Tensor, noise: Tensor
-    ) -> Slope:
-        """Of the closed-form prediction, or of sampled latents: component by Gumbel-Softmax, z by
-        reparameterisation."""
-        if not self.samples:
-            prediction = predicted(offset, design, found)
-            return predictive_slope(found, log_share.exp(), prediction, design)
-        m, d = found.mode.shape[-2:]
-        uniform = torch.special.ndtr(noise[:, :, 1, :m]).unsqueeze(1)
-        drawn = gumbel_softmax_log_weight(log_share, gumbel_noise(uniform), 1.0).exp()
-        if not found.covariance.dim():  # points
-            return sampled_slope((drawn.unsqueeze(-1) * found.mode).sum(-2), offset, design)
-        factor = torch.linalg.cholesky(found.covariance)
-        each = found.mode + (factor @ noise[:, None, :, None, 0, :d, None]).squeeze(-1)
-        return sampled_slope((drawn.unsqueeze(-1) * each).sum(-2), offset, design)
+        def part(clients: list[int]) -> Bounded:
+            chunk = self._chunk(clients, True, silent=True)
+            found = self._slopes(models, chunk, round_number)
+            return bounded_sum(found, self._privacy.clip)
+
+        chunks = self.chunks(cohort, _numbers(models))
+        for clients, found in zip(chunks, self.simulation.map(part, chunks)):
+            yield torch.tensor(clients), found
+
+    def gains(
+        self, models: Sequence[Models], widths: Sequence[Sequence[Width]]
+    ) -> Float[Tensor, "w"]:
+        """Sum over all clients of what each option gains over the first one, within bounds."""
+
+        def part(clients: list[int]) -> Tensor:
+            chunk = self._chunk(clients, True, silent=True)
+            total, _, pairs = _options(models, widths, chunk)
+            return bounded_gains(total, pairs, self._privacy.gain_clip)
+
+        chunks = self.chunks(range(len(self.store)), _numbers(models))
+        return torch.stack(list(self.simulation.map(part, chunks))).sum(0)
+
+    @property
+    def _privacy(self) -> Privacy:
+        assert self.privacy is not None
+        return self.privacy
 
     # -- the choice
 
@@ -322,42 +281,15 @@ class BayesClients:
         fold each; a client's sums are over all folds. Differences are from the option `reference`
         (models and their widths counted through).
         """
-        numbers = max(len(m.weight) * m.shape[1] for m in models)
-        chunks = self.chunks(range(len(self.store)), numbers)
+        chunks = self.chunks(range(len(self.store)), _numbers(models))
 
         def part(clients: list[int]) -> tuple[Tensor, Tensor, Tensor]:
             chunk = self._chunk(clients, by_prompt)
-            found = [self._judged(m, w, chunk) for m, own in zip(models, widths) for w in own]
-            total, correct = (torch.stack([f[i] for f in found], -1) for i in (0, 1))
-            return total, correct, found[0][2]
+            return _options(models, widths, chunk)
 
         parts = list(self.simulation.map(part, chunks))
         total, correct, pairs = (torch.cat([p[i] for p in parts]) for i in range(3))
         return judged(total, correct, pairs, reference)
-
-    def _judged(
-        self, models: Models, width: Width, chunk: Chunk
-    ) -> tuple[Float[Tensor, "c"], Float[Tensor, "c"], Float[Tensor, "c"]]:
-        m, x = models.shape[0], chunk.difference
-        offset = torch.einsum("cnp,tp->tcn", x, models.weight)
-        design = width.effect * torch.einsum("cnp,tdp->tcnd", x, models.bilinear)
-        mine = chunk.fold == models.fold.view(-1, 1, 1)
-        there = chunk.sides.mask & outside(chunk.fold, models.fold.view(-1, 1, 1))
-        centre, known = models.mean.unsqueeze(1), there.to(x.dtype)
-        spread = models.variance.unsqueeze(1) * (width.spread**2 if m > 1 else 1.0)
-        found = (
-            at_centres(offset, design, known, centre) if m > 1 and not width.spread
-            else laplace(offset, design, known, centre, spread)
-        )  # fmt: skip
-        log_share = torch.log_softmax(models.share.unsqueeze(1).log() + found.evidence, -1)
-        margin = mixed_log_odds(log_share, predicted(offset, design, found).log_odds)
-        scored = (chunk.sides.mask & mine).to(x.dtype)
-        right = (margin > 0).to(x.dtype) + 0.5 * (margin == 0).to(x.dtype)
-        return (
-            (logsigmoid(margin) * scored).sum((0, 2)),
-            (right * scored).sum((0, 2)),
-            scored.sum((0, 2)),
-        )
 
     @torch.no_grad()
     def settle(self, params: Params, population: Population) -> Params:
@@ -375,6 +307,19 @@ class BayesClients:
         )
 
 
+def _numbers(models: Sequence[Models]) -> int:
+    return max(len(m.weight) * m.shape[1] for m in models)
+
+
+def _options(
+    models: Sequence[Models], widths: Sequence[Sequence[Width]], chunk: Chunk
+) -> tuple[Float[Tensor, "c w"], Float[Tensor, "c w"], Float[Tensor, "c"]]:
+    """`judged_of` every model at each of its widths."""
+    found = [judged_of(m, w, chunk) for m, own in zip(models, widths) for w in own]
+    total, correct = (torch.stack([f[i] for f in found], -1) for i in (0, 1))
+    return total, correct, found[0][2]
+
+
 def build(
     *, config: Config, store: ClientStore, total: int, identity: object = None
 ) -> BayesClients:
@@ -383,4 +328,5 @@ def build(
     return BayesClients(
         store, build_simulation(config), config.seed, config.data.content, p.splits, p.samples,
         p.folds, latent=config.model.latent, alike=config.federation.aggregation == "uniform",
+        privacy=privacy_of(config, total),
     )  # fmt: skip

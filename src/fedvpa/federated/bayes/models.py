@@ -135,3 +135,31 @@ class Models(NamedTuple):
         share, mean = self.share[0], pad(self.mean[0], (0, latent - d))
         params = {WEIGHT: self.weight[0], BILINEAR: bilinear}
         return params, Population(mean, variance, share / share.sum())
+
+
+def trained_of(models: Models) -> Params:
+    """What the server's optimiser steps on."""
+    return {WEIGHT: models.weight, BILINEAR: models.bilinear}
+
+
+def packed(trained: Sequence[Models], slots: Sequence[Params], rest: Params) -> Params:
+    """Candidates and the moments of their optimiser as tensors by name."""
+    out = {n: v for n, v in rest.items() if not n.startswith(("model", "slot"))}
+    for i, models in enumerate(trained):
+        out |= {f"model{i}/{name}": value for name, value in models._asdict().items()}
+    for i, own in enumerate(slots):
+        out |= {f"slot{i}/{name}": value for name, value in own.items()}
+    return out
+
+
+def unpacked(components: Params) -> tuple[list[Models], list[Params]]:
+    """Inverse of `packed`."""
+    trained, slots = list[Models](), list[Params]()
+    while f"model{len(trained)}/weight" in components:
+        i = len(trained)
+        trained.append(Models(*(components[f"model{i}/{name}"] for name in Models._fields)))
+        prefix = f"slot{i}/"
+        slots.append(
+            {n.removeprefix(prefix): v for n, v in components.items() if n.startswith(prefix)}
+        )
+    return trained, slots

@@ -13,10 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fedvpa.config import Config
-from fedvpa.errors import BadInputError
-from fedvpa.federated.aggregators import ServerOptimiser, build_server
+from fedvpa.federated.aggregators import ServerOptimiser
 from fedvpa.federated.batch import Roster
 from fedvpa.federated.bayes.choice import Option, Verdict, widths_of
 from fedvpa.federated.bayes.joined import sizes_of
@@ -28,11 +27,14 @@ from fedvpa.federated.bayes.models import (
     Models,
     Structure,
     Width,
+    packed,
     structures,
+    trained_of,
+    unpacked,
 )
 from fedvpa.federated.bayes.search import BEGUN, KEPT, Search
 from fedvpa.federated.bayes.side import BayesSide
-from fedvpa.federated.bayes.start import Starts, over
+from fedvpa.federated.bayes.start import over
 from fedvpa.federated.components import ITERATIONS, RESTARTS
 from fedvpa.federated.exchanges import EVERY_ROUND, FITTED, ONCE, Payload, payload_rows
 from fedvpa.selector.bayes import BILINEAR, SHARED, WEIGHT, BayesPredictor, BayesSelector
@@ -74,10 +76,10 @@ class FederatedBayes:
         # 1. Before the first round, starts from moments of all clients.
         if not state.components:
             trained, by_prompt = self.search.starts.candidates(clients)
-            slots = [self.server.init(_trained(models)) for models in trained]
+            slots = [self.server.init(trained_of(models)) for models in trained]
             told = {"by_prompt": torch.tensor(int(by_prompt))}
-            state = replace(state, components=_packed(trained, slots, told))
-        trained, slots = _unpacked(state.components)
+            state = replace(state, components=packed(trained, slots, told))
+        trained, slots = unpacked(state.components)
         # 2. The sums of the cohort.
         tables = {name: table.clone() for name, table in state.clients.items()}
         by_prompt, parts = bool(state.components["by_prompt"]), list[list[Slopes]]()
@@ -87,7 +89,9 @@ class FederatedBayes:
         sums = [Slopes(*added([part[i] for part in parts])) for i in range(len(trained))]
         # 3. A step on the reward, then one on the prior.
         for i, (models, total) in enumerate(zip(trained, sums)):
-            models, slots[i] = self._stepped(models, slots[i], total)
+            count = total.targets.clamp_min(1.0).view(-1, 1)
+            weight, bilinear = total.weight / count, total.bilinear / count.unsqueeze(-1)
+            models, slots[i] = self._stepped(models, slots[i], weight, bilinear)
             trained[i] = self._moved(models, total)
         state = replace(state, round=state.round + 1, clients=tables)
         # 4. While the search lasts, structures that are behind are left; then groups begin.
@@ -97,22 +101,22 @@ class FederatedBayes:
         if state.round == self.search.rounds:
             begun = self.search.groups(trained, clients, by_prompt, BEGUN)
             trained += begun
-            slots += [self.server.init(_trained(models)) for models in begun]
-        components = _packed(trained, slots, state.components)
+            slots += [self.server.init(trained_of(models)) for models in begun]
+        components = packed(trained, slots, state.components)
         state = replace(state, components=components)
         row = _row(sums)
         return self._served(state), row
 
-    def _stepped(self, models: Models, slots: Params, sums: Slopes) -> tuple[Models, Params]:
-        """A step of the server's optimiser on the mean gradient per target."""
-        count = sums.targets.clamp_min(1.0)
+    def _stepped(
+        self, models: Models, slots: Params, weight: Tensor, bilinear: Tensor
+    ) -> tuple[Models, Params]:
+        """A step of the server's optimiser on the mean gradients."""
         # in coordinates in which the penalty is a plain L2 norm
         ridge, scale = 2 * models.ridge.view(-1, 1), models.scale
         wide = scale.unsqueeze(-2)
         start = {WEIGHT: models.weight * scale, BILINEAR: models.bilinear * wide}
-        weight = over(sums.weight / count.view(-1, 1), scale) + ridge * start[WEIGHT]
-        bilinear = over(sums.bilinear / count.view(-1, 1, 1), wide)
-        bilinear = bilinear + ridge.unsqueeze(-1) * start[BILINEAR]
+        weight = over(weight, scale) + ridge * start[WEIGHT]
+        bilinear = over(bilinear, wide) + ridge.unsqueeze(-1) * start[BILINEAR]
         if models.structure.kind == "shared":  # z has no effect, whatever is sampled or sent
             bilinear = torch.zeros_like(bilinear)
         found, slots = self.server.apply(start, slots, {WEIGHT: -weight, BILINEAR: -bilinear})
@@ -134,20 +138,20 @@ class FederatedBayes:
 
     def finalise(self, state: ServerState, clients: BayesSide) -> ServerState:
         """Structure and width are chosen; every client notes where it belongs."""
-        trained, _ = _unpacked(state.components)
+        trained, _ = unpacked(state.components)
         by_prompt = bool(state.components["by_prompt"])
         found = self.search.result(trained, clients, by_prompt)
         rest = {"by_prompt": state.components["by_prompt"], "width": torch.tensor(found.width)}
         if found.verdict is not None:
             rest |= _told(found.given, found.verdict, found.at)
-        components = _packed([found.personal.at([0]), found.shared.at([0])], [], rest)
+        components = packed([found.personal.at([0]), found.shared.at([0])], [], rest)
         state = self._served(replace(state, components=components))
         own = clients.settle(state.params, Population(**state.population))
         return replace(state, clients=state.clients | own)
 
     def _served(self, state: ServerState) -> ServerState:
         """Parameters and prior of the model that is served now, and the shared reward beside it."""
-        trained, _ = _unpacked(state.components)
+        trained, _ = unpacked(state.components)
         first = next((m for m in trained if m.structure.kind != "shared"), trained[0])
         if "width" in state.components:
             first, width = trained[0], Width(*state.components["width"].tolist())
@@ -171,7 +175,7 @@ class FederatedBayes:
         components = state.components
         if "width" not in components:
             return {}
-        served, _ = _unpacked(components)
+        served, _ = unpacked(components)
         structure, width = served[0].structure, components["width"].tolist()
         found: dict[str, Any] = {
             "kind": structure.kind, "order": structure.order, "ridge": structure.ridge,
@@ -217,33 +221,6 @@ class FederatedBayes:
         return rows + payload_rows(
             {"settle": (FITTED, {"m": fit["m"], "d": self.selector.latent})}, set(), served
         )
-
-
-def _trained(models: Models) -> Params:
-    return {WEIGHT: models.weight, BILINEAR: models.bilinear}
-
-
-def _packed(trained: Sequence[Models], slots: Sequence[Params], rest: Params) -> Params:
-    """Candidates and the moments of their optimiser as tensors by name."""
-    out = {n: v for n, v in rest.items() if not n.startswith(("model", "slot"))}
-    for i, models in enumerate(trained):
-        out |= {f"model{i}/{name}": value for name, value in models._asdict().items()}
-    for i, own in enumerate(slots):
-        out |= {f"slot{i}/{name}": value for name, value in own.items()}
-    return out
-
-
-def _unpacked(components: Params) -> tuple[list[Models], list[Params]]:
-    """Inverse of `_packed`."""
-    trained, slots = list[Models](), list[Params]()
-    while f"model{len(trained)}/weight" in components:
-        i = len(trained)
-        trained.append(Models(*(components[f"model{i}/{name}"] for name in Models._fields)))
-        prefix = f"slot{i}/"
-        slots.append(
-            {n.removeprefix(prefix): v for n, v in components.items() if n.startswith(prefix)}
-        )
-    return trained, slots
 
 
 def _told(given: Sequence[Option], found: Verdict, at: int) -> Params:
@@ -292,27 +269,3 @@ def _row(sums: Sequence[Slopes]) -> dict[str, float]:
     loss, best = min(each, key=lambda pair: pair[0])
     clients = best.clients[0].clamp_min(1)
     return {"recon": loss, "loss": loss, "kl": float(best.divergence[0] / clients)}
-
-
-def build(*, config: Config, clients: int, noise: Any = None) -> FederatedBayes:
-    """The server's side of the settings' method.
-
-    Raises:
-        BadInputError: one group.
-    """
-    p = config.population
-    if p.structure == "groups" and p.order == 1:
-        raise BadInputError(
-            "population.order: 1 group is one reward for everybody; at least 2, or --method"
-            " fedavg-btl"
-        )
-    rounds = config.federation.rounds
-    m, searches = config.model, p.width == "auto"
-    starts = Starts(
-        m.inputs, m.latent, p.structure, p.order, p.ridge, searches, p.folds, p.radius, p.spread,
-        config.seed,
-    )  # fmt: skip
-    return FederatedBayes(
-        BayesSelector(m.inputs, m.latent), build_server(config),
-        Search(starts, p.width, max(1, round(p.search * rounds))),
-    )  # fmt: skip

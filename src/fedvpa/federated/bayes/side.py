@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fedvpa.federated.bayes.bounded import Bounded
 from fedvpa.federated.bayes.messages import Judged, Outline, Slopes
 from fedvpa.federated.bayes.models import Models, Width
 from fedvpa.federated.components import Moments
@@ -41,6 +42,20 @@ class BayesSide(Protocol):
     ) -> Judged:  # fmt: skip
         """What every model says of the targets of its own folds, at each of its widths;
         differences are from the option `reference`."""
+        ...
+
+    def bounded(
+        self, models: Sequence[Models], cohort: Sequence[int], round_number: int
+    ) -> Iterator[tuple[Int[Tensor, "c"], Bounded]]:
+        """Under differential privacy: who of the cohort answered, in parts, and the sums of their
+        bounded gradients. Folds are by prompt."""
+        ...
+
+    def gains(
+        self, models: Sequence[Models], widths: Sequence[Sequence[Width]]
+    ) -> Float[Tensor, "w"]:
+        """Under differential privacy: the sum of what each option gains over the first one, within
+        bounds, on targets of the models' own folds."""
         ...
 
     def settle(self, params: Params, population: Population) -> Params:
