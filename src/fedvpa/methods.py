@@ -133,7 +133,7 @@ METHODS: dict[str, Method] = {
         },
         private={
             "model": {"inputs": 16},
-            "population": {"structure": "directions", "order": 2, "ridge": 0.003},
+            "population": {"structure": "directions", "order": 2, "ridge": 0.001},
             "federation": {"aggregation": "uniform"},
             "privacy": {"clip": 0.5, "fit_noise": 20.0},
         },

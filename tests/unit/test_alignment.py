@@ -9,6 +9,7 @@ import math
 import stat
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def policy_of(folder: Path, form: str = "gate", loud: float = 0.0) -> Policy:
         AutoTokenizer.from_pretrained(folder),
     )
     conditioner = new_conditioner(card_of(form), base, tokenizer, 4, 3)
-    model = get_peft_model(base, LORA)
+    model = get_peft_model(base, deepcopy(LORA))
     attach(model, conditioner)
     if loud:
         with torch.no_grad():

@@ -143,7 +143,14 @@ class PreferenceConditioner(nn.Module):
     @contextmanager
     def holding(self, z: Float[Tensor, "b d"]) -> Iterator[None]:
         """Gates or shift of these rows hold for every call of the model, until it is left."""
-        self._effect, self._held = self(z), True
+        with self.holding_effect(self(z)):
+            yield
+
+    @contextmanager
+    def holding_effect(self, effect: Float[Tensor, "b k w"]) -> Iterator[None]:
+        """The same of gates or shifts themselves (soft tokens stand before the conversation, and
+        are none of its calls' matter)."""
+        self._effect, self._held = effect, True
         try:
             yield
         finally:
@@ -177,6 +184,15 @@ class PreferenceConditioner(nn.Module):
     def on_ranks(self, _: Any, __: Any, out: Float[Tensor, "b t r"]) -> Float[Tensor, "b t r"]:
         """Forward hook of a LoRA layer's A (gate)."""
         return out if self._effect is None else out * self._effect.to(out.dtype)
+
+
+def padding_first(
+    embedded: Float[Tensor, "b t h"], mask: Int[Tensor, "b t"]
+) -> tuple[Float[Tensor, "b t h"], Int[Tensor, "b t"]]:
+    """The same rows with all padding on the left: a sliding window counts columns, so that none may
+    stand between soft tokens and a conversation."""
+    order = mask.argsort(dim=1, stable=True)
+    return embedded.gather(1, order.unsqueeze(-1).expand_as(embedded)), mask.gather(1, order)
 
 
 def attach(model: Any, conditioner: PreferenceConditioner) -> None:

@@ -27,7 +27,13 @@ from fedvpa.errors import BadInputError
 from fedvpa.features.chat import ChatFormat
 from fedvpa.features.loading import load_causal_model
 from fedvpa.policy.card import PolicyCard, load_card
-from fedvpa.policy.conditioning import PREFERENCE, PreferenceConditioner, attach, read_conditioner
+from fedvpa.policy.conditioning import (
+    PREFERENCE,
+    PreferenceConditioner,
+    attach,
+    padding_first,
+    read_conditioner,
+)
 from fedvpa.policy.sampling import ShrinkingSampler
 from fedvpa.records import Message
 
@@ -186,6 +192,8 @@ class Policy:
             conditioner, z = self.model.conditioner, z.to(self.device)
             if conditioner.form == "prefix":
                 given = conditioner.embed(z, self.model.get_input_embeddings()(tokens), mask)
+                rows = padding_first(given["inputs_embeds"], given["attention_mask"])
+                given = dict(zip(("inputs_embeds", "attention_mask"), rows))
             else:
                 sampler = ShrinkingSampler(sampling.temperature, sampling.top_p, conditioner.keep)
                 held = conditioner.holding(z)
