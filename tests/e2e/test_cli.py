@@ -350,11 +350,12 @@ def test_a_federation_s_project_is_whole_or_is_not_written(
     )
     settings = yaml.safe_load((tmp_path / "f" / "server.yaml").read_text())
     assert settings["training"] == {"method": "fedvpa-gp", "federation": {"rounds": 7}}
-    private = ["--privacy.enabled", "true", "--public", str(pairs), "--modes", "2", "--quiet"]
-    noise = ["--privacy.fit_noise", "0.1", "--prior.kind", "components"]
+    private = ["--privacy.enabled", "true", "--public", str(pairs), "--quiet"]
+    noise = ["--privacy.fit_noise", "0.1"]
     assert main(["federation", "init", str(tmp_path / "p"), *named, *private, *noise]) == 0
     settings = yaml.safe_load((tmp_path / "p" / "server.yaml").read_text())
-    assert settings["training"]["method"] == "fedvpl+anchors"
+    assert settings["training"]["method"] == "fedvpa-gp"
+    assert settings["training"]["privacy"] == {"enabled": True, "fit_noise": 0.1}
     public = ["--public", str(pairs), "--validation-share", "0.2", "--quiet"]
     assert main(["federation", "init", str(tmp_path / "g"), *named, *public]) == 0
     written = yaml.safe_load((tmp_path / "g" / "server.yaml").read_text())["training"]

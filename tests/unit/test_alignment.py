@@ -24,7 +24,7 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from fedvpa.errors import BadInputError
-from fedvpa.experiment.use import SharedRewardModel
+from fedvpa.experiment.selectors import SharedRewardModel
 from fedvpa.features.chat import ChatFormat
 from fedvpa.policy.align import Candidate, choose
 from fedvpa.policy.card import PARTS, PolicyCard, load_card, save_card
@@ -66,7 +66,9 @@ def policy_of(folder: Path, form: str = "gate", loud: float = 0.0) -> Policy:
         AutoTokenizer.from_pretrained(folder),
     )
     conditioner = new_conditioner(card_of(form), base, tokenizer, 4, 3)
-    model = get_peft_model(base, deepcopy(LORA))
+    own = deepcopy(LORA)
+    own.base_model_name_or_path = None  # or that of whom it was used for before
+    model = get_peft_model(base, own)
     attach(model, conditioner)
     if loud:
         with torch.no_grad():

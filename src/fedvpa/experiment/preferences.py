@@ -12,7 +12,8 @@ from fedvpa.config import FEDERATION
 from fedvpa.data.partition import without_duplicates
 from fedvpa.errors import BadInputError
 from fedvpa.experiment.dataset import training_data
-from fedvpa.experiment.use import PreferenceModel, Selector
+from fedvpa.experiment.selectors import Selector
+from fedvpa.experiment.use import PreferenceModel
 from fedvpa.records import PreferencePair
 
 RESERVED = ("neutral", "base")

@@ -71,6 +71,7 @@ class PreferenceModel:
 
     Args:
         run: what `fedvpa.train` returned, or the run's folder.
+        keep: whether features of what is read are kept in the cache.
 
     Raises:
         BadInputError: no finished run there, or one of a method without a latent preference.
@@ -85,7 +86,7 @@ class PreferenceModel:
         torch.Size([2])
     """
 
-    def __init__(self, run: TrainResult | str | Path) -> None:
+    def __init__(self, run: TrainResult | str | Path, keep: bool = True) -> None:
         directory = run.root if isinstance(run, TrainResult) else Path(run)
         self.run: Run = open_run(directory)
         predictor = self.run.predictor
@@ -95,7 +96,7 @@ class PreferenceModel:
                 " preference; train with --method fedvpa-gp"
             )
         self._predictor = predictor
-        self._cache = FeatureCache(self.run.config.features)
+        self._cache = FeatureCache(self.run.config.features, keep=keep)
         self._components = _component_groups(self.run, self.prototypes)
 
     @property
@@ -169,17 +170,28 @@ class PreferenceModel:
                 had.
         """
         own = without_duplicates(pairs_from(pairs, "personalize(pairs)"))
-        inputs = self.run.config.model.inputs
-        if own:
-            table = self._cache.pairs(own)
-            same_backbone(self.run, table.signature)
-            features = table.values
-            batch = pairs_to_batch(
-                self.run, features, presentation_order(ClientPairs("user", None, tuple(own)))
-            )
-        else:
-            empty = torch.zeros(1, 0, inputs)
-            batch = PairBatch(empty, empty, torch.zeros(1, 0), torch.zeros(1, 0, dtype=torch.bool))
+        if not own:
+            return self.inferred(torch.zeros(0, 2, 0), torch.zeros(0))
+        table = self._cache.pairs(own)
+        same_backbone(self.run, table.signature)
+        return self.inferred(table.values, presentation_order(ClientPairs("", None, tuple(own))))
+
+    def read(self, pairs: Sequence[PreferencePair]) -> tuple[Tensor, Tensor]:
+        """Features [n, 2, h] of comparisons, and which response was shown first [n] (+1: the chosen
+        one), for `inferred`.
+
+        Raises:
+            BadInputError: the backbone that the run was trained with cannot be had.
+        """
+        table = self._cache.pairs(pairs)
+        same_backbone(self.run, table.signature)
+        return table.values, presentation_order(ClientPairs("", None, tuple(pairs)))
+
+    def inferred(
+        self, features: Float[Tensor, "n 2 h"], orders: Float[Tensor, "n"]
+    ) -> UserPreference:
+        """What `personalize` returns, of features that were read before."""
+        batch = self._batch(features, orders)
         posterior = self._predictor.posterior(batch)
         mean = posterior.mean[0]
         probability: list[float] = []
@@ -194,10 +206,28 @@ class PreferenceModel:
         nearest = int(torch.tensor(probability).argmax()) if probability else None
         surprise = self._surprise(batch)
         return UserPreference(
-            mean, (0.5 * posterior.log_var[0]).exp(), len(own), nearest,
+            mean, (0.5 * posterior.log_var[0]).exp(), len(features), nearest,
             self._components[nearest] if nearest is not None and self._components else None,
             probability, surprise, self.run.identity,
         )  # fmt: skip
+
+    def influence(
+        self, features: Float[Tensor, "n 2 h"], orders: Float[Tensor, "n"]
+    ) -> Float[Tensor, "n"]:
+        """How far each comparison has moved the mean of z: its distance from the mean that all the
+        others give, in standard deviations of the prior's users where these are known."""
+        if not len(features):
+            return torch.zeros(0)
+        batch = self._batch(features, orders)
+        others = _each_without_one(batch)
+        whole = self._predictor.posterior(batch).mean
+        return (self._predictor.posterior(others).mean - whole).norm(dim=-1)
+
+    def _batch(self, features: Float[Tensor, "n 2 h"], orders: Float[Tensor, "n"]) -> PairBatch:
+        if len(features):
+            return pairs_to_batch(self.run, features, orders)
+        empty = torch.zeros(1, 0, self.run.config.model.inputs)
+        return PairBatch(empty, empty, torch.zeros(1, 0), torch.zeros(1, 0, dtype=torch.bool))
 
     def _surprise(self, batch: PairBatch) -> float:
         """Mean negative log-likelihood of each comparison under the z of the others, in nats;
@@ -205,12 +235,7 @@ class PreferenceModel:
         count = batch.mask.shape[-1]
         if count < 2:
             return float("nan")
-        others = PairBatch(
-            batch.difference.expand(count, -1, -1),
-            None if batch.common is None else batch.common.expand(count, -1, -1),
-            batch.order.expand(count, -1),
-            ~torch.eye(count, dtype=torch.bool),
-        )
+        others = _each_without_one(batch)
         margin = self._predictor.margin(
             self._predictor.adapt(others, torch.full((len(others.mask),), -1)), others
         ).diagonal()
@@ -234,7 +259,7 @@ class PreferenceModel:
             )
         if not z.isfinite().all():
             raise BadInputError("z holds NaN or Inf")
-        batch = _against_average(self.run, self._cache, items)
+        batch = against_average(self.run, self._cache, items)
         return self._predictor.margin_under(z.expand(len(items), -1), batch)[:, 0]
 
     def _own(self, z: Any) -> Float[Tensor, "*n d"]:
@@ -280,51 +305,21 @@ class PreferenceModel:
         return z
 
 
+def _each_without_one(batch: PairBatch) -> PairBatch:
+    """A user's n pairs [1, n] as n users [n, n], each of whom lacks one."""
+    count = batch.mask.shape[-1]
+    return PairBatch(
+        batch.difference.expand(count, -1, -1),
+        None if batch.common is None else batch.common.expand(count, -1, -1),
+        batch.order.expand(count, -1),
+        ~torch.eye(count, dtype=torch.bool),
+    )
+
+
 def _of_another_run(run: Run) -> str:
     return (
         f"was inferred by another run than {run.paths.root}, where it would mean something else;"
         " infer it anew with `fedvpa personalize`"
-    )
-
-
-class SharedRewardModel:
-    """A finished run of `fedavg-btl`: one reward for everybody. It stands where a `PreferenceModel`
-    does, as the monolithic baseline, with one preference, `shared`, whose z has no dimension."""
-
-    latent = 0
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self._cache = FeatureCache(run.config.features)
-        self.prototypes: Float[Tensor, "1 0"] | None = torch.zeros(1, 0)
-        self.neutral: Float[Tensor, "0"] = torch.zeros(0)
-        self.posterior_means: Float[Tensor, "k 0"] | None = None
-        self.component_groups: list[str | None] = ["shared"]
-        self.directions: int | None = None
-
-    def score(self, items: Sequence[Item], z: Float[Tensor, "*n d"]) -> Float[Tensor, "n"]:
-        """Reward of each response, relative to the average training response; z is not read."""
-        predictor = self.run.predictor
-        return predictor.margin(
-            predictor.neutral(len(items)), _against_average(self.run, self._cache, items)
-        )[:, 0]
-
-
-Selector = PreferenceModel | SharedRewardModel
-"""What chooses between responses on the server."""
-
-
-def open_selector(directory: str | Path) -> Selector:
-    """A finished run of a variational method, or of `fedavg-btl`.
-
-    Raises:
-        BadInputError: no run there, or one of another method.
-    """
-    run = open_run(directory)
-    return (
-        SharedRewardModel(run)
-        if run.config.entry.role == "monolithic"
-        else PreferenceModel(directory)
     )
 
 
@@ -344,7 +339,7 @@ def _latent(z: Any) -> Float[Tensor, "*n d"]:
         ) from error
 
 
-def _against_average(run: Run, cache: FeatureCache, items: Sequence[Item]) -> PairBatch:
+def against_average(run: Run, cache: FeatureCache, items: Sequence[Item]) -> PairBatch:
     """Pairs [n, 1] of each response and one at the centre of the training responses, whose whitened
     features are zero."""
     found = cache.items(items)

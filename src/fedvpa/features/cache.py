@@ -67,10 +67,19 @@ class FeatureTable(NamedTuple):
 
 
 class FeatureCache:
-    """Features by content, in ``$FEDVPA_CACHE/features.sqlite``."""
+    """Features by content, in ``$FEDVPA_CACHE/features.sqlite``.
 
-    def __init__(self, settings: FeaturesConfig, path: Path | None = None) -> None:
-        self.settings = settings
+    Args:
+        settings: which backbone, and how its features are read.
+        path: another file.
+        keep: False: everything is computed when it is asked for and kept nowhere, as for users who
+            may ask to be forgotten.
+    """
+
+    def __init__(
+        self, settings: FeaturesConfig, path: Path | None = None, keep: bool = True
+    ) -> None:
+        self.settings, self._keep = settings, keep
         self.path = path or cache_home() / "features.sqlite"
         self._backbone: Backbone | None = None
 
@@ -105,6 +114,8 @@ class FeatureCache:
             BadInputError: the backbone cannot be loaded, lacks the layer, or refuses a prompt.
             RunError: the cache cannot be read or written.
         """
+        if not self._keep:
+            return self._computed(items)
         try:
             make_folder(self.path.parent)
             # readable for this user alone: it holds features of private texts
@@ -116,6 +127,13 @@ class FeatureCache:
             raise RunError(
                 f"the feature cache {self.path} cannot be used: {error}; set FEDVPA_CACHE elsewhere"
             ) from error
+
+    def _computed(self, items: Sequence[Item]) -> Features:
+        backbone, tap = self.backbone()
+        prepared = backbone.prepare(items)
+        values = backbone.encode(items, [tap], prepared=prepared)[:, 0]
+        notes = counted(Note(int(row.notes)) for row in prepared)
+        return Features(values, backbone.name, backbone.signature(tap), len(items), notes)
 
     def _items(
         self, database: sqlite3.Connection, items: Sequence[Item], progress: Progress | None,

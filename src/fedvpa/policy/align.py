@@ -23,7 +23,7 @@ from torch import Tensor
 from fedvpa import files
 from fedvpa.errors import BadInputError, RunError
 from fedvpa.experiment.preferences import named_preferences
-from fedvpa.experiment.use import Selector, open_selector
+from fedvpa.experiment.selectors import Selector, open_selector
 from fedvpa.features.loading import LoadedModel
 from fedvpa.files import plain_json, write_atomically
 from fedvpa.policy.card import PolicyCard
