@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from fedvpa.config.reads import leaf_settings, settings_read, settings_readable, unread, why_unread
 from fedvpa.config.sections import Config
@@ -35,8 +35,7 @@ def build_config(*layers: Mapping[str, Any]) -> Config:
     for layer in layers:
         explicit = merged(explicit, layer)
     named = explicit.get("method", DEFAULT), explicit.get("preset", "default")
-    private = isinstance(p := explicit.get("privacy"), Mapping) and p.get("enabled") is True
-    base = defaults_of(*named, private) if all(isinstance(n, str) for n in named) else {}
+    base = defaults_of(*named, _private(explicit)) if all(isinstance(n, str) for n in named) else {}
     for name, value in flatten(explicit).items():
         kind = leaf_settings()[name].annotation if name in leaf_settings() else bool
         if isinstance(value, bool) and "bool" not in str(kind):
@@ -52,6 +51,16 @@ def build_config(*layers: Mapping[str, Any]) -> Config:
         )
     _check(config)
     return config
+
+
+def _private(settings: Mapping[str, Any]) -> bool:
+    """Whether differential privacy is asked for; what is no truth value is refused elsewhere."""
+    section = settings.get("privacy")
+    given = section.get("enabled", False) if isinstance(section, Mapping) else False
+    try:
+        return TypeAdapter(bool).validate_python(given)
+    except ValidationError:
+        return False
 
 
 def defaults_of(name: str, preset: str = "default", private: bool = False) -> dict[str, Any]:
