@@ -6,6 +6,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
+import subprocess
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -178,6 +181,36 @@ def write_groups(folder: Path, train: int = 60, test: int = 24) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("\n".join(lines) + "\n")
     return folder
+
+
+@pytest.fixture(scope="session")
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a PostgreSQL server of this session's own, which listens at a socket in a folder."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not found:
+        needed = os.environ.get("FEDVPA_ALL_SERVICES")
+        (pytest.fail if needed else pytest.skip)(
+            "PostgreSQL is not installed: apt-get install postgresql"
+        )
+    # its user must reach the folder, and must not be root
+    folder = Path(tempfile.mkdtemp(prefix="fedvpa-pg-", dir="/tmp"))
+    run = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+    if run:
+        shutil.chown(folder, "postgres")
+    data, user = str(folder / "data"), "postgres"
+    bin_ = found[-1].parent
+    quiet = {"cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run(
+        [*run, str(bin_ / "initdb"), "-D", data, "-U", user, "-A", "trust"], check=True, **quiet
+    )
+    options = f"-k {folder} -c listen_addresses="
+    control = [*run, str(bin_ / "pg_ctl"), "-D", data, "-w"]
+    subprocess.run([*control, "-o", options, "start"], check=True, **quiet)
+    try:
+        yield f"postgresql://{user}@/postgres?host={folder}"
+    finally:
+        subprocess.run([*control, "-m", "immediate", "stop"], check=True, **quiet)
+        shutil.rmtree(folder)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

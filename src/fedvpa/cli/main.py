@@ -75,6 +75,15 @@ COMMANDS: dict[str, Command | Group] = {
                     "policies:chat", "policy_commands:run_chat"),
     "winrate": Command("judge a policy under every preference",
                        "winrate:winrate", "winrate_command:run_winrate", "check_winrate"),
+    "serve": Command("serve a policy, or a run's base model, that every user steers",
+                     "serving:serve", "serving_commands:run_serve", "check_serve"),
+    "keys": Group("keys of a server", {
+        "add": Command("make a key; its secret is shown once",
+                       "serving:add", "serving_commands:run_add"),
+        "list": Command("all keys, without their secrets",
+                        "serving:list_", "serving_commands:run_list"),
+        "revoke": Command("remove a key", "serving:revoke", "serving_commands:run_revoke"),
+    }),
     "federation": Group("make a project for a federation on Flower", {
         "init": Command("settings, certificates, keys, and a folder for each client",
                         "federation:init", "init_command:run_init"),
@@ -165,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(arguments, f"failed: {error}", 1)
     except KeyboardInterrupt:
-        serves = arguments.command in ("server", "client")
+        serves = arguments.command in ("server", "client", "serve")
         again = (
             "start it again to go on" if serves else "a run that had begun goes on with --resume"
         )

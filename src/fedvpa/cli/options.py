@@ -148,10 +148,14 @@ def settings_given(arguments: argparse.Namespace) -> dict[str, Any]:
     return merged(file, nested)
 
 
-def add_flat_settings(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
-    """A flag for every setting of a model without sections."""
+def add_flat_settings(
+    parser: argparse.ArgumentParser, model: type[BaseModel], skip: Sequence[str] = ()
+) -> None:
+    """A flag for every setting of a model without sections, but for those of `skip`."""
     group = parser.add_argument_group("settings")
     for name, info in model.model_fields.items():
+        if name in skip:
+            continue
         group.add_argument(
             f"--{name.replace('_', '-')}", dest=name, default=argparse.SUPPRESS,
             metavar=_metavar(name, info), help=_help(info, info.default),

@@ -127,10 +127,13 @@ class PreferenceModel:
         self, pairs: Sequence[PreferencePair], z: Float[Tensor, "m d"]
     ) -> Float[Tensor, "m n"]:
         """Margin of each pair's chosen response under each z, in nats."""
-        table = self._cache.pairs(pairs)
-        same_backbone(self.run, table.signature)
-        orders = presentation_order(ClientPairs("", None, tuple(pairs)))
-        batch = pairs_to_batch(self.run, table.values, orders)
+        return self.margins_of(*self.read(pairs), z)
+
+    def margins_of(
+        self, features: Float[Tensor, "n 2 h"], orders: Float[Tensor, "n"], z: Float[Tensor, "m d"]
+    ) -> Float[Tensor, "m n"]:
+        """The same of pairs that were read before (see `read`)."""
+        batch = self._batch(features, orders)
         many = PairBatch(
             *(None if v is None else v.expand(len(z), *v.shape[1:]) for v in batch)  # type: ignore[arg-type]
         )
