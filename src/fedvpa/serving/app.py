@@ -9,12 +9,13 @@ import time
 import traceback
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from importlib import resources
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from fedvpa import __version__
@@ -26,6 +27,12 @@ from fedvpa.serving.observing import Metrics, logger
 from fedvpa.serving.settings import ServingSettings
 from fedvpa.serving.shapes import ChatRequest, error_body
 from fedvpa.serving.users import user_routes
+
+POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self';"
+    " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""The page loads nothing from elsewhere, and is shown in no other page."""
 
 
 def build_app(served: Served, settings: ServingSettings) -> FastAPI:
@@ -44,6 +51,12 @@ def build_app(served: Served, settings: ServingSettings) -> FastAPI:
     @app.get("/health")
     async def health() -> Any:
         return {"status": "ok", "run": served.people.run, "engine": served.engine.name}
+
+    page = resources.files("fedvpa.serving").joinpath("page.html").read_text(encoding="utf-8")
+
+    @app.get("/")
+    async def front() -> Response:
+        return HTMLResponse(page, headers={"Content-Security-Policy": POLICY})
 
     @app.get("/metrics")
     async def numbers() -> Response:
@@ -177,7 +190,7 @@ class Doors:
 
     def _free(self, path: str) -> bool:
         """Whether a route needs no key; /metrics does, where other machines can ask."""
-        return path == "/health" or (path == "/metrics" and self._settings.local)
+        return path in ("/", "/health") or (path == "/metrics" and self._settings.local)
 
     async def _body(self, request: Request, receive: Any) -> bytes:
         """The whole body, if it is not too large."""

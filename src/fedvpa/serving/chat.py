@@ -22,12 +22,10 @@ from fedvpa.serving.access import Caller, DeniedError
 from fedvpa.serving.model import Preference, Served
 from fedvpa.serving.observing import Metrics
 from fedvpa.serving.settings import ServingSettings
-from fedvpa.serving.shapes import ChatRequest, chunk, completion, error_body, usage
+from fedvpa.serving.shapes import COME_BACK, ChatRequest, chunk, completion, error_body, usage
 
 LOOK = 0.5
 """Seconds between looks whether a client is still there."""
-COME_BACK = 2.0
-"""Seconds after which a request that found no room may try again."""
 Told = tuple[int, Piece | Exception]
 
 

@@ -180,6 +180,7 @@ class People:
         most = max(rows, key=lambda row: float(row["moved"]), default=None)
         return self.summary(found) | {
             "comparisons": rows, "moved_most": None if most is None else most["id"],
+            "map": self.map_of(found),
             "saved": sorted(self.store.saved(user)),
         }  # fmt: skip
 
@@ -191,10 +192,10 @@ class People:
         words = "nothing is known yet"
         if found.pairs and shares:
             name = max(shares, key=lambda n: shares[n])
-            words = f"{shares[name]:.0%} sure that '{name}' comes nearest"
+            words = f"{_percent(shares[name])} sure that '{name}' comes nearest"
         elif found.pairs and sides:
             side = max(sides, key=lambda n: sides[n])
-            words = f"{sides[side]:.0%} sure of leaning to '{side}'"
+            words = f"{_percent(sides[side])} sure of leaning to '{side}'"
         elif found.pairs:
             words = "this run's users do not differ measurably"
         return found.to_json() | {
@@ -280,7 +281,7 @@ class People:
         if not left:
             return None
         found = self.preference(user)
-        z, weight = self._possible(found)
+        z, weight = self.possible(found)
         gain = information(self._margins(z)[:, left], weight)
         best = int(gain.argmax())
         return Question(left[best], self._bank[left[best]], float(gain[best]))
@@ -289,12 +290,34 @@ class People:
         """A pair of the bank."""
         return self._bank[number] if 0 <= number < len(self._bank) else None
 
-    def _possible(self, found: UserPreference) -> tuple[Float[Tensor, "s d"], Float[Tensor, "s"]]:
+    def possible(self, found: UserPreference) -> tuple[Float[Tensor, "s d"], Float[Tensor, "s"]]:
         """What z may be, and how probable each is: the groups, or draws from the posterior."""
         if found.probability:
             return torch.stack(list(self.names.values())), torch.tensor(found.probability)
         noise = torch.randn(DRAWN, len(found.mean), generator=torch.Generator().manual_seed(0))
         return found.mean + noise * found.sigma, torch.full((DRAWN,), 1 / DRAWN)
+
+    def margins(
+        self, pairs: Sequence[PreferencePair], z: Float[Tensor, "s d"]
+    ) -> Float[Tensor, "s n"]:
+        """Margins of pairs that are read now."""
+        with self._lock:
+            features, orders = self.selector.read(pairs)
+        return self.selector.margins_of(features, orders, z)
+
+    def map_of(self, found: UserPreference) -> dict[str, Any] | None:
+        """Two dimensions in which the named preferences differ most: where they are, and where the
+        user is, with standard deviations; None where none has a name."""
+        if not self.names:
+            return None
+        ends = torch.stack(list(self.names.values())) - self.selector.neutral
+        axes = torch.linalg.svd(ends, full_matrices=False).Vh[:2]
+        spread = (axes.square() @ found.sigma.square()).sqrt()
+        return {
+            "named": dict(zip(self.names, (ends @ axes.T).tolist())),
+            "me": (axes @ (found.mean - self.selector.neutral)).tolist(),
+            "spread": spread.tolist(),
+        }
 
     def _margins(self, z: Float[Tensor, "s d"]) -> Float[Tensor, "s n"]:
         with self._lock:
@@ -308,6 +331,15 @@ def information(margin: Float[Tensor, "s n"], weight: Float[Tensor, "s"]) -> Flo
     these probabilities it is: H(E p) - E H(p), p the probability of the first response."""
     p = margin.sigmoid()
     return _entropy(weight @ p) - weight @ _entropy(p)
+
+
+def _percent(share: float) -> str:
+    """Never 100 %: nobody is that sure.
+
+    >>> _percent(0.87), _percent(0.9999)
+    ('87 %', 'over 99 %')
+    """
+    return "over 99 %" if share > 0.99 else f"{share:.0%}".replace("%", " %")
 
 
 def _entropy(p: Tensor) -> Tensor:

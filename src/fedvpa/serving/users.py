@@ -4,18 +4,21 @@ and forgetting all of it."""
 from __future__ import annotations
 
 import asyncio
+import random
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from fedvpa.errors import BadInputError
+from fedvpa.policy.engine import BusyError
 from fedvpa.records import PreferencePair
 from fedvpa.serving.access import Caller, DeniedError, checked_id
 from fedvpa.serving.model import Served
 from fedvpa.serving.observing import Metrics
 from fedvpa.serving.people import People, read_pair
-from fedvpa.serving.shapes import ComparisonIn, PosteriorIn, SavedIn
+from fedvpa.serving.questions import fresh_question
+from fedvpa.serving.shapes import COME_BACK, ComparisonIn, PosteriorIn, SavedIn
 
 
 def user_routes(served: Served, metrics: Metrics) -> APIRouter:
@@ -81,8 +84,14 @@ def user_routes(served: Served, metrics: Metrics) -> APIRouter:
     async def following(user: str, request: Request) -> Any:
         owner = mine(user, request)
         if not people.asks:
-            raise DeniedError(404, "no_bank", "there are no questions; start the server with"
-                              " --bank PAIRS")  # fmt: skip
+            seed = random.SystemRandom().getrandbits(48)
+            try:
+                fresh = await asyncio.to_thread(fresh_question, served, owner, seed)
+            except BusyError as error:
+                raise DeniedError(429, "overloaded", str(error), COME_BACK) from error
+            if fresh is None:
+                raise DeniedError(503, "no_question", "all drafts were the same; ask again", 1.0)
+            return fresh
         found = await asyncio.to_thread(people.next, owner)
         if found is None:
             raise DeniedError(404, "all_answered", "every question of the bank is answered")
