@@ -26,7 +26,7 @@ from fedvpa.serving.model import FAMILY, Served
 from fedvpa.serving.observing import Metrics, logger
 from fedvpa.serving.settings import ServingSettings
 from fedvpa.serving.shapes import ChatRequest, error_body
-from fedvpa.serving.users import user_routes
+from fedvpa.serving.users import UserRoutes
 
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self';"
@@ -76,7 +76,7 @@ def build_app(served: Served, settings: ServingSettings) -> FastAPI:
     async def complete(body: ChatRequest, request: Request) -> Response:
         return await chat.answer(body, request, request.state.caller)
 
-    app.include_router(user_routes(served, metrics))
+    app.include_router(UserRoutes(served, metrics).router())
     _errors(app)
     app.add_middleware(Doors, settings=settings, access=access, metrics=metrics)
     if settings.origins:

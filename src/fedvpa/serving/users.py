@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -21,53 +22,73 @@ from fedvpa.serving.questions import fresh_question
 from fedvpa.serving.shapes import COME_BACK, ComparisonIn, PosteriorIn, SavedIn
 
 
-def user_routes(served: Served, metrics: Metrics) -> APIRouter:
-    """The routes."""
-    router, people = APIRouter(), served.people
+@dataclass(frozen=True)
+class UserRoutes:
+    """The routes, of a model's users.
 
-    def mine(user: str, request: Request) -> str:
-        caller: Caller = request.state.caller
-        try:
-            return caller.of_user(checked_id(user))
-        except BadInputError as error:
-            raise DeniedError(400, "invalid_value", str(error)) from error
+    Args:
+        served: the model.
+        metrics: what is counted.
+    """
 
-    @router.post("/v1/users/{user}/comparisons")
-    async def add(user: str, body: ComparisonIn, request: Request) -> Any:
-        owner = mine(user, request)
-        pair = _pair(body, people)
+    served: Served
+    metrics: Metrics
+
+    def router(self) -> APIRouter:
+        """All of them."""
+        router, one = APIRouter(), "/v1/users/{user}"
+        router.post(one + "/comparisons")(self.add)
+        router.delete(one + "/comparisons/{number}")(self.take_back)
+        router.get(one)(self.show)
+        router.get(one + "/export")(self.export)
+        router.delete(one)(self.forget)
+        router.get(one + "/next")(self.following)
+        router.put(one + "/preferences/{name}")(self.save)
+        router.delete(one + "/preferences/{name}")(self.unsave)
+        router.post("/v1/preferences")(self.infer)
+        return router
+
+    @property
+    def people(self) -> People:
+        """The users."""
+        return self.served.people
+
+    async def add(self, user: str, body: ComparisonIn, request: Request) -> Any:
+        """Keep a choice; the posterior after it."""
+        owner = _mine(user, request)
+        pair = _pair(body, self.people)
         if pair is None:  # a tie tells nothing of z
             added = 0
         else:
-            added = await asyncio.to_thread(people.add, owner, [pair])
-            metrics.updates.inc(added)
-        found = await asyncio.to_thread(people.preference, owner)
-        return {"added": added} | people.summary(found)
+            added = await asyncio.to_thread(self.people.add, owner, [pair])
+            self.metrics.updates.inc(added)
+        found = await asyncio.to_thread(self.people.preference, owner)
+        return {"added": added} | self.people.summary(found)
 
-    @router.delete("/v1/users/{user}/comparisons/{number}")
-    async def take_back(user: str, number: str, request: Request) -> Any:
-        owner = mine(user, request)
+    async def take_back(self, user: str, number: str, request: Request) -> Any:
+        """Take a choice back; the posterior after it."""
+        owner = _mine(user, request)
         if number != "last" and not number.isdecimal():
             raise DeniedError(400, "invalid_value", "comparisons/ID: a number, or 'last'")
         which = None if number == "last" else int(number)
-        if not await asyncio.to_thread(people.store.take_back, owner, which):
+        if not await asyncio.to_thread(self.people.store.take_back, owner, which):
             raise DeniedError(404, "not_found", "no such comparison")
-        return people.summary(await asyncio.to_thread(people.preference, owner))
+        return self.people.summary(await asyncio.to_thread(self.people.preference, owner))
 
-    @router.get("/v1/users/{user}")
-    async def show(user: str, request: Request) -> Any:
-        return await asyncio.to_thread(people.described, mine(user, request))
+    async def show(self, user: str, request: Request) -> Any:
+        """All that is known of a user."""
+        return await asyncio.to_thread(self.people.described, _mine(user, request))
 
-    @router.get("/v1/users/{user}/export")
-    async def export(user: str, request: Request) -> Any:
-        owner = mine(user, request)
-        found = await asyncio.to_thread(people.described, owner)
-        saved = people.store.saved(owner)
+    async def export(self, user: str, request: Request) -> Any:
+        """The same with what is stored, as a file."""
+        owner = _mine(user, request)
+        found = await asyncio.to_thread(self.people.described, owner)
+        saved = self.people.store.saved(owner)
         rows = {name: {"run": run, "z": z} for name, (run, z) in saved.items()}
         kept = [
             {"id": c.id, "at": c.at, "features": c.features.flatten().tolist(),
              "backbone": c.signature}
-            for c in people.of(owner)
+            for c in self.people.of(owner)
         ]  # fmt: skip
         whole = {"user": owner, **found, "saved": rows, "kept": kept}
         name = "".join(c if c.isascii() and c.isalnum() else "_" for c in owner)
@@ -75,24 +96,24 @@ def user_routes(served: Served, metrics: Metrics) -> APIRouter:
             whole, headers={"Content-Disposition": f'attachment; filename="{name}.json"'}
         )
 
-    @router.delete("/v1/users/{user}")
-    async def forget(user: str, request: Request) -> Any:
-        owner = mine(user, request)
-        return {"user": owner, "deleted": await asyncio.to_thread(people.forget, owner)}
+    async def forget(self, user: str, request: Request) -> Any:
+        """Remove all of it."""
+        owner = _mine(user, request)
+        return {"user": owner, "deleted": await asyncio.to_thread(self.people.forget, owner)}
 
-    @router.get("/v1/users/{user}/next")
-    async def following(user: str, request: Request) -> Any:
-        owner = mine(user, request)
-        if not people.asks:
+    async def following(self, user: str, request: Request) -> Any:
+        """What to ask next."""
+        owner = _mine(user, request)
+        if not self.people.asks:
             seed = random.SystemRandom().getrandbits(48)
             try:
-                fresh = await asyncio.to_thread(fresh_question, served, owner, seed)
+                fresh = await asyncio.to_thread(fresh_question, self.served, owner, seed)
             except BusyError as error:
                 raise DeniedError(429, "overloaded", str(error), COME_BACK) from error
             if fresh is None:
                 raise DeniedError(503, "no_question", "all drafts were the same; ask again", 1.0)
             return fresh
-        found = await asyncio.to_thread(people.next, owner)
+        found = await asyncio.to_thread(self.people.next, owner)
         if found is None:
             raise DeniedError(404, "all_answered", "every question of the bank is answered")
         # which response is shown first must not tell which one somebody else liked
@@ -102,35 +123,48 @@ def user_routes(served: Served, metrics: Metrics) -> APIRouter:
             "a": a, "b": b, "information": found.gain,
         }  # fmt: skip
 
-    @router.put("/v1/users/{user}/preferences/{name}")
-    async def save(user: str, name: str, body: SavedIn, request: Request) -> Any:
-        owner = mine(user, request)
+    async def save(self, user: str, name: str, body: SavedIn, request: Request) -> Any:
+        """Save a preference under a name."""
+        owner = _mine(user, request)
         try:
             checked_id(name)
         except BadInputError as error:
             raise DeniedError(400, "invalid_value", f"name: {error}") from error
-        if name in served.named:
+        if name in self.served.named:
             raise DeniedError(400, "invalid_value", f"'{name}' is a preference of everybody's")
         caller: Caller = request.state.caller
-        model = f"fedvpa/{'mine' if served.named else 'neutral'}"
-        wanted = await asyncio.to_thread(served.preference, model, body.preference, owner, caller)
+        model = f"fedvpa/{'mine' if self.served.named else 'neutral'}"
+        wanted = await asyncio.to_thread(
+            self.served.preference, model, body.preference, owner, caller
+        )
         assert wanted.z is not None
-        await asyncio.to_thread(people.save, owner, name, wanted.z)
+        await asyncio.to_thread(self.people.save, owner, name, wanted.z)
         return {"name": name, "z": wanted.z.tolist()}
 
-    @router.delete("/v1/users/{user}/preferences/{name}")
-    async def unsave(user: str, name: str, request: Request) -> Any:
-        if not await asyncio.to_thread(people.store.unsave, mine(user, request), name):
+    async def unsave(self, user: str, name: str, request: Request) -> Any:
+        """Remove a saved preference."""
+        if not await asyncio.to_thread(self.people.store.unsave, _mine(user, request), name):
             raise DeniedError(404, "not_found", f"no preference '{name}' is saved")
         return {"name": name, "deleted": True}
 
-    @router.post("/v1/preferences")
-    async def infer(body: PosteriorIn) -> Any:
-        pairs = [p for c in body.comparisons if (p := _pair(c, people)) is not None]
-        found = await asyncio.to_thread(people.inferred, pairs)
-        return people.summary(found) | {"token": people.token(found)}
+    async def infer(self, body: PosteriorIn) -> Any:
+        """A posterior that is kept nowhere here."""
+        pairs = [p for c in body.comparisons if (p := _pair(c, self.people)) is not None]
+        found = await asyncio.to_thread(self.people.inferred, pairs)
+        return self.people.summary(found) | {"token": self.people.token(found)}
 
-    return router
+
+def _mine(user: str, request: Request) -> str:
+    """The user, if the caller may act for it.
+
+    Raises:
+        DeniedError: it may not, or there can be no such user.
+    """
+    caller: Caller = request.state.caller
+    try:
+        return caller.of_user(checked_id(user))
+    except BadInputError as error:
+        raise DeniedError(400, "invalid_value", str(error)) from error
 
 
 def _pair(body: ComparisonIn, people: People) -> PreferencePair | None:
