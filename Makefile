@@ -21,6 +21,7 @@ demo: env
 	rm -rf runs/demo
 	$(BIN)/fedvpa compare --methods fedvpa-gp,fedavg-btl --seeds 0 --data personas --clients 40 \
 	  --pairs 10 --layer 10 --rounds 40 --unseen-clients 10 --context 8 --out runs/demo
+	@echo "a page on which you teach it: $(BIN)/fedvpa serve runs/demo/fedvpa-gp-seed0"
 
 # the tests for every change: laws, numbers, pages, doctests (minutes)
 test: env

@@ -48,16 +48,13 @@ def speed(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     loaded = load_causal_model(arguments.model, None, "cpu")
     bare = Policy(loaded.module.eval(), loaded.tokenizer)
     bare.stops = []
-    waiting = _first(bare, None)
-    plain = _plain(bare, arguments.tokens)
-    rows = [_row("bare base model, this engine", bare, lambda i: None, arguments, waiting)]
+    generate = "bare base model, Transformers' generate"
+    rows = [{"what": generate, "tokens_per_second": _plain(bare, arguments.tokens)}]
+    rows += _alternating({"bare base model": (bare, lambda i: None)}, arguments)
     policy = _policy(loaded)
-    generator = torch.Generator().manual_seed(0)
-    own = torch.randn(64, LATENT, generator=generator)
-    rows.append(_row("one z for all", policy, lambda i: own[0], arguments))
-    rows.append(_row("a z each", policy, lambda i: own[i], arguments, _first(policy, own[0])))
-    rows.append({"what": "bare base model, Transformers' generate", "tokens_per_second": plain})
-    return rows
+    own = torch.randn(64, LATENT, generator=torch.Generator().manual_seed(0))
+    each = {"one z for all": (policy, lambda i: own[0]), "a z each": (policy, lambda i: own[i])}
+    return rows + _alternating(each, arguments)
 
 
 def _policy(loaded: Any) -> Policy:
@@ -70,24 +67,30 @@ def _policy(loaded: Any) -> Policy:
     return policy
 
 
-def _row(
-    what: str, policy: Policy, z: Callable[[int], Any], arguments: argparse.Namespace,
-    first: float | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    engine = BatchingEngine(policy, rows=32)
-    found: dict[int, list[float]] = {1: [], 8: [], 32: []}
+def _alternating(
+    ways: dict[str, tuple[Policy, Callable[[int], Any]]], arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Medians of each way to ask, the ways taking turns."""
+    found: dict[str, dict[int, list[float]]] = {w: {1: [], 8: [], 32: []} for w in ways}
     for _ in range(arguments.repeats):
-        for count, speeds in found.items():
-            asked = [
-                Request(_prompt(i), z(i), Drawing(arguments.tokens, seed=i)) for i in range(count)
-            ]
-            began = time.perf_counter()
-            tokens = sum(answer.tokens for answer in draw(engine, asked))
-            speeds.append(tokens / (time.perf_counter() - began))
-    engine.close()
-    median = {n: round(statistics.median(v), 1) for n, v in found.items()}
-    print(what, median, flush=True)
-    return {"what": what, "tokens_per_second": median, "first_token_seconds": first}
+        for count in (1, 8, 32):
+            for what, (policy, z) in ways.items():
+                engine = BatchingEngine(policy, rows=32)
+                asked = [
+                    Request(_prompt(i), z(i), Drawing(arguments.tokens, seed=i))
+                    for i in range(count)
+                ]
+                began = time.perf_counter()
+                tokens = sum(answer.tokens for answer in draw(engine, asked))
+                found[what][count].append(tokens / (time.perf_counter() - began))
+                engine.close()
+    rows = []
+    for what, (policy, z) in ways.items():
+        median = {n: round(statistics.median(v), 1) for n, v in found[what].items()}
+        first = _first(policy, z(0))
+        print(what, median, first, flush=True)
+        rows.append({"what": what, "tokens_per_second": median, "first_token_seconds": first})
+    return rows
 
 
 def _first(policy: Policy, z: Any) -> float:

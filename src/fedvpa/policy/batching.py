@@ -78,9 +78,11 @@ class BatchingEngine:
         self._closing = False
         self._tokens = 0
         self._on: Tensor | None = None
-        for module in policy.model.modules():
-            for ranks in getattr(module, "lora_A", {}).values():
-                ranks.register_forward_hook(self._switch)
+        self._hooks = [
+            ranks.register_forward_hook(self._switch)
+            for module in policy.model.modules()
+            for ranks in getattr(module, "lora_A", {}).values()
+        ]
         self._thread = threading.Thread(target=self._run, name="fedvpa-engine", daemon=True)
         self._thread.start()
 
@@ -124,6 +126,8 @@ class BatchingEngine:
             self._closing = True
             self._changed.notify()
         self._thread.join()
+        for hook in self._hooks:
+            hook.remove()
 
     def _row(self, request: Request, tell: Tell) -> _Row:
         policy, drawing = self._policy, request.drawing
