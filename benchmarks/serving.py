@@ -152,7 +152,7 @@ def users(arguments: argparse.Namespace) -> dict[str, Any]:
         "seconds_of_one_more": update,
     }  # fmt: skip
     print(out, flush=True)
-    return out | {"questions": _questions(selector, by_group)}
+    return out | {"questions": _questions(PreferenceModel(arguments.run), by_group)}
 
 
 def _questions(

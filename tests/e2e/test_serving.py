@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -441,3 +445,45 @@ def test_what_cannot_be_served(place: Path, tiny_model: Path, tmp_path: Path) ->
     (lonely / "policy.json").write_text(text)
     with pytest.raises(BadInputError, match="gone"):
         opening(lonely)
+
+
+@pytest.mark.slow
+def test_processes_serve_one_database_and_end_when_they_are_told(
+    place: Path, tmp_path: Path
+) -> None:
+    store = f"sqlite:///{tmp_path / 'users.db'}"
+    command = [sys.executable, "-m", "fedvpa.cli.main"]
+    made = subprocess.run(
+        [*command, "keys", "add", "--store", store, "--scope", "admin", "--quiet"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    secret = made.stdout.strip()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    given = ["serve", str(place / "policy"), "--port", str(port), "--store", store]
+    log = (tmp_path / "log").open("w")
+    with subprocess.Popen([*command, *given, "--workers", "2"], stderr=log, stdout=log) as process:
+        try:
+            head = {"authorization": f"Bearer {secret}"}
+            url = f"http://127.0.0.1:{port}"
+            for _ in range(600):
+                try:
+                    if httpx.get(f"{url}/health").status_code == 200:
+                        break
+                except httpx.TransportError:
+                    time.sleep(0.1)
+            # whichever process answers, it knows what the other one was told
+            for i, pair in enumerate(pairs_of(place, "kind")[:8]):
+                with httpx.Client(base_url=url, headers=head, timeout=30) as http:
+                    added = http.post("/v1/users/ann/comparisons", json=pair)
+                    assert added.json()["pairs"] == i + 1
+            assert httpx.get(f"{url}/v1/models").status_code == 401
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(30)
+    log.close()
+    text = (tmp_path / "log").read_text()
+    assert secret not in text
+    assert "please help" not in text
+    assert process.returncode in (0, -signal.SIGTERM)

@@ -51,7 +51,6 @@ class Served:
         engine: draws answers.
         people: users, by the selector.
         steers: whether z reaches the engine's model (else it chooses among drafts alone).
-        card: the policy's, if there is one.
         named: z of every preference that has a name.
         neutral: z of somebody of whom nothing is known.
     """
@@ -59,7 +58,6 @@ class Served:
     engine: Engine
     people: People
     steers: bool
-    card: PolicyCard | None
     named: dict[str, Tensor]
     neutral: Float[Tensor, "d"]
 
@@ -192,7 +190,7 @@ def open_served(settings: ServingSettings) -> Served:
     except BaseException:
         store.close()
         raise
-    return Served(engine, people, card is not None, card, named, neutral)
+    return Served(engine, people, card is not None, named, neutral)
 
 
 def _selector(folder: Path, card: PolicyCard | None) -> PreferenceModel:

@@ -75,7 +75,6 @@ class People:
         )
         self._bank = read_pairs(bank).pairs[:MOST_QUESTIONS] if bank else []
         self._bank_features: tuple[Tensor, Tensor] | None = None
-        self.updates = 0
 
     @property
     def run(self) -> str:
@@ -105,7 +104,6 @@ class People:
                 Comparison(pair.content_key(), self._signature, order > 0, feature, texts),
                 self._most,
             )
-        self.updates += added
         return added
 
     @property
