@@ -8,7 +8,7 @@ from pathlib import Path
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 LAYERS = (
     (("cli: the command line", "api: import fedvpa"),),
-    (("network: Flower, secure sums", "winrate: arms, judges, report"),),
+    (("network: Flower, secure sums", "winrate: arms, judges", "serving: API, users, page"),),
     (("policy: sampling, conditional DPO, export",),),
     (("experiment: train, evaluate, compare, use",),),
     (("evaluation: protocol, diagnostics, reports",),),
