@@ -33,7 +33,8 @@ from fedvpa.policy.conditioning import PreferenceConditioner, attach
 from fedvpa.policy.engine import Drawing, Request, draw, stream
 from fedvpa.policy.policy import Policy
 from fedvpa.records import Message, PreferencePair
-from fedvpa.serving.people import SURE, information
+from fedvpa.serving.people import SURE
+from fedvpa.serving.questions import information
 
 ASKED = (
     "How do I keep bread fresh?", "Why is the sky blue?", "Tell me about the tides of the sea.",

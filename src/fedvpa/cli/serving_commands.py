@@ -18,11 +18,8 @@ if TYPE_CHECKING:
 def run_serve(arguments: argparse.Namespace, reporter: Reporter) -> int:
     """Serve until told to stop."""
     with _extra():
-        from fedvpa.serving.serve import check, serve
-    check(arguments.built)
-    settings = arguments.built
-    reporter.say(f"http://{settings.host}:{settings.port}/v1 (users: {settings.shown_url})")
-    serve(settings, arguments.workers)
+        from fedvpa.serving.serve import serve
+    serve(arguments.built, reporter.say, arguments.workers)
     return 0
 
 

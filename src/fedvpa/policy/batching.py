@@ -135,11 +135,9 @@ class BatchingEngine:
         soft = self._conditioner is not None and self._conditioner.form == "prefix"
         taken = len(ids) + (self._conditioner.start.shape[0] if soft else 0)
         room = self.context - taken
-        if room < 1 or (drawing.tokens or 0) > room:
-            asked = f" and {drawing.tokens} of the answer" if drawing.tokens else ""
+        if room < 1:
             raise TooLongError(
-                f"the conversation has {taken} tokens{asked}; the model's context has"
-                f" {self.context}"
+                f"the conversation has {taken} tokens; the model's context has {self.context}"
             )
         effect = None
         if request.z is not None:
@@ -153,7 +151,7 @@ class BatchingEngine:
             with torch.no_grad():
                 effect = self._conditioner(request.z.to(policy.device).unsqueeze(0))
         return _Row(
-            request, tell, ids, drawing.tokens or room, effect,
+            request, tell, ids, min(drawing.tokens or room, room), effect,
             Transcript(policy.tokenizer, drawing.stop, policy.format.opens_thought),
             torch.Generator().manual_seed(drawing.seed % (1 << 63)),
         )  # fmt: skip

@@ -26,14 +26,15 @@ class BusyError(RunError):
 
 
 class TooLongError(RunError):
-    """A conversation and its answer do not fit the model's context."""
+    """A conversation leaves no room in the model's context for an answer."""
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """How an answer is drawn: at most so many tokens (None: as many as fit), from the nucleus
-    `top_p` at a temperature (0: greedy), up to any of the strings `stop`, of which none is part of
-    the answer. The same seed draws the same tokens where the model's numbers are the same."""
+    """How an answer is drawn: at most so many tokens, and no more than fit the context (None: as
+    many as fit), from the nucleus `top_p` at a temperature (0: greedy), up to any of the strings
+    `stop`, of which none is part of the answer. The same seed draws the same tokens where the
+    model's numbers are the same."""
 
     tokens: int | None = None
     temperature: float = 0.8

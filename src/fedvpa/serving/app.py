@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
 import time
 import traceback
@@ -27,7 +26,13 @@ from fedvpa.serving.observing import Metrics, logger
 from fedvpa.serving.settings import ServingSettings
 from fedvpa.serving.shapes import ChatRequest, error_body
 from fedvpa.serving.users import UserRoutes
+from fedvpa.serving.work import LongWork
 
+LOCAL = ("127.0.0.1", "localhost", "::1")
+"""Names of this machine for itself."""
+METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
+PATIENCE = 30.0
+"""Seconds that a request may take to be sent."""
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self';"
     " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -39,14 +44,18 @@ def build_app(served: Served, settings: ServingSettings) -> FastAPI:
     """The application around a model."""
     metrics, started = Metrics(), int(time.time())
     access = Access(served.people.store, settings.local, settings.rate)
-    chat = Chat(served, settings, metrics)
+    work = LongWork(settings.waiting)
+    chat = Chat(served, settings, metrics, work)
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
+        logger.info("ready")
         yield
+        work.close()
         await asyncio.to_thread(served.close)
 
-    app = FastAPI(title="fedvpa", version=__version__, lifespan=life)
+    # the usual pages of documentation load files from elsewhere
+    app = FastAPI(title="fedvpa", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
 
     @app.get("/health")
     async def health() -> Any:
@@ -76,7 +85,7 @@ def build_app(served: Served, settings: ServingSettings) -> FastAPI:
     async def complete(body: ChatRequest, request: Request) -> Response:
         return await chat.answer(body, request, request.state.caller)
 
-    app.include_router(UserRoutes(served, metrics).router())
+    app.include_router(UserRoutes(served, metrics, work).router())
     _errors(app)
     app.add_middleware(Doors, settings=settings, access=access, metrics=metrics)
     if settings.origins:
@@ -154,7 +163,12 @@ class Doors:
 
         try:
             request = Request(scope)
-            body, given = await self._body(request, receive), False
+            self._host(request)
+            if not self._free(scope["path"]):
+                header = request.headers.get("authorization")
+                caller = await asyncio.to_thread(self._access.caller, header)
+                scope.setdefault("state", {})["caller"], key = caller, caller.key
+            body, given = await self._whole(request, receive), False
 
             async def once() -> Any:
                 # the body was read here; what follows is the client's hanging up
@@ -164,10 +178,6 @@ class Doors:
                 given = True
                 return {"type": "http.request", "body": body, "more_body": False}
 
-            if not self._free(scope["path"]):
-                header = request.headers.get("authorization")
-                caller = await asyncio.to_thread(self._access.caller, header)
-                scope.setdefault("state", {})["caller"], key = caller, caller.key
             await self._app(scope, once, answered)
         except DeniedError as error:
             await refusal(error)(scope, receive, answered)
@@ -180,20 +190,35 @@ class Doors:
         finally:
             seconds = time.perf_counter() - began
             route = getattr(scope.get("route"), "path", "other")
-            self._metrics.requests.labels(route, scope["method"], str(status)).inc()
+            method = scope["method"] if scope["method"] in METHODS else "other"
+            self._metrics.requests.labels(route, method, str(status)).inc()
             self._metrics.seconds.labels(route).observe(seconds)
             fields = {
-                "request": name, "route": route, "method": scope["method"], "status": status,
+                "request": name, "route": route, "method": method, "status": status,
                 "ms": round(1000 * seconds, 1), "key": key,
             }  # fmt: skip
-            logger.log(logging.INFO, "request", extra={"fields": fields})
+            logger.info("request", extra={"fields": fields})
 
     def _free(self, path: str) -> bool:
         """Whether a route needs no key; /metrics does, where other machines can ask."""
         return path in ("/", "/health") or (path == "/metrics" and self._settings.local)
 
+    def _host(self, request: Request) -> None:
+        """Refuse other names of this machine: a web page elsewhere could have its own name point
+        here, and read what only this machine may (DNS rebinding)."""
+        if self._settings.local and request.url.hostname not in (*LOCAL, self._settings.host):
+            raise DeniedError(421, "wrong_host", "ask for 127.0.0.1 or localhost")
+
+    async def _whole(self, request: Request, receive: Any) -> bytes:
+        """The body, if it comes soon enough."""
+        try:
+            async with asyncio.timeout(PATIENCE):
+                return await self._body(request, receive)
+        except TimeoutError as error:
+            raise DeniedError(408, "too_slow", f"not sent within {PATIENCE:g} s") from error
+
     async def _body(self, request: Request, receive: Any) -> bytes:
-        """The whole body, if it is not too large."""
+        """The body, if it is not too large."""
         most = self._settings.most_bytes
         too_large = DeniedError(413, "request_too_large", f"a request has at most {most} bytes")
         length = request.headers.get("content-length", "0")

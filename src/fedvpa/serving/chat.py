@@ -14,60 +14,19 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from fedvpa.errors import BadInputError, FedvpaError
-from fedvpa.policy.engine import Answer, BusyError, Drawing, Piece, Ticket, TooLongError
+from fedvpa.errors import FedvpaError
+from fedvpa.policy.engine import Answer, Drawing
 from fedvpa.policy.engine import Request as Asked
 from fedvpa.records import Message
 from fedvpa.serving.access import Caller, DeniedError
 from fedvpa.serving.model import Preference, Served
 from fedvpa.serving.observing import Metrics
 from fedvpa.serving.settings import ServingSettings
-from fedvpa.serving.shapes import COME_BACK, ChatRequest, chunk, completion, error_body, usage
+from fedvpa.serving.shapes import ChatRequest, chunk, completion, error_body, usage
+from fedvpa.serving.work import Answers, LongWork
 
 LOOK = 0.5
 """Seconds between looks whether a client is still there."""
-Told = tuple[int, Piece | Exception]
-
-
-@dataclass
-class Answers:
-    """Drafts under way: pieces as they come, from the engine's thread into the event loop's."""
-
-    served: Served
-    requests: list[Asked]
-    tickets: list[Ticket] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._told: asyncio.Queue[Told] = asyncio.Queue()
-
-        def tell(i: int) -> Callable[[Piece | Exception], None]:
-            def told(piece: Piece | Exception) -> None:
-                loop.call_soon_threadsafe(self._told.put_nowait, (i, piece))
-
-            return told
-
-        try:
-            for i, request in enumerate(self.requests):
-                self.tickets.append(self.served.engine.submit(request, tell(i)))
-        except BaseException:
-            self.cancel()
-            raise
-
-    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        """All pieces of all drafts; a failure of one ends all of them."""
-        left = len(self.requests)
-        while left:
-            i, piece = await self._told.get()
-            if isinstance(piece, Exception):
-                raise piece
-            left -= bool(piece.finish)
-            yield i, piece
-
-    def cancel(self) -> None:
-        """Draw no more."""
-        for ticket in self.tickets:
-            ticket.cancel()
 
 
 @dataclass(frozen=True)
@@ -78,11 +37,13 @@ class Chat:
         served: the model.
         settings: limits.
         metrics: what is counted.
+        work: what takes long.
     """
 
     served: Served
     settings: ServingSettings
     metrics: Metrics
+    work: LongWork
 
     async def answer(self, body: ChatRequest, request: Request, caller: Caller) -> Response:
         """Answer a conversation.
@@ -99,14 +60,7 @@ class Chat:
         drafts = self._drafts(body, preference)
         asked = self._asked(body, prompt, preference, drafts)
         # 2. All drafts begin side by side, or none.
-        try:
-            answers = Answers(self.served, asked)
-        except BusyError as error:
-            raise DeniedError(429, "overloaded", str(error), COME_BACK) from error
-        except TooLongError as error:
-            raise DeniedError(400, "context_length_exceeded", f"messages: {error}") from error
-        except BadInputError as error:
-            raise DeniedError(400, "invalid_value", f"messages: {error}") from error
+        answers = Answers(self.served.engine, asked)
         # 3. Whole, or as it comes.
         reply = _Reply(self, body, prompt, preference, drafts, answers)
         if body.stream:
@@ -199,7 +153,9 @@ class _Reply:
                 yield chunk(*head, i, {}, answer.finish)
         else:
             counts = [0] * count
-            async for i, piece in self._pieces():
+            async for i, piece in self.answers.pieces():
+                if not any(counts):
+                    self.chat.metrics.first.observe(time.perf_counter() - self.begun)
                 counts[i] = piece.tokens
                 if piece.text:
                     yield chunk(*head, i, {"content": piece.text})
@@ -211,28 +167,15 @@ class _Reply:
             tokens = usage(self.answers.tickets[0].prompt_tokens, counts)
             yield last | {"choices": [], "usage": tokens}
 
-    async def _pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        first = True
-        async for told in self.answers.pieces():
-            if first:
-                self.chat.metrics.first.observe(time.perf_counter() - self.begun)
-                first = False
-            yield told
-
     async def _drawn(self) -> tuple[list[Answer], list[int]]:
         """The answers, each the best of its drafts, and the tokens of all drafts."""
-        texts, ends = [""] * len(self.answers.requests), dict[int, Piece]()
-        async for i, piece in self._pieces():
-            texts[i] += piece.text
-            if piece.finish:
-                ends[i] = piece
-        read = self.answers.tickets[0].prompt_tokens
-        found = [Answer(t, read, ends[i].tokens, ends[i].finish) for i, t in enumerate(texts)]
+        found = await self.answers.whole()
         counts = [answer.tokens for answer in found]
         z = self.preference.z
         if self.drafts == 1 or z is None:
             return found, counts
-        rewards = await asyncio.to_thread(self.chat.served.best, self.prompt, texts, z)
+        texts = [answer.text for answer in found]
+        rewards = await self.chat.work(self.chat.served.people.rewards, self.prompt, texts, z)
         parts = [range(i, i + self.drafts) for i in range(0, len(found), self.drafts)]
         return [found[max(part, key=rewards.__getitem__)] for part in parts], counts
 

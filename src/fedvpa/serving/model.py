@@ -17,9 +17,9 @@ from fedvpa.policy.batching import BatchingEngine
 from fedvpa.policy.card import CARD, PolicyCard, load_card
 from fedvpa.policy.engine import Engine
 from fedvpa.policy.policy import Policy, load_policy
-from fedvpa.records import Item, Message
 from fedvpa.serving.access import Caller, DeniedError
 from fedvpa.serving.people import People
+from fedvpa.serving.questions import Bank
 from fedvpa.serving.settings import ServingSettings
 from fedvpa.serving.shapes import Wanted
 from fedvpa.serving.store import Store
@@ -50,6 +50,7 @@ class Served:
     Args:
         engine: draws answers.
         people: users, by the selector.
+        bank: what they can be asked.
         steers: whether z reaches the engine's model (else it chooses among drafts alone).
         named: z of every preference that has a name.
         neutral: z of somebody of whom nothing is known.
@@ -57,6 +58,7 @@ class Served:
 
     engine: Engine
     people: People
+    bank: Bank
     steers: bool
     named: dict[str, Tensor]
     neutral: Float[Tensor, "d"]
@@ -148,12 +150,6 @@ class Served:
             raise DeniedError(400, "missing_user", "user: say whose preference is meant")
         return caller.of_user(found)
 
-    def best(self, prompt: list[Message], texts: list[str], z: Float[Tensor, "d"]) -> list[float]:
-        """Reward of each draft under z."""
-        items = [Item(tuple(prompt), text or " ") for text in texts]
-        found: list[float] = self.people.selector.score(items, z).tolist()
-        return found
-
     def close(self) -> None:
         """End what runs, and close the database."""
         self.engine.close()
@@ -175,8 +171,8 @@ def open_served(settings: ServingSettings) -> Served:
     try:
         people = People(
             selector, store, settings.texts == "keep", settings.most_comparisons, secret,
-            settings.bank,
         )  # fmt: skip
+        bank = Bank(people, settings.bank)
         if card is not None:
             policy, _ = load_policy(folder, device)
             named = {name: card.z(name) for name in card.preferences}
@@ -190,7 +186,7 @@ def open_served(settings: ServingSettings) -> Served:
     except BaseException:
         store.close()
         raise
-    return Served(engine, people, card is not None, named, neutral)
+    return Served(engine, people, bank, card is not None, named, neutral)
 
 
 def _selector(folder: Path, card: PolicyCard | None) -> PreferenceModel:

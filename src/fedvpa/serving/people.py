@@ -6,44 +6,27 @@ import base64
 import hashlib
 import hmac
 import json
-import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedvpa.data.reading import read_pairs
+from fedvpa.data.memory import pairs_from
 from fedvpa.errors import BadInputError
 from fedvpa.experiment.preferences import named_preferences
 from fedvpa.experiment.use import PreferenceModel, UserPreference
-from fedvpa.records import Message, PreferencePair
+from fedvpa.records import Item, Message, PreferencePair
 from fedvpa.serving.access import DeniedError
 from fedvpa.serving.store import Comparison, Store
 
-logger = logging.getLogger("fedvpa")
-
 REMEMBERED = 1000
 """Users whose posterior is kept in memory."""
-DRAWN = 64
-"""Latents that stand for what is not known of a user yet."""
-MOST_QUESTIONS = 500
-"""Pairs among which the next question is looked for."""
 SURE = 0.95
 """A group is certain from this probability on."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """A comparison to ask: its number in the bank, and what an answer tells in nats."""
-
-    number: int
-    pair: PreferencePair
-    gain: float
 
 
 class People:
@@ -55,31 +38,40 @@ class People:
         texts: whether the texts of comparisons are kept.
         most: comparisons of a user.
         secret: signs preferences that users keep themselves (None: there are none).
-        bank: a file of pairs to ask about.
-
-    Raises:
-        BadInputError: the run has no preferences to tell apart, or the bank cannot be read.
     """
 
     def __init__(
         self, selector: PreferenceModel, store: Store, texts: bool = True, most: int = 500,
-        secret: bytes | None = None, bank: str = "",
+        secret: bytes | None = None,
     ) -> None:  # fmt: skip
         self.selector, self.store = selector, store
         self._texts, self._most, self._secret = texts, most, secret
         self._known: OrderedDict[str, tuple[tuple[int, int], UserPreference]] = OrderedDict()
-        # one user's texts at a time go through the selector's model
-        self._lock = threading.Lock()
+        # of what is known; and of the selector's model, through which one job at a time goes
+        self._lock, self._reading = threading.Lock(), threading.Lock()
         self.names: dict[str, Tensor] = (
             {} if selector.prototypes is None else named_preferences(selector)
         )
-        self._bank = read_pairs(bank).pairs[:MOST_QUESTIONS] if bank else []
-        self._bank_features: tuple[Tensor, Tensor] | None = None
 
     @property
     def run(self) -> str:
         """Identity of the run."""
         return self.selector.run.identity
+
+    # -- the selector's model
+
+    def read(self, pairs: Sequence[PreferencePair]) -> tuple[Tensor, Tensor]:
+        """Features [n, 2, h] and orders [n] of comparisons (see `PreferenceModel.read`)."""
+        with self._reading:
+            return self.selector.read(pairs)
+
+    def rewards(
+        self, prompt: Sequence[Message], texts: Sequence[str], z: Float[Tensor, "d"]
+    ) -> list[float]:
+        """Reward of each answer under z."""
+        items = [Item(tuple(prompt), text or " ") for text in texts]
+        with self._reading:
+            return list(self.selector.score(items, z).tolist())
 
     # -- comparisons
 
@@ -89,8 +81,7 @@ class People:
         Raises:
             BadInputError: too many, or texts that the backbone refuses.
         """
-        with self._lock:
-            features, orders = self.selector.read(pairs)
+        features, orders = self.read(pairs)
         added = 0
         for pair, feature, order in zip(pairs, features, orders.tolist()):
             texts = None
@@ -128,8 +119,7 @@ class People:
                     " were not kept; forget the user, and ask again",
                 )  # fmt: skip
             pair = _pair(comparison.texts)
-            with self._lock:
-                features, orders = self.selector.read([pair])
+            features, orders = self.read([pair])
             self.store.replace(comparison.id, features[0], self._signature)
             found[i] = Comparison(
                 comparison.digest, self._signature, bool(orders[0] > 0), features[0],
@@ -162,9 +152,7 @@ class People:
 
     def inferred(self, pairs: Sequence[PreferencePair]) -> UserPreference:
         """The posterior of comparisons that are kept nowhere."""
-        with self._lock:
-            features, orders = self.selector.read(pairs)
-        return self.selector.inferred(features, orders)
+        return self.selector.inferred(*self.read(pairs))
 
     def described(self, user: str) -> dict[str, Any]:
         """All that is known of a user: posterior, shares of the named preferences, how sure, the
@@ -213,27 +201,38 @@ class People:
 
     # -- preferences that users keep
 
+    def signing(self) -> bytes:
+        """The secret of tokens.
+
+        Raises:
+            DeniedError: 501: the server has none.
+        """
+        if self._secret is None:
+            raise DeniedError(501, "no_secret", "this server signs no preferences; start it with"
+                              " --secret FILE")  # fmt: skip
+        return self._secret
+
     def token(self, found: UserPreference) -> str:
         """A posterior that the user keeps: this server needs to store nothing.
 
         Raises:
             DeniedError: 501: the server has no secret to sign with.
         """
-        if self._secret is None:
-            raise DeniedError(501, "no_secret", "this server signs no preferences; start it with"
-                              " --secret FILE")  # fmt: skip
+        secret = self.signing()
         body = json.dumps({"run": self.run, "z": found.mean.tolist(), "pairs": found.pairs})
         text = base64.urlsafe_b64encode(body.encode()).decode()
-        return f"{text}.{_signed(self._secret, text)}"
+        return f"{text}.{_signed(secret, text)}"
 
     def from_token(self, token: str) -> Float[Tensor, "d"]:
         """z of a token.
 
         Raises:
-            DeniedError: 400: not one that this server has signed; 409: of another run.
+            DeniedError: 400: not one that this server has signed; 409: of another run; 501: the
+                server signs none.
         """
         text, _, signature = token.partition(".")
-        if self._secret is None or not hmac.compare_digest(_signed(self._secret, text), signature):
+        signed = _signed(self.signing(), text).encode()
+        if not hmac.compare_digest(signed, signature.encode()):
             raise DeniedError(400, "bad_token", "preference.token: not signed by this server")
         body = json.loads(base64.urlsafe_b64decode(text))
         if body["run"] != self.run:
@@ -264,45 +263,6 @@ class People:
             )  # fmt: skip
         return torch.tensor(found[1])
 
-    # -- the next question
-
-    @property
-    def asks(self) -> bool:
-        """Whether there is a bank of questions."""
-        return bool(self._bank)
-
-    def next(self, user: str) -> Question | None:
-        """The pair of the bank whose answer tells most of the user (expected information gain:
-        Houlsby et al., 2011, arXiv 1112.5745), of those not answered yet; None: all are."""
-        answered = {c.digest for c in self.store.comparisons(user)}
-        left = [i for i, pair in enumerate(self._bank) if pair.content_key() not in answered]
-        if not left:
-            return None
-        found = self.preference(user)
-        z, weight = self.possible(found)
-        gain = information(self._margins(z)[:, left], weight)
-        best = int(gain.argmax())
-        return Question(left[best], self._bank[left[best]], float(gain[best]))
-
-    def question(self, number: int) -> PreferencePair | None:
-        """A pair of the bank."""
-        return self._bank[number] if 0 <= number < len(self._bank) else None
-
-    def possible(self, found: UserPreference) -> tuple[Float[Tensor, "s d"], Float[Tensor, "s"]]:
-        """What z may be, and how probable each is: the groups, or draws from the posterior."""
-        if found.probability:
-            return torch.stack(list(self.names.values())), torch.tensor(found.probability)
-        noise = torch.randn(DRAWN, len(found.mean), generator=torch.Generator().manual_seed(0))
-        return found.mean + noise * found.sigma, torch.full((DRAWN,), 1 / DRAWN)
-
-    def margins(
-        self, pairs: Sequence[PreferencePair], z: Float[Tensor, "s d"]
-    ) -> Float[Tensor, "s n"]:
-        """Margins of pairs that are read now."""
-        with self._lock:
-            features, orders = self.selector.read(pairs)
-        return self.selector.margins_of(features, orders, z)
-
     def map_of(self, found: UserPreference) -> dict[str, Any] | None:
         """Two dimensions in which the named preferences differ most: where they are, and where the
         user is, with standard deviations; None where none has a name."""
@@ -317,19 +277,6 @@ class People:
             "spread": spread.tolist(),
         }
 
-    def _margins(self, z: Float[Tensor, "s d"]) -> Float[Tensor, "s n"]:
-        with self._lock:
-            if self._bank_features is None:  # once
-                self._bank_features = self.selector.read(self._bank)
-        return self.selector.margins_of(*self._bank_features, z)
-
-
-def information(margin: Float[Tensor, "s n"], weight: Float[Tensor, "s"]) -> Float[Tensor, "n"]:
-    """Nats that the answer to each of n questions is expected to tell about which of s latents of
-    these probabilities it is: H(E p) - E H(p), p the probability of the first response."""
-    p = margin.sigmoid()
-    return _entropy(weight @ p) - weight @ _entropy(p)
-
 
 def _percent(share: float) -> str:
     """Never 100 %: nobody is that sure.
@@ -338,10 +285,6 @@ def _percent(share: float) -> str:
     ('87 %', 'over 99 %')
     """
     return "over 99 %" if share > 0.99 else f"{share:.0%}".replace("%", " %")
-
-
-def _entropy(p: Tensor) -> Tensor:
-    return torch.special.entr(p) + torch.special.entr(1 - p)
 
 
 def _stacked(
@@ -369,8 +312,6 @@ def read_pair(messages: Sequence[Any], chosen: str, rejected: str) -> Preference
     Raises:
         BadInputError: it compares nothing.
     """
-    from fedvpa.data.memory import pairs_from
-
     record = {"prompt": list(messages), "chosen": chosen, "rejected": rejected}
     found = pairs_from([record], "comparison")
     if len(found) != 1:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import uvicorn
@@ -26,54 +26,71 @@ def check(settings: ServingSettings) -> None:
     """What can be known before a model is loaded.
 
     Raises:
-        BadInputError: others could reach a server without keys; the port is taken; the database
-            or the secret cannot be used.
+        BadInputError: others could reach a server without keys; the database or the secret cannot
+            be used.
     """
     settings.signing_secret()
-    if settings.port:
-        with socket.socket(_family(settings.host)) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((settings.host, settings.port))
-            except OSError as error:
-                raise BadInputError(
-                    f"--port {settings.port}: {error.strerror} at {settings.host}; give another"
-                    " --port"
-                ) from error
-    if not settings.local:
-        store = Store(settings.url)
-        try:
-            keys = store.keys()
-        finally:
-            store.close()
-        if not keys:
-            raise BadInputError(
-                f"--host {settings.host}: other machines could ask, and there are no keys; make one"
-                f" with `fedvpa keys add --scope admin --store {settings.url}`"
-            )
+    if settings.local:
+        return
+    store = Store(settings.url)
+    try:
+        keys = store.keys()
+    finally:
+        store.close()
+    if not keys:
+        raise BadInputError(
+            f"--host {settings.host}: other machines could ask, and there are no keys; make one"
+            f" with `fedvpa keys add --scope admin --store {settings.shown_url}`"
+        )
 
 
-def serve(settings: ServingSettings, workers: int = 1) -> None:
-    """Serve until told to stop.
+def bound(settings: ServingSettings) -> socket.socket:
+    """A socket at the server's address.
 
     Raises:
-        BadInputError: what `check` and `open_served` refuse.
+        BadInputError: the address is another's, or none of this machine's.
+    """
+    found = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((settings.host, settings.port))
+    except OSError as error:
+        found.close()
+        raise BadInputError(
+            f"--port {settings.port}: {error.strerror} at {settings.host}; give another --port"
+        ) from error
+    return found
+
+
+def serve(settings: ServingSettings, say: Callable[[str], None], workers: int = 1) -> None:
+    """Serve until told to stop.
+
+    Args:
+        settings: what to serve, and where.
+        say: is told the address.
+        workers: processes, each with the model.
+
+    Raises:
+        BadInputError: what `check`, `bound` and `open_served` refuse.
     """
     check(settings)
     given: dict[str, Any] = {
-        "host": settings.host, "port": settings.port, "log_config": None, "access_log": False,
-        "timeout_graceful_shutdown": GRACE, "server_header": False,
+        "log_config": None, "access_log": False, "timeout_graceful_shutdown": GRACE,
+        "server_header": False,
     }  # fmt: skip
-    log_json()
-    if workers > 1:
-        os.environ[TOLD] = settings.model_dump_json()
-        uvicorn.run("fedvpa.serving.serve:from_environment", factory=True, workers=workers, **given)
-        return
-    app = build_app(open_served(settings), settings)
-    logging.getLogger("fedvpa.serving").info(
-        "listening", extra={"fields": {"host": settings.host, "port": settings.port}}
-    )
-    uvicorn.run(app, **given)
+    with bound(settings) as listening:
+        host, port = listening.getsockname()[:2]
+        say(f"http://{f'[{host}]' if ':' in host else host}:{port}, users in {settings.shown_url}")
+        log_json()
+        if workers == 1:
+            app = build_app(open_served(settings), settings)
+            uvicorn.Server(uvicorn.Config(app, **given)).run([listening])
+            return
+    os.environ[TOLD] = settings.model_dump_json()
+    uvicorn.run(
+        "fedvpa.serving.serve:from_environment", factory=True, workers=workers, host=host,
+        port=port, **given,
+    )  # fmt: skip
 
 
 def from_environment() -> Any:
@@ -81,7 +98,3 @@ def from_environment() -> Any:
     log_json()
     settings = ServingSettings.model_validate_json(os.environ[TOLD])
     return build_app(open_served(settings), settings)
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET

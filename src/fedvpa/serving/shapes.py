@@ -10,8 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from fedvpa.policy.engine import Answer, Finish
 from fedvpa.serving.access import DeniedError
 
-COME_BACK = 2.0
-"""Seconds after which a request that found no room may try again."""
 MOST_ANSWERS = 16
 MOST_STOPS = 4
 NOT_HERE = (

@@ -47,6 +47,8 @@ VERSION = 1
 """Version of the tables."""
 PATIENCE = 10.0
 """Seconds for which a writer waits for another one (SQLite)."""
+LOCK = 4_276_803
+"""Number of the lock under which tables are made (PostgreSQL)."""
 LONGEST_ID = 128
 
 _tables = MetaData()
@@ -144,7 +146,11 @@ class Store:
         if self._engine.dialect.name == "sqlite":
             event.listen(self._engine, "connect", _on_sqlite)
             event.listen(self._engine, "begin", _begin_sqlite)
-        self._prepare()
+        try:
+            self._prepare()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Give back all connections."""
@@ -168,11 +174,11 @@ class Store:
 
     def _prepare(self) -> None:
         with self._begin() as connection:
+            if connection.dialect.name == "postgresql":  # one process at a time; SQLite's are
+                connection.execute(select(func.pg_advisory_xact_lock(LOCK)))
             if not inspect(connection).has_table(_meta.name):
-                # two processes may come at once: what is there is left alone
                 _tables.create_all(connection)
-                if connection.scalar(select(func.count()).select_from(_meta)) == 0:
-                    connection.execute(insert(_meta).values(name="version", value=str(VERSION)))
+                connection.execute(insert(_meta).values(name="version", value=str(VERSION)))
             found = connection.scalar(select(_meta.c.value).where(_meta.c.name == "version"))
             version = int(found or 0)
             if not 0 < version <= VERSION:
@@ -183,7 +189,8 @@ class Store:
             for number in range(version + 1, VERSION + 1):
                 MIGRATIONS[number](connection)
             if version < VERSION:
-                connection.execute(update(_meta).values(value=str(VERSION)))
+                own = _meta.c.name == "version"
+                connection.execute(update(_meta).where(own).values(value=str(VERSION)))
 
     # -- users
 
@@ -260,6 +267,7 @@ class Store:
             done = connection.execute(
                 delete(_comparisons).where(mine & (_comparisons.c.id == number))
             )
+        self._erase()
         return done.rowcount > 0
 
     def forget(self, user: str) -> bool:
@@ -268,7 +276,17 @@ class Store:
             for table in (_comparisons, _saved):
                 connection.execute(delete(table).where(table.c.user == user))
             done = connection.execute(delete(_users).where(_users.c.id == user))
+        self._erase()
         return done.rowcount > 0
+
+    def _erase(self) -> None:
+        """Nothing deleted is left in SQLite's log (PostgreSQL's vacuum does so in its own time)."""
+        if self._engine.dialect.name == "sqlite":
+            connection = self._engine.raw_connection()
+            try:
+                connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            finally:
+                connection.close()
 
     def save(self, user: str, name: str, run: str, z: Sequence[float]) -> None:
         """Keep a preference under a name of the user's own."""

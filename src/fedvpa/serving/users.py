@@ -6,20 +6,20 @@ from __future__ import annotations
 import asyncio
 import random
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
 
 from fedvpa.errors import BadInputError
-from fedvpa.policy.engine import BusyError
 from fedvpa.records import PreferencePair
 from fedvpa.serving.access import Caller, DeniedError, checked_id
 from fedvpa.serving.model import Served
 from fedvpa.serving.observing import Metrics
 from fedvpa.serving.people import People, read_pair
-from fedvpa.serving.questions import fresh_question
-from fedvpa.serving.shapes import COME_BACK, ComparisonIn, PosteriorIn, SavedIn
+from fedvpa.serving.questions import Bank, draft_requests, telling
+from fedvpa.serving.shapes import ComparisonIn, PosteriorIn, SavedIn
+from fedvpa.serving.work import Answers, LongWork
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,12 @@ class UserRoutes:
     Args:
         served: the model.
         metrics: what is counted.
+        work: what takes long.
     """
 
     served: Served
     metrics: Metrics
+    work: LongWork
 
     def router(self) -> APIRouter:
         """All of them."""
@@ -56,11 +58,11 @@ class UserRoutes:
     async def add(self, user: str, body: ComparisonIn, request: Request) -> Any:
         """Keep a choice; the posterior after it."""
         owner = _mine(user, request)
-        pair = _pair(body, self.people)
+        pair = _pair(body, self.served.bank)
         if pair is None:  # a tie tells nothing of z
             added = 0
         else:
-            added = await asyncio.to_thread(self.people.add, owner, [pair])
+            added = await self.work(self.people.add, owner, [pair])
             self.metrics.updates.inc(added)
         found = await asyncio.to_thread(self.people.preference, owner)
         return {"added": added} | self.people.summary(found)
@@ -101,27 +103,28 @@ class UserRoutes:
         owner = _mine(user, request)
         return {"user": owner, "deleted": await asyncio.to_thread(self.people.forget, owner)}
 
-    async def following(self, user: str, request: Request) -> Any:
-        """What to ask next."""
+    async def following(
+        self, user: str, request: Request, skip: Annotated[list[int] | None, Query()] = None
+    ) -> Any:
+        """What to ask next; `skip` names questions of the bank that are not to be asked."""
         owner = _mine(user, request)
-        if not self.people.asks:
-            seed = random.SystemRandom().getrandbits(48)
-            try:
-                fresh = await asyncio.to_thread(fresh_question, self.served, owner, seed)
-            except BusyError as error:
-                raise DeniedError(429, "overloaded", str(error), COME_BACK) from error
-            if fresh is None:
-                raise DeniedError(503, "no_question", "all drafts were the same; ask again", 1.0)
-            return fresh
-        found = await asyncio.to_thread(self.people.next, owner)
+        if len(self.served.bank):
+            found = await self.work(self.served.bank.next, owner, skip or [])
+            if found is None:
+                raise DeniedError(404, "all_answered", "every question of the bank is answered")
+            return found.to_json()
+        seed = random.SystemRandom().getrandbits(48)
+        ends = list(self.served.named.values()) if self.served.steers else []
+        requests = draft_requests(ends, seed)
+        answers = Answers(self.served.engine, requests)
+        try:
+            drafts = [answer.text for answer in await answers.whole()]
+        finally:
+            answers.cancel()
+        found = await self.work(telling, self.people, owner, requests[0].prompt, drafts, seed)
         if found is None:
-            raise DeniedError(404, "all_answered", "every question of the bank is answered")
-        # which response is shown first must not tell which one somebody else liked
-        a, b = _shown(found.pair)
-        return {
-            "question": found.number, "messages": [m._asdict() for m in found.pair.prompt],
-            "a": a, "b": b, "information": found.gain,
-        }  # fmt: skip
+            raise DeniedError(503, "no_question", "all drafts were the same; ask again", 1.0)
+        return found.to_json()
 
     async def save(self, user: str, name: str, body: SavedIn, request: Request) -> Any:
         """Save a preference under a name."""
@@ -149,8 +152,9 @@ class UserRoutes:
 
     async def infer(self, body: PosteriorIn) -> Any:
         """A posterior that is kept nowhere here."""
-        pairs = [p for c in body.comparisons if (p := _pair(c, self.people)) is not None]
-        found = await asyncio.to_thread(self.people.inferred, pairs)
+        self.people.signing()  # or it would be for nothing
+        pairs = [p for c in body.comparisons if (p := _pair(c, self.served.bank)) is not None]
+        found = await self.work(self.people.inferred, pairs)
         return self.people.summary(found) | {"token": self.people.token(found)}
 
 
@@ -167,18 +171,18 @@ def _mine(user: str, request: Request) -> str:
         raise DeniedError(400, "invalid_value", str(error)) from error
 
 
-def _pair(body: ComparisonIn, people: People) -> PreferencePair | None:
+def _pair(body: ComparisonIn, bank: Bank) -> PreferencePair | None:
     """What was compared, the better response as chosen; None for a tie.
 
     Raises:
         DeniedError: 400: it does not say what was compared, or compares nothing.
     """
     if body.question is not None:
-        known = people.question(body.question)
+        known = bank.answers(body.question)
         if known is None or body.choice is None or body.messages is not None:
             raise DeniedError(400, "invalid_value", "question: a number of the bank, with a choice")
-        a, b = _shown(known)
-        messages: list[Any] = [m._asdict() for m in known.prompt]
+        prompt, a, b = known
+        messages: list[Any] = [m._asdict() for m in prompt]
     else:
         if not body.messages or body.chosen is None or body.rejected is None:
             raise DeniedError(
@@ -193,8 +197,3 @@ def _pair(body: ComparisonIn, people: People) -> PreferencePair | None:
         return read_pair(messages, chosen, rejected)
     except BadInputError as error:
         raise DeniedError(400, "invalid_value", str(error)) from error
-
-
-def _shown(pair: PreferencePair) -> tuple[str, str]:
-    """Both responses in an order that does not depend on the label."""
-    return (pair.chosen, pair.rejected) if pair.chosen_is_first() else (pair.rejected, pair.chosen)
